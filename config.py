@@ -1,0 +1,102 @@
+"""
+The command line of every script: the fields of a frozen dataclass are its options, their comments its help.
+
+    python train.py --size s --lr 3e-4 --resume          --field value, --field=value; a bool field may stand alone
+"""
+
+import inspect
+import os
+import re
+import sys
+import traceback
+from ast import literal_eval
+from dataclasses import fields, replace
+from difflib import get_close_matches
+
+
+def read_words(argv, known):
+    """[--field value | --field=value | --flag | word]... -> ({field: text}, [words]).    known  {field: its type}"""
+    values, words, argv = {}, [], list(argv)
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        field, equals, text = word[2:].partition("=")
+        field = field.replace("-", "_")
+        if field not in known:
+            near = get_close_matches(field, known, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown option --{field}; did you mean --{near}? --help lists all")
+        if not equals and known[field] is bool and (not argv or argv[0].lower() not in ("true", "false")):
+            text = "True"
+        elif not equals:
+            if not argv or argv[0].startswith("--"):
+                raise ValueError(f"--{field} wants a value of type {known[field].__name__}; write --{field} VALUE")
+            text = argv.pop(0)
+        values[field] = text
+    return values, words
+
+
+def convert(field, text, old):
+    """The text as the type of the field's old value; an int may stand for a float, nothing else converts."""
+    kind = type(old)
+    if kind is str:
+        return text
+    try:
+        value = literal_eval(text.capitalize() if kind is bool else text)
+    except (ValueError, SyntaxError, TypeError):
+        value = text
+    if kind is float and type(value) is int:
+        value = float(value)
+    wrong = type(value) is not kind
+    if kind is tuple and not wrong:
+        wrong = len(value) != len(old) or not all(type(v) in (int, float) for v in value)
+    if wrong:
+        like = f"{len(old)} numbers, as in {','.join(map(str, old))}" if kind is tuple else kind.__name__
+        raise ValueError(f"--{field} wants {like}, got {text!r}")
+    return value
+
+
+def apply(config, values):
+    """config with {field: text} on top."""
+    return replace(config, **{field: convert(field, text, getattr(config, field)) for field, text in values.items()})
+
+
+def types(config):
+    return {field.name: type(getattr(config, field.name)) for field in fields(config)}
+
+
+def choose_device(name):
+    """auto, cpu, cuda or mps -> torch.device; auto takes the fastest that is there."""
+    import torch
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    there = [kind for kind in there if there[kind]]
+    if name != "auto" and name not in there:
+        raise ValueError(f"--device {name} is not here; this machine has: {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+def describe(config):
+    """One line for each field: name, value, and the comment that stands beside it in the source."""
+    source = "".join(inspect.getsource(kind) for kind in reversed(type(config).__mro__[:-1]))
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    value = {field: str(getattr(config, field)).replace(" ", "").strip("()") for field in types(config)}
+    return "\n".join(f"  --{field:18} {value[field] or '-':14} {notes.get(field, '')}" for field in value)
+
+
+def run(main):
+    """
+    Runs main(argv) as a program. A mistake of the user ends in one line and exit code 2: any exception that our own
+    code raised on purpose, in a sentence. Everything else is a bug, and keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        here = os.path.dirname(os.path.abspath(__file__))
+        if not (last.line or "").startswith("raise ") or os.path.dirname(os.path.abspath(last.filename)) != here:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,466 @@
+"""
+Images in, training batches out. A batch is a function of (seed, step): resumable, and the same for any number of
+ranks and workers.
+
+    open_source      a folder of photos, or the generated `shapes`                 --data PATH
+    CropConfig       every number of the augmentation                              DINOv3 App. C; DINOv2 §B.1
+    draw_crops       where to cut, and how to recolour: plain numbers, drawn on the host
+    augment          recolours uint8 crops, all at once, on any device
+    draw_masks       which patches the student does not see, exact in number       iBOT; DINOv2 §B.1
+    Batches          step -> batch
+
+Dimension letters: see the top of model.py.
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import shapes
+
+UPRIGHT = {i + 2: turn for i, turn in enumerate(Image.Transpose[name] for name in (  # EXIF orientations 2 to 8
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+# --------------------------------------------------------------------------------
+# Sources: len(source), source.load(i) -> C H W uint8, source.name(i), source.classes and source.labels for probes
+
+
+def open_source(path, n_shapes=4096, seed=0):
+    """
+    path      "shapes", or a folder of images, searched recursively
+    n_shapes  images of `shapes`; another seed gives other images
+    raises    ValueError: not a folder, or no image in it
+    """
+    if str(path) == "shapes":
+        return Shapes(n_shapes, seed)
+    return Folder(path)
+
+
+class Shapes:
+    """The generated images of shapes.py, each rendered once: memory that all workers share keeps them."""
+    SIDE = 96  # pixels
+
+    def __init__(self, n, seed=0):
+        self.seed, self.classes = seed, list(shapes.CLASSES)
+        self.images = torch.zeros(n, self.SIDE, self.SIDE, 3, dtype=torch.uint8).share_memory_()
+        self.labels = torch.full((n,), -1).share_memory_()  # -1: not yet rendered
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, i):
+        if self.labels[i] < 0:
+            scene = shapes.scene(int(i), self.SIDE, self.seed)
+            self.images[i] = torch.from_numpy(scene.image)
+            self.labels[i] = scene.label  # last: the image is there when the label is
+        return self.images[i].permute(2, 0, 1)
+
+    def label(self, i):
+        self.load(i)
+        return int(self.labels[i])
+
+    def name(self, i):
+        return f"shapes {i}"
+
+
+class Folder:
+    """All images below a folder; the first folder below it names the class."""
+
+    def __init__(self, root):
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise ValueError(f"--data: {root} {what}; name a folder of images, or write shapes for the generated set")
+        self.paths = scan(self.root)
+        if not self.paths:
+            raise ValueError(f"--data: no image in {root} or below it; looked for {' '.join(sorted(EXTENSIONS))}")
+        self.classes = sorted({path.split("/")[0] for path in self.paths if "/" in path})
+
+    def __len__(self):
+        return len(self.paths)
+
+    def load(self, i):
+        return read_image(self.root / self.paths[i])
+
+    def label(self, i):
+        """Raises ValueError for an image that lies in no class folder."""
+        folder, slash, _ = self.paths[i].partition("/")
+        if not slash:
+            raise ValueError(f"--data: {self.root / folder} lies in no class folder; folders name the classes")
+        return self.classes.index(folder)
+
+    def name(self, i):
+        return str(self.root / self.paths[i])
+
+
+def scan(root):
+    """Paths of all images below root, in a fixed order; remembered until a folder changes: restarts are quick."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
+    cache /= hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:16] + ".json"
+    try:
+        index = json.loads(cache.read_text())
+        if all(os.stat(root / folder).st_mtime_ns == time for folder, time in index["folders"].items()):
+            return index["paths"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no index yet, or a stale or damaged one: look again
+    folders, paths, seen = {}, [], set()
+    with tqdm(desc=f"scanning {root}", unit=" images", leave=False, disable=None) as bar:
+        for folder, below, files in os.walk(root, followlinks=True):
+            below.sort()
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in seen:
+                below.clear()  # a link to a folder above it
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            folders[os.path.relpath(folder, root)] = stat.st_mtime_ns
+            images = [file for file in sorted(files) if Path(file).suffix.lower() in EXTENSIONS]
+            paths += [os.path.relpath(os.path.join(folder, image), root).replace(os.sep, "/") for image in images]
+            bar.update(len(images))
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        new = cache.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(dict(folders=folders, paths=paths)))
+        new.replace(cache)
+    except OSError:
+        pass  # nowhere to remember it: the next run scans again
+    return paths
+
+
+def read_image(path):
+    """
+    C H W uint8 RGB of any file that Pillow opens: upright by its EXIF tag, 16-bit scaled down, transparency on white.
+
+    Raises OSError for a file that is broken or cut short.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            turn = UPRIGHT.get(file.getexif().get(0x0112))  # the EXIF tag Orientation
+            image = file.transpose(turn) if turn else file.copy()
+        if image.mode.startswith(("I", "F")):  # 16-bit greys: 65535 is white; float ones: the brightest value is
+            grey = np.asarray(image, dtype=np.float32)
+            top = 65535 if image.mode.startswith("I") else max(float(grey.max()), 1e-8)
+            image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's decoders fail in many ways on foreign bytes; all mean: unreadable
+        raise OSError(f"{path}: {error}") from error
+
+
+def resize(image, height, width):
+    """Bicubic with antialiasing, uint8 in and out.    image  C H W"""
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+
+# --------------------------------------------------------------------------------
+# Crops
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    global_size: int = 256         # pixels; G = 2 crops
+    local_size: int = 112          # pixels
+    n_local: int = 8               # L
+    global_scale: tuple = (0.32, 1.0)   # share of the image's area
+    local_scale: tuple = (0.05, 0.32)
+    ratio: tuple = (3 / 4, 4 / 3)  # width / height of the area cut out
+    flip: float = 0.0              # probability of a horizontal flip
+    jitter: float = 0.8            # probability of: brightness, contrast, saturation, hue in random order
+    brightness: float = 0.4        # factors in 1 +- this
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1               # shift in +- this, of the full circle
+    grey: float = 0.2              # probability
+    # Probabilities of a Gaussian blur as the paper means them. The released code applies 1 - p: its weights saw the
+    # first global crop never blurred, the second 90 % and locals 50 % of the time.
+    blur_global_1: float = 1.0
+    blur_global_2: float = 0.1
+    blur_local: float = 0.5
+    blur_sigma: tuple = (0.1, 2.0)  # pixels, 9 taps
+    solarize: float = 0.2          # probability, second global crop only; inverts values from 128
+    mask_share: float = 0.5        # share of global crops with masked patches
+    mask_ratio: tuple = (0.1, 0.5)  # masked patches, spread evenly over the masked crops
+
+
+# columns of the table of colours, one row for each crop; an entry of 0 in APPLY, GREY, SIGMA, SOLARIZE means off
+APPLY, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE = 0, 1, 2, 3, 4, slice(5, 9), 9, 10, 11
+
+
+def draw_crops(rng, config, height, width):
+    """
+    What happens to one image, for all its crops: the two global ones, then the local ones.
+
+    returns  boxes   G+L 4, int: top, left, height, width in the image;  flips  G+L, bool
+             colours  G+L 12, float32: see the columns above
+    """
+    n = 2 + config.n_local
+    scales = np.array([config.global_scale] * 2 + [config.local_scale] * config.n_local)
+    u = rng.random((n, 10, 4))                                        # ten tries each
+    area = height * width * (scales[:, :1] + u[..., 0] * (scales[:, 1:] - scales[:, :1]))
+    ratio = np.exp(np.log(config.ratio[0]) + u[..., 1] * np.log(config.ratio[1] / config.ratio[0]))
+    w, h = np.rint(np.sqrt(area * ratio)).astype(int), np.rint(np.sqrt(area / ratio)).astype(int)
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    boxes = np.stack([(u[..., 2] * (height - h + 1)).astype(int), (u[..., 3] * (width - w + 1)).astype(int), h, w], -1)
+    boxes = boxes[np.arange(n), fits.argmax(1)]                       # the first that fits
+    boxes[~fits.any(1)] = largest_box(height, width, config.ratio)
+
+    u = rng.random((n, 14))
+    colours = np.zeros((n, 12), np.float32)
+    colours[:, APPLY] = u[:, 0] < config.jitter
+    for column, spread in (BRIGHTNESS, config.brightness), (CONTRAST, config.contrast), (SATURATION, config.saturation):
+        colours[:, column] = 1 + spread * (2 * u[:, column] - 1)
+    colours[:, HUE] = config.hue * (2 * u[:, HUE] - 1)
+    colours[:, ORDER] = u[:, ORDER].argsort(1)
+    colours[:, GREY] = u[:, 9] < config.grey
+    blur = np.array([config.blur_global_1, config.blur_global_2] + [config.blur_local] * config.n_local)
+    low, high = config.blur_sigma
+    colours[:, SIGMA] = (u[:, 10] < blur) * (low + u[:, 11] * (high - low))
+    colours[1, SOLARIZE] = u[1, 12] < config.solarize
+    return boxes, u[:, 13] < config.flip, colours
+
+
+def largest_box(height, width, ratio):
+    """The centred box of an allowed shape that is as large as an extreme image has room for."""
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = max(w, 1), max(h, 1)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def cut(image, box, flip, size):
+    """C H W uint8 -> C size size uint8"""
+    top, left, height, width = box
+    crop = resize(image[:, top : top + height, left : left + width], size, size)
+    return crop.flip(-1) if flip else crop
+
+# --------------------------------------------------------------------------------
+# Colours: every crop of a batch at once
+
+
+def augment(crops, colours, mean, std):
+    """
+    Colour jitter, grey, blur, solarize, then normalisation.
+
+    crops    n 3 H W, uint8    colours  n 12, on the host: which crop gets what costs the device no wait
+    returns  n 3 H W, float32, normalised
+
+    differs: the released pipeline rounds to uint8 after every operation; this one keeps float32 in between
+    """
+    x, device = crops.float() / 255, crops.device
+    rows = {name: colours[:, column].nonzero()[:, 0] for name, column in
+            dict(jitter=APPLY, grey=GREY, blur=SIGMA, solarize=SOLARIZE).items()}
+    operations = (adjust_brightness, BRIGHTNESS), (adjust_contrast, CONTRAST), (adjust_saturation, SATURATION), \
+        (adjust_hue, HUE)
+    for turn in range(4):
+        order = colours[rows["jitter"], 5 + turn]
+        for which, (operation, column) in enumerate(operations):
+            chosen = rows["jitter"][order == which]
+            if len(chosen):
+                amount = colours[chosen, column].to(device, non_blocking=True)[:, None, None, None]
+                chosen = chosen.to(device, non_blocking=True)
+                x[chosen] = operation(x[chosen], amount)
+    for name, operation in ("grey", to_grey), ("blur", blur), ("solarize", solarize):
+        chosen = rows[name]
+        if len(chosen):
+            sigma = colours[chosen, SIGMA].to(device, non_blocking=True)
+            chosen = chosen.to(device, non_blocking=True)
+            x[chosen] = operation(x[chosen], sigma)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+    return (x - mean) / std
+
+
+def luma(x):
+    """n 3 H W -> n 1 H W, ITU-R 601"""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def adjust_brightness(x, factor):
+    return (x * factor).clamp(0, 1)
+
+
+def adjust_contrast(x, factor):
+    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
+
+
+def adjust_saturation(x, factor):
+    return torch.lerp(luma(x), x, factor).clamp(0, 1)
+
+
+def adjust_hue(x, shift):
+    """Turns the hue by `shift` of the full circle, keeping HSV's value and saturation."""
+    top, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)       # n 1 H W
+    chroma = top - low
+    r, g, b = x.split(1, dim=1)
+    sector = torch.where(top == r, (g - b) / (chroma + 1e-12),
+                         torch.where(top == g, 2 + (b - r) / (chroma + 1e-12), 4 + (r - g) / (chroma + 1e-12)))
+    k = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1) + sector + 6 * shift   # n 3 H W
+    k = k % 6
+    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def to_grey(x, _):
+    return luma(x).expand_as(x)
+
+
+def blur(x, sigma):
+    """9-tap Gaussian, each crop its own sigma in pixels, edges mirrored."""
+    taps = torch.arange(-4, 5, device=x.device)
+    weight = (-0.5 * (taps / sigma[:, None]) ** 2).exp()
+    weight = (weight / weight.sum(1, keepdim=True)).repeat_interleave(3, 0)                  # (n 3) 9
+    n, _, H, W = x.shape
+    x = F.pad(x, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]                           # 1 (n 3) H+8 W+8
+    x = F.conv2d(x, weight[:, None, None], groups=3 * n)
+    return F.conv2d(x, weight[:, None, :, None], groups=3 * n).view(n, 3, H, W)
+
+
+def solarize(x, _):
+    return torch.where(x >= 128 / 255, 1 - x, x)
+
+# --------------------------------------------------------------------------------
+# Masks
+
+
+def draw_masks(rng, n, h, w, share, ratio):
+    """
+    Masks of n crops: int(n share) of them masked, their ratios spread evenly, in random places. The number of masked
+    patches is the same for every draw, so all shapes of a training step are constants.
+
+    returns  n P, bool, True = hidden;  1274 in all for n = 32, 16x16 patches, half of them masked at 0.1 to 0.5
+    """
+    n_masked = int(n * share)
+    counts = (h * w * np.linspace(*ratio, n_masked + 1)[1:]).astype(int)
+    masks = np.zeros((n, h * w), bool)
+    for i, count in zip(rng.permutation(n), counts, strict=False):
+        masks[i] = draw_mask(rng, h, w, count)
+    return masks
+
+
+def draw_mask(rng, h, w, count):
+    """Exactly `count` of P patches: rectangles of 4 patches or more while one fits, then single patches."""
+    mask = np.zeros((h, w), bool)
+    left = count
+    while left > 0:
+        for area, aspect, top, side in rng.random((10, 4)):
+            area = 4 + area * (left - 4)
+            aspect = math.exp((2 * aspect - 1) * math.log(0.3))
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < rows < h and 0 < columns < w):
+                continue
+            top, side = int(top * (h - rows + 1)), int(side * (w - columns + 1))
+            box = mask[top : top + rows, side : side + columns]
+            new = box.size - np.count_nonzero(box)
+            if 0 < new <= left:
+                box[:] = True
+                left -= new
+                break
+        else:
+            break
+    mask = mask.ravel()
+    mask[rng.permutation(np.flatnonzero(~mask))[:left]] = True
+    return mask
+
+# --------------------------------------------------------------------------------
+# Batches
+
+
+class Batches(Dataset):
+    """
+    batches[step] -> this rank's part of the global batch of that step, a dict of
+
+        global_crops  (G B) C H W   local_crops  (L B) C h w: float32, or uint8 with `colours` beside
+        masks         (G B) P bool  masked  M: where they are True   weights  M: 1 / masked of its image
+        indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
+
+    Sample i of step s is number s batch + i of an endless series of shuffled epochs.
+    config          a CropConfig that also has batch, steps, seed, group, patch_size, mean, std
+    first, samples  what this rank holds of the global batch
+    """
+    def __init__(self, config, source, first, samples, colour_here=True):
+        self.config, self.source, self.first, self.samples = config, source, first, samples
+        self.colour_here = colour_here  # False: on the training device, by whoever receives the batch
+        self.unreadable = {}
+
+    def __len__(self):
+        return self.config.steps
+
+    def __getitem__(self, step):
+        c, cuts, colours, indices, broken = self.config, [], [], [], []
+        for i in range(self.first, self.first + self.samples):
+            rng = np.random.default_rng([c.seed, 3, step * c.batch + i])
+            index, image = self.read(step * c.batch + i, broken)
+            boxes, flips, colour = draw_crops(rng, c, *image.shape[1:])
+            sizes = [c.global_size] * 2 + [c.local_size] * c.n_local
+            cuts.append([cut(image, *each) for each in zip(boxes.tolist(), flips, sizes, strict=True)])
+            colours.append(colour)
+            indices.append(index)
+        crops = [torch.stack(views) for views in zip(*cuts, strict=True)]                     # G+L of B C H W
+        colours = torch.from_numpy(np.stack(colours, axis=1)).flatten(0, 1)                   # ((G+L) B) 12
+        batch = dict(global_crops=torch.cat(crops[:2]), colours=colours, indices=torch.tensor(indices), broken=broken)
+        batch["local_crops"] = torch.cat(crops[2:]) if c.n_local else torch.zeros(0, 3, c.local_size, c.local_size)
+        batch |= self.masks(step)
+        return colour_batch(batch, c) if self.colour_here else batch
+
+    def read(self, n, broken):
+        """The n-th sample of the series; a neighbour stands in for an image that cannot be read."""
+        for index in place(self.config.seed, len(self.source), n):
+            if index not in self.unreadable:
+                try:
+                    return index, self.source.load(index)
+                except OSError as error:
+                    self.unreadable[index] = str(error)
+            broken.append((self.source.name(index), self.unreadable[index]))
+        raise ValueError(f"--data: none of {len(self.source)} images can be read; the last: {broken[-1][1]}")
+
+    def masks(self, step):
+        c, side = self.config, self.config.global_size // self.config.patch_size
+        groups = range(self.first // c.group, (self.first + self.samples - 1) // c.group + 1)
+        masks = [draw_masks(np.random.default_rng([c.seed, 4, step, group]), 2 * c.group, side, side,
+                            c.mask_share, c.mask_ratio).reshape(2, c.group, -1) for group in groups]
+        start = self.first - groups[0] * c.group
+        masks = np.concatenate(masks, axis=1)[:, start : start + self.samples].reshape(2 * self.samples, -1)
+        masked = np.flatnonzero(masks)
+        weights = 1 / masks.sum(1).clip(1)[masked // masks.shape[1]]
+        weights = torch.from_numpy(weights).float()
+        return dict(masks=torch.from_numpy(masks), masked=torch.from_numpy(masked), weights=weights)
+
+
+def colour_batch(batch, config):
+    """Replaces uint8 crops by what `augment` makes of them, on the device where they are."""
+    G = len(batch["global_crops"])
+    parts = zip(("global_crops", "local_crops"), batch["colours"].split([G, len(batch["colours"]) - G]), strict=True)
+    return batch | {key: augment(batch[key], colours, config.mean, config.std) for key, colours in parts}
+
+
+def place(seed, size, n):
+    """Indices of the source for the n-th sample: the right one, then those to try if it cannot be read."""
+    order, at = epoch_order(seed, n // size, size), n % size
+    for k in range(size):
+        yield int(order[(at + k) % size])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, size):
+    return np.random.default_rng([seed, 5, epoch]).permutation(size)
+
+
+def ignore_interrupt(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which still wants this batch
+
+
+def loader(dataset, steps, workers, **kwargs):
+    """dataset[step] for each of `steps`, in order, made ahead by worker processes."""
+    return DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=ignore_interrupt,
+                      persistent_workers=False, **kwargs)

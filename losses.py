@@ -1,0 +1,210 @@
+"""
+The DINOv3 losses. Each is one function of tensors; none holds state or changes its inputs.
+
+    sinkhorn_knopp   teacher logits -> balanced soft assignments            DINOv3 §3.2; SwAV (Caron et al. 2020)
+    dino_loss        class tokens agree across crops                        DINOv3 §3.2, eq. 1
+    ibot_loss        masked patches agree with what the teacher sees        DINOv3 §3.2, eq. 1
+    koleo_loss       class tokens spread evenly over the sphere             DINOv3 §3.2, eq. 1
+    gram_loss        patches keep the similarities of an earlier teacher    DINOv3 §4.2, eq. 2
+
+All arithmetic is float32 whatever comes in. `group` is a torch.distributed process group, or None for one process:
+where the paper sums over all ranks, so do we. Dimension letters: see the top of model.py.
+"""
+
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def float32(loss):
+    """Keeps autocast out: it would run the matrix products below in bfloat16."""
+    @wraps(loss)
+    def inside(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return loss(x, *args, **kwargs)
+    return inside
+
+# --------------------------------------------------------------------------------
+# Targets
+
+
+@torch.no_grad()
+@float32
+def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
+    """
+    Soft assignments in which every prototype gets the same mass, as far as `n_iterations` reach.
+
+        Q = exp(logits / temperature); repeat: each column of all ranks' rows sums to 1/K, then each row to 1/n
+        which is  Q = softmax over k of (logits / temperature + log u)
+
+    logits       n K, any float dtype; n may differ between ranks, and be 0
+    temperature  of the teacher, 0.04 to 0.07
+    returns      n K float32, rows sum to 1
+
+    paper:       DINOv3 §3.2; SwAV for the algorithm
+    """
+    x = logits.float() / temperature
+    return (x + log_u(x, n_iterations, group)).softmax(-1)
+
+
+def log_u(x, n_iterations, group):
+    """
+    The column scaling of Sinkhorn-Knopp; the row scaling cancels in the softmax, and so do K and the number of rows.
+
+        log v_b = -log sum_k exp(x_bk + log u_k)      over a row, which lives on one rank;  v = 1 at first
+        log u_k = -log sum_b exp(x_bk + log v_b)      over the rows of all ranks
+
+    Logarithms throughout: logits of +-60 at temperature 0.04 span 3000 nats, float32 alone holds 176.
+
+    x        n K float32, logits / temperature
+    returns  K float32
+    """
+    u = -all_logsumexp(x.logsumexp(0), group)                        # K, log u
+    for _ in range(n_iterations - 1):
+        v = -(x + u).logsumexp(1, keepdim=True)                      # n 1, log v
+        u = -all_logsumexp((x + v).logsumexp(0), group)
+    return u
+
+
+def all_logsumexp(x, group):
+    """log of the sum over ranks of exp(x), elementwise.    x  K float32"""
+    if group is None:
+        return x
+    top = x.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    total = (x - top).exp()
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    return total.log() + top
+
+# --------------------------------------------------------------------------------
+# Cross-entropies
+
+
+@float32
+def dino_loss(student_logits, targets, temperature=0.1, ignore_diagonal=False):
+    """
+    Mean cross-entropy between every student crop and every teacher crop of the same image.
+
+        for s in student crops: for t in teacher crops: unless ignore_diagonal and s == t:
+            for b: loss -= sum_k targets[t,b,k] log_softmax(student_logits[s,b] / temperature)[k]
+        loss /= number of (s, t, b)
+
+    student_logits   S B K, any float dtype (S crops)
+    targets          T B K float32, rows sum to 1 (T crops)
+    ignore_diagonal  leave out pairs of a crop with itself: both lists are the same global crops
+    returns          0-dim float32, nats, ln K for a uniform student;  raises ValueError if the shapes do not fit
+
+    paper:           DINOv3 §3.2, eq. 1
+    """
+    if student_logits.shape[1:] != targets.shape[1:]:
+        raise ValueError(f"dino_loss: student_logits are {tuple(student_logits.shape)} but targets are "
+                         f"{tuple(targets.shape)}; both need the same images and prototypes")
+    S, T, B = len(student_logits), len(targets), targets.shape[1]
+    n_pairs = S * T - (min(S, T) if ignore_diagonal else 0)
+    if not n_pairs * B:
+        raise ValueError(f"dino_loss: {S} student and {T} teacher crops of {B} images leave no pair to compare")
+    log_p = (student_logits.float() / temperature).log_softmax(-1)                # S B K
+    pairs = log_p.flatten(1) @ targets.float().flatten(1).T                       # S T
+    total = pairs.sum() - (pairs.diagonal().sum() if ignore_diagonal else 0)
+    return -total / (n_pairs * B)
+
+
+@float32
+def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1):
+    """
+    Cross-entropy at the masked patches, each image's patches weighing 1 together.
+
+        loss = sum over m of weights[m] (-sum_k targets[m,k] log_softmax(student_logits[m] / temperature)[k]) / n_images
+
+    student_logits  M K, any float dtype: the student saw the mask token there
+    targets         M K float32: the teacher saw the patch
+    weights         M, 1 / (masked patches of the same image)
+    n_images        global crops on this rank, masked or not
+    returns         0-dim float32, nats; 0 when M is 0;  raises ValueError if the shapes do not fit
+
+    paper:          DINOv3 §3.2, eq. 1
+    differs:        from the mean over masked images of iBOT: like the released code, unmasked images count as zeros
+    """
+    if student_logits.shape != targets.shape or len(weights) != len(targets):
+        raise ValueError(f"ibot_loss: student_logits are {tuple(student_logits.shape)}, targets "
+                         f"{tuple(targets.shape)}, weights {tuple(weights.shape)}; want a row per masked patch")
+    log_p = (student_logits.float() / temperature).log_softmax(-1)                # M K
+    return -(weights.float() @ (targets.float() * log_p).sum(-1)) / n_images
+
+# --------------------------------------------------------------------------------
+# Regularisers of features
+
+
+@float32
+def koleo_loss(cls, group=None, group_size=0):
+    """
+    Minus the mean log distance of each class token to its nearest neighbour, on the unit sphere (Kozachenko-Leonenko).
+
+        for b in a set of samples: loss -= log(min over c != b of |cls_b / |cls_b| - cls_c / |cls_c|| + 1e-8)
+
+    cls         B D of one global crop, any float dtype
+    group_size  samples of a set: consecutive in the global batch (rank 0's rows first); 0 = this rank's batch
+    returns     0-dim float32, the mean over this rank's samples; 0 where a sample has no other
+    raises      ValueError if the global batch is not a whole number of sets
+
+    paper:      DINOv3 §3.2: sets of 16 samples, possibly across ranks
+    """
+    B = len(cls)
+    x = F.normalize(cls.float(), dim=-1, eps=1e-8)                                # B D
+    size = group_size or B
+    if size < 2:
+        return x.sum() * 0
+    if B % size and group is not None:  # a set spans ranks
+        first, x = dist.get_rank(group) * B, GatherRows.apply(x, group)           # (S B) D
+    else:
+        first = 0
+    if len(x) % size:
+        raise ValueError(f"koleo_loss: {len(x)} samples are not a whole number of sets of {size}")
+    sets = x.unflatten(0, (-1, size))                                             # sets size D
+    with torch.no_grad():
+        dots = sets @ sets.mT                                                     # sets size size
+        dots.diagonal(dim1=1, dim2=2).fill_(-2)                                   # below any cosine
+        nearest = dots.argmax(-1, keepdim=True).expand_as(sets)
+    distance = (sets - sets.gather(1, nearest)).norm(dim=-1)                      # sets size; duplicates: gradient 0
+    return -(distance + 1e-8).log().flatten()[first : first + B].mean()
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks, in the order of ranks; a row's gradient is the sum of what all ranks make of it."""
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+
+
+@float32
+def gram_loss(student, teacher):
+    """
+    Mean squared difference of the two patch-similarity matrices of each image.
+
+        s, t = student, teacher, each patch scaled to unit length
+        loss = mean over b, i, j of (s[b,i] . s[b,j] - t[b,i] . t[b,j])^2
+
+    student  B P D, any float dtype
+    teacher  B P D, no gradient; already resampled to the student's patch grid (§4.3)
+    returns  0-dim float32, squared cosine, in [0, 4];  raises ValueError if the shapes differ
+
+    paper:   DINOv3 §4.2, eq. 2
+    differs: eq. 2 sums over i, j; we average, like the released code, so one weight serves every resolution
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"gram_loss: student is {tuple(student.shape)} but teacher is {tuple(teacher.shape)}; "
+                         "resample the teacher's patches to the student's grid")
+    s = F.normalize(student.float(), dim=-1)                                      # B P D
+    t = F.normalize(teacher.float(), dim=-1).detach()                             # B P D
+    return (s @ s.mT - t @ t.mT).square().mean()                                  # B P P -> scalar

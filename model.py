@@ -1,0 +1,493 @@
+"""
+The DINOv3 vision transformer: patches, registers, axial RoPE, and the projection heads of the pretraining losses.
+
+    ViTConfig, SIZES   the family, tiny to 7B                                       DINOv3 §3.2, §5.2, Tab. 2
+    rope_tables        axial rotary position embedding with box jitter              DINOv3 §3.2
+    Noise, Packing     stochastic depth on a subset of the samples; crops of different sizes in one sequence
+    ViT                images -> Features(cls, registers, patches, grid)
+    ProjectionHead     features -> logits over prototypes                           DINOv3 Tab. 2
+    initialise         every parameter and buffer, as a function of (seed, its name)
+
+Dimension letters, here and in every other file:
+
+    B images on this rank   G global crops (2)   L local crops   C H W image   h w patch grid, P = h w   R registers
+    N tokens = 1+R+P   D width   A heads   E head width = D/A   F MLP width   K prototypes   M masked patches   S ranks
+    T tokens of all crops of a forward, packed
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    depth: int                 # blocks
+    width: int                 # D
+    heads: int                 # A
+    hidden: int                # F, width of the MLP
+    ffn: str = "mlp"           # "mlp": GELU; "swiglu": w3(silu(w1 x) * w2 x)
+    qkv_bias: bool = True      # its key third is masked out: softmax cannot see it
+    local_norm: bool = False   # own final norm for cls and registers of local crops, in training only
+    patch_size: int = 16       # pixels
+    n_registers: int = 4       # R
+    layerscale: float = 1e-5   # what LayerScale's gamma starts from
+    init_std: float = 0.02     # of the linears' start values
+    in_chans: int = 3          # C
+    mean: tuple = (0.485, 0.456, 0.406)  # what images, RGB in [0, 1], were normalised with; here: LVD-1689M (web)
+    std: tuple = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        if self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"ViTConfig: ffn is {self.ffn!r}; write 'mlp' or 'swiglu'")
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise ValueError(f"ViTConfig: width {self.width} over {self.heads} heads; a head needs a multiple of 4")
+
+
+SIZES = {                                                              # parameters, exactly
+    "tiny": ViTConfig(6, 128, 2, 512, layerscale=1.0, init_std=0.07),  # 1,290,624  for tests and laptops
+    "s":    ViTConfig(12, 384, 6, 1536),                               #    21,601,152
+    "s+":   ViTConfig(12, 384, 6, 1536, "swiglu"),                     #    28,697,472
+    "b":    ViTConfig(12, 768, 12, 3072),                              #    85,669,632
+    "l":    ViTConfig(24, 1024, 16, 4096),                             #   303,154,176
+    "h+":   ViTConfig(32, 1280, 20, 5120, "swiglu"),                   #   840,633,600
+    "7b":   ViTConfig(40, 4096, 32, 8192, "swiglu", qkv_bias=False, local_norm=True),  # 6,716,043,264
+}
+
+
+@dataclass
+class Features:
+    """What a backbone says of its images, after the final norm (raw channels have outliers: DINOv3 App. A)."""
+    cls: torch.Tensor          # B D
+    registers: torch.Tensor    # B R D
+    patches: torch.Tensor      # B P D, row-major over the grid
+    grid: tuple[int, int]      # h, w
+
+    def map(self):
+        """The patches as an image: B D h w."""
+        return self.patches.transpose(1, 2).unflatten(2, self.grid)
+
+# --------------------------------------------------------------------------------
+# Rotary position embedding
+
+
+def rope_tables(h, w, n_prefix, periods, scales):
+    """
+    Cosines and sines of every token's angles, in float32, once for each entry of `scales`.
+
+        coordinate of patch (i, j) = s ((i + 0.5)/h 2 - 1),  s ((j + 0.5)/w 2 - 1)        in [-s, s]
+        angle                      = 2 pi coordinate / period,  rows first, then columns
+
+    periods   E/4, in units of half an image side
+    scales    one or `depth` factors s: box jitter in training, 1 otherwise
+    returns   cos, sin, each  len(scales) N 1 1 E/2; the prefix (cls, registers) has angle 0, so it does not turn
+
+    paper:    DINOv3 §3.2, custom RoPE on coordinates of a [-1, 1] box
+    differs:  angles and rotation are float32 in training too; the released training path rounds them to bf16
+    """
+    device = periods.device
+    i = (torch.arange(h, device=device, dtype=torch.float32) + 0.5) / h * 2 - 1
+    j = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) / w * 2 - 1
+    box = torch.stack(torch.meshgrid(i, j, indexing="ij"), dim=-1).view(h * w, 2, 1)         # P 2 1
+    angles = (2 * math.pi * box / periods.float()).flatten(1)                                # P E/2
+    angles = torch.as_tensor(scales, dtype=torch.float32, device=device)[:, None, None] * angles
+    angles = F.pad(angles, (0, 0, n_prefix, 0))[:, :, None, None]                            # scales N 1 1 E/2
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (x[e], x[e + E/2]) by the token's angles, in float32.    x  B N ... E    returns like x"""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+# --------------------------------------------------------------------------------
+# What a forward does with several crop sizes, and what is random in it
+
+
+@dataclass(frozen=True)
+class Noise:
+    """
+    What is random in the student's forward. All of it is a function of (seed, step, block, sample), never of the rank:
+    samples are drawn in `group`s of consecutive samples of the global batch, and a rank keeps those that it holds.
+    """
+    seed: int
+    step: int
+    first: int                 # place of this rank's first sample in the global batch
+    samples: int               # B
+    group: int                 # consecutive samples that stochastic depth draws from together
+    drop_path: float = 0.0     # share of samples that skip a branch
+    rope_rescale: float = 1.0  # RoPE coordinates are multiplied by a factor log-uniform in [1/rescale, rescale]
+
+    def rope_scales(self, crops, depth):
+        """One factor for each block.    paper: DINOv3 §3.2, RoPE-box jittering"""
+        rng = np.random.default_rng([self.seed, self.step, 1, crops])
+        return self.rope_rescale ** rng.uniform(-1, 1, depth)
+
+    def kept(self, crops, n_views, depth):
+        """Which images of the `crops`-th crop group enter each branch:  depth 2 (n_views B), bool;  and n/kept."""
+        size = n_views * self.group
+        n_kept = max(int(size * (1 - self.drop_path)), 1)
+        first, last = self.first // self.group, (self.first + self.samples - 1) // self.group
+        masks = []
+        for group in range(first, last + 1):
+            keys = np.random.default_rng([self.seed, self.step, 2, crops, group]).random((depth, 2, size))
+            masks.append((keys.argsort(-1).argsort(-1) < n_kept).reshape(depth, 2, n_views, self.group))
+        offset = self.first - first * self.group
+        mask = np.concatenate(masks, axis=-1)[..., offset : offset + self.samples]
+        return mask.reshape(depth, 2, -1), size / n_kept
+
+
+@dataclass
+class Subset:
+    """The tokens that one branch works on."""
+    n_images: list             # of each crop group
+    rows: torch.Tensor = None  # where they lie among the T packed tokens; None = all of them
+    scale: torch.Tensor = None  # what their result is multiplied by, so that its expectation is that of all samples
+
+    def take(self, x):
+        return x if self.rows is None else x[self.rows]
+
+    def add(self, x, y):
+        return x + y if self.rows is None else x.index_add(0, self.rows, (y * self.scale).to(x.dtype))
+
+
+class Packing:
+    """
+    Crop groups of different sizes as one sequence of tokens, T D: linears and norms see them all at once,
+    attention sees each group as B N.
+
+    grids     h, w of each crop group
+    n_images  images in each
+    """
+    def __init__(self, config, periods, grids, n_images, noise=None):
+        depth, n_prefix = config.depth, 1 + config.n_registers
+        self.n_tokens = [n_prefix + h * w for h, w in grids]
+        scales = [noise.rope_scales(i, depth) if noise else [1.0] for i in range(len(grids))]
+        tables = [rope_tables(h, w, n_prefix, periods, s) for (h, w), s in zip(grids, scales, strict=True)]
+        self.rope = [[(cos[i % len(cos)], sin[i % len(sin)]) for cos, sin in tables] for i in range(depth)]
+        self.subsets = [(Subset(n_images),) * 2] * depth
+        if noise and noise.drop_path:
+            self.subsets = self.draw(noise, depth, n_images, periods.device)
+
+    def draw(self, noise, depth, n_images, device):
+        """A subset for every block and branch; indices travel to the device once for the whole forward."""
+        rows, scales, counts = [], [], []                       # block-major, then branch, then crop group
+        assert not any(n % noise.samples for n in n_images), "every crop group holds each sample equally often"
+        masks = [noise.kept(i, n // noise.samples, depth) for i, n in enumerate(n_images)]
+        starts = np.cumsum([0, *np.multiply(n_images, self.n_tokens)])
+        for block in range(depth):
+            for branch in range(2):
+                kept = [np.flatnonzero(mask[block, branch]) for mask, _ in masks]
+                for images, start, N, (_, scale) in zip(kept, starts, self.n_tokens, masks, strict=False):
+                    rows.append((start + images[:, None] * N + np.arange(N)).ravel())
+                    scales.append(np.full(len(rows[-1]), scale, np.float32))
+                counts.append([len(images) for images in kept])
+        lengths = [int(np.dot(count, self.n_tokens)) for count in counts]
+        rows = torch.from_numpy(np.concatenate(rows)).to(device, non_blocking=True).split(lengths)
+        scales = torch.from_numpy(np.concatenate(scales)).to(device, non_blocking=True)[:, None].split(lengths)
+        flat = [Subset(*each) for each in zip(counts, rows, scales, strict=True)]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+# --------------------------------------------------------------------------------
+# Layers; parameters carry the released checkpoints' names
+
+
+class MaskedBiasLinear(nn.Linear):
+    """Linear whose bias is multiplied by `bias_mask`: 1 for queries and values, 0 for keys."""
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.register_buffer("bias_mask", torch.empty(n_out))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(E)) v, the softmax in float32.    q, k, v, returns  B A N E"""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 128:
+        # to train: forward and backward take a sixth of the time of the CPU's fused kernel at N = 21 and 69, at
+        # three times its error, as the scores are rounded to bf16 (8e-3 against 3e-3 of the largest value, E = 64)
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5                     # B A N N
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.heads = config.heads
+        self.qkv = MaskedBiasLinear(D, 3 * D) if config.qkv_bias else nn.Linear(D, 3 * D, bias=False)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x, n_images, rope):
+        """x  T D    n_images, rope  of each crop group    returns  T D"""
+        sizes = [n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True)]
+        groups = zip(self.qkv(x).split(sizes), n_images, rope, strict=True)
+        return self.proj(torch.cat([self.attend(qkv, n, *tables) if n else qkv[:, : x.shape[1]]
+                                    for qkv, n, tables in groups]))
+
+    def attend(self, qkv, B, cos, sin):
+        qkv = qkv.view(B, len(cos), 3, self.heads, -1)                        # B N 3 A E
+        q, k = rotate(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)         # 2 of B A N E
+        v = qkv[:, :, 2].transpose(1, 2)                                      # B A N E
+        out = attention(q, k, v)                                              # B A N E
+        return out.transpose(1, 2).reshape(B * len(cos), -1)                  # (B N) D
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.hidden)  # gate
+        self.w2 = nn.Linear(config.width, config.hidden)  # up
+        self.w3 = nn.Linear(config.hidden, config.width)  # down
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.start = config.layerscale
+        self.gamma = nn.Parameter(torch.empty(config.width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-5)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-5)
+        self.mlp = SwiGLU(config) if config.ffn == "swiglu" else MLP(config)
+        self.ls2 = LayerScale(config)
+
+    def forward(self, x, rope, subsets):
+        """x  T D    rope  cos, sin of each crop group    subsets  of the attention, of the MLP    returns  T D"""
+        attention, mlp = subsets
+        x = attention.add(x, self.ls1(self.attn(self.norm1(attention.take(x)), attention.n_images, rope)))
+        return mlp.add(x, self.ls2(self.mlp(self.norm2(mlp.take(x)))))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.width, config.patch_size, config.patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)  # B P D
+
+
+class RopeEmbed(nn.Module):
+    """Holds the periods, 100^(2j/(E/2)) for j < E/4, as a buffer, as released files do."""
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("periods", torch.empty(config.width // config.heads // 4))
+
+    def _apply(self, fn, recurse=True):
+        periods = self.periods
+        super()._apply(fn, recurse)
+        if self.periods.dtype != torch.float32:  # vit.to(bfloat16) would turn every patch by another angle
+            self.periods = periods.to(self.periods.device)
+        return self
+
+# --------------------------------------------------------------------------------
+# The network
+
+
+class ViT(nn.Module):
+    """
+    vit(images)                        images  B C H W -> Features
+    vit(images, masks)                 masks  B P bool, True = hidden: the mask token takes the patch's place
+    vit([global, local], [masks, None], noise)  several crop groups in one pass -> a list of Features
+    vit.layers(images, indices)        after the blocks named (0-based), each through the final norm -> list of Features
+
+    The residual stream has the dtype of the images: float32 images under autocast keep it in float32.
+    Raises ValueError for images that are not a whole number of patches, or have other than `in_chans` channels.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.storage_tokens = nn.Parameter(torch.empty(1, config.n_registers, D))
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        self.patch_embed = PatchEmbed(config)
+        self.rope_embed = RopeEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D, eps=1e-5)
+        self.local_cls_norm = nn.LayerNorm(D, eps=1e-5) if config.local_norm else None
+        set_std(self, config.init_std)
+        if not self.cls_token.is_meta:
+            initialise(self)
+
+    def forward(self, images, masks=None, noise=None):
+        one = isinstance(images, torch.Tensor)
+        if one:
+            images, masks = [images], [masks]
+        x, packing, grids = self.embed(images, masks or [None] * len(images), noise)
+        for block, rope, subsets in zip(self.blocks, packing.rope, packing.subsets, strict=True):
+            x = block(x, rope, subsets)
+        features = self.unpack(x, packing, images, grids)
+        return features[0] if one else features
+
+    def layers(self, images, indices):
+        bad = [i for i in indices if not 0 <= i < self.config.depth]
+        if bad:
+            raise ValueError(f"ViT.layers: no block {bad[0]}; this network has blocks 0 to {self.config.depth - 1}")
+        x, packing, grids = self.embed([images], [None], None)
+        found = {}
+        for i, (block, rope, subsets) in enumerate(zip(self.blocks, packing.rope, packing.subsets, strict=True)):
+            x = block(x, rope, subsets)
+            if i in indices:
+                found[i] = self.unpack(x, packing, [images], grids)[0]
+        return [found[i] for i in indices]
+
+    def embed(self, images, masks, noise):
+        """Crop groups -> packed tokens T D, their packing, their grids."""
+        tokens, grids = [], []
+        for image, mask in zip(images, masks, strict=True):
+            grids.append(self.grid(image))
+            if mask is not None and mask.shape != (len(image), math.prod(grids[-1])):
+                raise ValueError(f"ViT: masks are {tuple(mask.shape)} but the images have "
+                                 f"{len(image)} x {math.prod(grids[-1])} patches")
+            patches = self.patch_embed(image)                                                  # B P D
+            if mask is not None:
+                patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+            prefix = torch.cat([self.cls_token, self.storage_tokens], dim=1).expand(len(image), -1, -1)
+            tokens.append(torch.cat([prefix.to(image.dtype), patches.to(image.dtype)], dim=1).flatten(0, 1))  # (B N) D
+        n_images = [len(image) for image in images]
+        packing = Packing(self.config, self.rope_embed.periods, grids, n_images, noise)
+        return torch.cat(tokens), packing, grids                                               # T D
+
+    def unpack(self, x, packing, images, grids):
+        """Packed tokens -> Features of each crop group, after the final norm."""
+        R, features = self.config.n_registers, []
+        sizes = [len(image) * N for image, N in zip(images, packing.n_tokens, strict=True)]
+        for i, (tokens, image) in enumerate(zip(x.split(sizes), images, strict=True)):
+            tokens = tokens.unflatten(0, (len(image), -1))                                     # B N D
+            prefix, patches = tokens[:, : 1 + R], tokens[:, 1 + R :]
+            own = self.local_cls_norm is not None and self.training and i > 0
+            if own:
+                prefix, patches = self.local_cls_norm(prefix), self.norm(patches)
+            else:
+                prefix, patches = self.norm(tokens).split([1 + R, tokens.shape[1] - 1 - R], dim=1)
+            features.append(Features(prefix[:, 0], prefix[:, 1:], patches, grids[i]))
+        return features
+
+    def grid(self, image):
+        """h, w of a batch of images; says what is wrong with their shape."""
+        p, C, shape = self.config.patch_size, self.config.in_chans, tuple(image.shape)
+        if len(shape) != 4 or shape[1] != C:
+            raise ValueError(f"ViT: images are {shape} but this network wants (batch, {C}, height, width)")
+        H, W = shape[2:]
+        if H < p or W < p:
+            raise ValueError(f"ViT: images are {H}x{W} but one patch is {p}x{p}; give it larger images")
+        if H % p or W % p:
+            near = f"{H // p * p}x{W // p * p}"
+            raise ValueError(f"ViT: images are {H}x{W}, not whole patches of {p}x{p}; crop or resize to {near}")
+        return H // p, W // p
+
+
+class ProjectionHead(nn.Module):
+    """
+    Three-layer MLP to a bottleneck of unit length, then prototypes:  x  n D -> logits  n K, of the linears' dtype.
+
+    hidden, bottleneck, n_prototypes    H, Z, K of DINOv3 Tab. 2; the prototypes' weights are not normalised
+    init_std, prototype_std             of the start values; the latter is how far apart the first logits are
+    """
+    def __init__(self, width, hidden, bottleneck, n_prototypes, init_std=0.02, prototype_std=0.02):
+        super().__init__()
+        layers = [nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.last_layer = nn.Linear(bottleneck, n_prototypes, bias=False)
+        set_std(self.mlp, init_std)
+        set_std(self.last_layer, prototype_std)
+        if not self.last_layer.weight.is_meta:
+            initialise(self)
+
+    def forward(self, x):
+        return self.last_layer(self.bottleneck(x))
+
+    def bottleneck(self, x):
+        """n D -> n Z, unit length; all that distillation sends between ranks."""
+        x = self.mlp(x)
+        return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
+
+# --------------------------------------------------------------------------------
+# Initialisation
+
+
+def build(make, device="cpu", seed=0):
+    """make() on the meta device, then storage full of NaN, then `initialise`: what it forgets shows at once."""
+    with torch.device("meta"):
+        module = make()
+    return initialise(module.to_empty(device=device), seed)
+
+
+def set_std(module, std):
+    """What `initialise` will draw the weights of the module's linears with."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.std = std
+
+
+@torch.no_grad()
+def initialise(module, seed=0):
+    """
+    Fills every parameter and buffer, sharded or not, as a function of (seed, its name): the same on any ranks.
+
+    paper:    gives none; these are the released code's: truncated normal of std 0.02 for linears, uniform patches
+    returns   module
+    """
+    for path, part in module.named_modules():
+        for leaf, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            tensor.fill_(math.nan)
+            full = torch.full(tensor.shape, math.nan, device=tensor.device)
+            seed_here = zlib.crc32(f"{seed} {path}.{leaf}".encode())
+            initial_value(part, leaf, full, torch.Generator(tensor.device).manual_seed(seed_here))
+            if isinstance(tensor, DTensor):
+                full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(full)
+    return module
+
+
+def initial_value(part, leaf, x, generator):
+    """Fills x, in place, with the start value of the parameter or buffer `leaf` of the module `part`."""
+    if isinstance(part, nn.LayerNorm):
+        x.fill_(leaf == "weight")
+    elif isinstance(part, nn.Conv2d):
+        bound = (part.in_channels * math.prod(part.kernel_size)) ** -0.5
+        x.uniform_(-bound, bound, generator=generator)
+    elif leaf == "weight":
+        nn.init.trunc_normal_(x, std=part.std, generator=generator)
+    elif leaf in ("cls_token", "storage_tokens"):
+        x.normal_(std=0.02, generator=generator)
+    elif leaf in ("bias", "mask_token"):
+        x.fill_(0)
+    elif leaf == "bias_mask":
+        x.fill_(1).chunk(3)[1].fill_(0)  # queries, keys, values
+    elif leaf == "gamma":
+        x.fill_(part.start)
+    elif leaf == "periods":
+        x.copy_(100 ** (torch.arange(len(x), device=x.device) / len(x)))  # 100^(2j / (E/2)), len(x) = E/4

@@ -1,0 +1,238 @@
+"""
+data.py: colours against torchvision, draws against the recipe's numbers, batches that ranks do not change. Its sources:
+test_data_sources.py.
+"""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+import data
+from data import Batches, CropConfig, draw_crops, draw_masks
+from train import TrainConfig
+
+CONFIG = TrainConfig(global_size=32, local_size=16, n_local=3, batch=8, group=8, patch_size=8, seed=0,
+                     mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+class Noise:
+    """n images of different sizes; those in `broken` cannot be read."""
+
+    def __init__(self, n, broken=()):
+        self.n, self.broken = n, broken
+
+    def __len__(self):
+        return self.n
+
+    def load(self, i):
+        if i in self.broken:
+            raise OSError("cut short")
+        return torch.from_numpy(np.random.default_rng(i).integers(0, 256, (3, 40 + i, 50 - i), dtype=np.uint8))
+
+    def name(self, i):
+        return f"noise {i}"
+
+# --------------------------------------------------------------------------------
+# Colours
+
+
+def crops(n, side=24):
+    """n 3 side side, uint8: noise, with grey, black and white areas."""
+    x = np.random.default_rng(0).integers(0, 256, (n, 3, side, side), dtype=np.uint8)
+    x[..., :4, :4], x[..., 4:8, :4], x[..., 8:12, :4] = 77, 0, 255
+    return torch.from_numpy(x)
+
+
+OPERATIONS = {  # ours, torchvision's, amounts to try
+    "brightness": (data.adjust_brightness, tv.adjust_brightness, [0.6, 1, 1.4]),
+    "contrast": (data.adjust_contrast, tv.adjust_contrast, [0.6, 1, 1.4]),
+    "saturation": (data.adjust_saturation, tv.adjust_saturation, [0.8, 1, 1.2]),
+    "hue": (data.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0, 0.1, 0.37]),
+    "grey": (data.to_grey, lambda x, _: tv.rgb_to_grayscale(x, 3), [1]),
+    "blur": (data.blur, lambda x, sigma: tv.gaussian_blur(x, [9, 9], [sigma, sigma]), [0.1, 0.7, 2]),
+    "solarize": (data.solarize, lambda x, _: tv.solarize(x, 128 / 255), [1]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_is_torchvisions(name):
+    """Each crop of a batch with its own amount."""
+    ours, theirs, amounts = OPERATIONS[name]
+    x, amount = crops(len(amounts)).float() / 255, torch.tensor(amounts)
+    before = x.clone()
+    exact = torch.stack([theirs(image, a) for image, a in zip(x, amounts, strict=True)])
+    found = ours(x, amount if name == "blur" else amount[:, None, None, None])
+    atol = 2e-4 if name in ("contrast", "saturation", "grey") else 2e-6  # luma: 0.299 of red here, 0.2989 there
+    torch.testing.assert_close(found, exact, rtol=0, atol=atol)
+    assert torch.equal(x, before)
+
+
+def one_by_one(crop, row, mean, std):
+    """One crop through torchvision, in the order that its row of colours says."""
+    jitter = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
+    x = crop.float() / 255
+    for turn in row[5:9] if row[0] else ():
+        x = jitter[int(turn)](x, row[1 + int(turn)])
+    x = tv.rgb_to_grayscale(x, 3) if row[9] else x
+    x = tv.gaussian_blur(x, [9, 9], [row[10]] * 2) if row[10] else x
+    return tv.normalize(tv.solarize(x, 128 / 255) if row[11] else x, mean, std)
+
+
+def test_augment_is_torchvision_one_by_one():
+    c = replace(CONFIG, n_local=18, jitter=0.7, grey=0.3, solarize=1.0, blur_global_2=1.0)
+    images, colours = crops(20), torch.from_numpy(draw_crops(np.random.default_rng(5), c, 40, 50)[2])
+    before = images.clone(), colours.clone()
+    ours = data.augment(images, colours, c.mean, c.std)
+    exact = torch.stack([one_by_one(*each, c.mean, c.std) for each in zip(images, colours.tolist(), strict=True)])
+    apart = (ours - exact).abs() > 1e-3  # solarize jumps: luma's last digit may move a value across its threshold
+    assert apart.float().mean() < 1e-3 and not apart[colours[:, 11] == 0].any()
+    assert torch.equal(images, before[0]) and torch.equal(colours, before[1])
+    assert data.augment(images[:0], colours[:0], c.mean, c.std).shape == (0, 3, 24, 24)
+
+# --------------------------------------------------------------------------------
+# Crops
+
+
+def draws(c, n, height, width):
+    rng = np.random.default_rng(1)
+    return [np.stack(part) for part in zip(*(draw_crops(rng, c, height, width) for _ in range(n)), strict=True)]
+
+
+def test_boxes_have_the_areas_shapes_and_places_asked_for():
+    top, left, h, w = draws(CropConfig(), 400, 1800, 2000)[0].transpose(2, 0, 1)
+    assert top.min() >= 0 and left.min() >= 0 and (top + h).max() <= 1800 and (left + w).max() <= 2000
+    share, ratio = h * w / (1800 * 2000), w / h
+    for views, low, high in (slice(0, 2), 0.32, 1), (slice(2, 10), 0.05, 0.32):
+        assert low * 0.99 < share[:, views].min() < low * 1.1 and high * 0.9 < share[:, views].max() < high * 1.01
+        assert 0.74 < ratio[:, views].min() < 0.76 and 1.31 < ratio[:, views].max() < 1.35
+    assert share[:, 2:].mean() == pytest.approx((0.05 + 0.32) / 2, abs=0.006)          # uniform in area
+    assert np.log(ratio[:, 2:]).mean() == pytest.approx(0, abs=0.012)                  # and in log ratio
+    for place in top / (1801 - h), left / (2001 - w):
+        assert (place.mean(), place.std()) == pytest.approx((0.5, 12 ** -0.5), abs=0.02)
+
+
+@pytest.mark.parametrize("height, width, largest", [(1, 500, 1), (500, 3, 12), (1, 1, 1), (2, 2, 4), (30, 29, 870)])
+def test_extreme_images_are_cut_too(height, width, largest):
+    """largest: pixels of the largest box whose sides are at most 4:3"""
+    boxes = draws(CONFIG, 20, height, width)[0]
+    top, left, h, w = boxes.transpose(2, 0, 1)
+    assert boxes.min() >= 0 and (top + h).max() <= height and (left + w).max() <= width
+    assert 0 < (h * w).min() and (h * w).max() <= largest
+    image = torch.full((3, height, width), 9, dtype=torch.uint8)
+    assert torch.equal(data.cut(image, boxes[0, 0], True, 32), torch.full((3, 32, 32), 9, dtype=torch.uint8))
+
+
+def test_cut_is_torchvisions_resized_crop():
+    image = Noise(1).load(0)
+    exact = tv.resized_crop(image, 3, 5, 20, 31, [16, 16], tv.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(data.cut(image, (3, 5, 20, 31), False, 16), exact)
+    assert torch.equal(data.cut(image, (3, 5, 20, 31), True, 16), exact.flip(2))
+
+
+def test_chances_and_amounts():
+    _, flips, colours = draws(CropConfig(flip=0.3), 1500, 100, 120)
+    on = (colours != 0).mean(0)                                                        # G+L 12
+    assert (flips.mean(), on[:, 0].mean(), on[:, 9].mean()) == pytest.approx((0.3, 0.8, 0.2), abs=0.02)
+    assert (on[0, 10], on[1, 10], on[2:, 10].mean()) == pytest.approx((1, 0.1, 0.5), abs=0.03)
+    assert on[1, 11] == pytest.approx(0.2, abs=0.04) and on[0, 11] == on[2:, 11].max() == 0
+    for column, middle, spread in (1, 1, 0.4), (2, 1, 0.4), (3, 1, 0.2), (4, 0, 0.1):
+        x = colours[..., column] - middle
+        assert abs(x).max() <= spread + 1e-6
+        assert (x.mean(), x.std()) == pytest.approx((0, spread / 3 ** 0.5), abs=0.01)
+    sigma = colours[..., 10][colours[..., 10] > 0]
+    assert sigma.min() >= 0.1 and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, abs=0.03)
+    orders, counts = np.unique(colours[..., 5:9].reshape(-1, 4), axis=0, return_counts=True)
+    assert [tuple(o) for o in orders] == list(itertools.permutations(range(4))) and counts.min() > 0.8 * 15000 / 24
+
+# --------------------------------------------------------------------------------
+# Masks
+
+
+@pytest.mark.parametrize("n, h, w, share, ratio, counts", [
+    (6, 3, 11, 0.5, (0.1, 0.5), [7, 12, 16]), (4, 1, 9, 0.5, (0.2, 0.9), [4, 8]), (2, 1, 1, 1, (0.1, 1), [0, 1]),
+    (4, 2, 2, 1, (0, 1), [1, 2, 3, 4]), (5, 4, 7, 0.5, (1, 1), [28, 28]), (2, 7, 7, 0.5, (0.1, 0.5), [24]),
+    (1, 7, 7, 0.5, (0.1, 0.5), []), (9, 7, 7, 0, (0.1, 0.5), []), (2, 8, 8, 1, (0, 0), [0, 0]),
+])
+def test_masks_are_exact_in_number(n, h, w, share, ratio, counts):
+    """The i-th of m masked images gets int(P linspace(*ratio, m + 1)[i + 1]) patches."""
+    for seed in range(5):
+        masks = draw_masks(np.random.default_rng(seed), n, h, w, share, ratio)
+        assert masks.shape == (n, h * w) and masks.dtype == bool
+        assert sorted(masks.sum(1)) == [0] * (n - len(counts)) + counts
+
+
+def test_masks_of_the_recipe():
+    """1274 patches for 16 images at 256 px: 16 of their 32 crops, 0.1 to 0.5 of 256 patches, in blocks."""
+    masks = np.stack([draw_masks(np.random.default_rng(seed), 32, 16, 16, 0.5, (0.1, 0.5)) for seed in range(20)])
+    assert set(masks.sum((1, 2))) == {1274} and set(masks.any(2).sum(1)) == {16}
+    batches = Batches(replace(CONFIG, global_size=256, patch_size=16, batch=16, group=16), Noise(20), 0, 16)
+    assert {len(batches.masks(step)["masked"]) for step in range(10)} == {1274}
+    assert masks.any((0, 1)).all() and masks.any((0, 2)).all()                         # any patch of any crop
+    rows = masks[masks.any(2)]
+    assert len(np.unique(rows, axis=0)) == len(rows) == 320
+    rows = rows.reshape(-1, 16, 16)
+    right, below = rows[:, :, 1:][rows[:, :, :-1]].mean(), rows[:, 1:][rows[:, :-1]].mean()
+    assert min(right, below) > 0.6                                                     # single patches: 0.37
+
+# --------------------------------------------------------------------------------
+# Batches
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    batch, again = (Batches(CONFIG, Noise(20), 0, 8)[3] for _ in range(2))
+    assert equal(batch, again)
+    for other in Batches(CONFIG, Noise(20), 0, 8)[4], Batches(replace(CONFIG, seed=1), Noise(20), 0, 8)[3]:
+        assert not any(torch.equal(batch[key], other[key]) for key in batch if key not in ("broken", "weights"))
+
+
+def test_shapes_of_a_batch_and_what_its_masks_mean():
+    batch = Batches(replace(CONFIG, mask_ratio=(0.3, 0.9)), Noise(20), 0, 8)[0]
+    assert batch["global_crops"].shape == (16, 3, 32, 32) and batch["local_crops"].shape == (24, 3, 16, 16)
+    assert batch["masks"].shape == (16, 16) and batch["masks"].dtype == torch.bool
+    image, patch = batch["masks"].nonzero(as_tuple=True)
+    assert torch.equal(batch["masked"], 16 * image + patch)
+    assert torch.equal(batch["weights"], 1 / batch["masks"].sum(1)[image].float())
+    assert len(Batches(replace(CONFIG, n_local=0), Noise(9), 0, 8)[0]["local_crops"]) == 0
+
+
+@pytest.mark.parametrize("group", [8, 4])
+def test_ranks_share_one_batch(group):
+    c = replace(CONFIG, group=group)
+    whole, *parts = (Batches(c, Noise(20), first, n)[5] for first, n in [(0, 8), (0, 4), (4, 4)])
+    for key in "global_crops", "local_crops", "masks", "colours":
+        views = [part[key].unflatten(0, (-1, 4)) for part in parts]
+        assert torch.equal(whole[key].unflatten(0, (-1, 8)), torch.cat(views, dim=1)), key
+    assert torch.equal(whole["indices"], torch.cat([part["indices"] for part in parts]))
+    if group == 4:
+        assert len(parts[0]["masked"]) == len(parts[1]["masked"])  # a rank of whole groups has constant shapes
+        assert not torch.equal(parts[0]["masks"], parts[1]["masks"])
+
+
+def test_colours_may_wait_for_the_device():
+    late = Batches(CONFIG, Noise(20), 0, 8, colour_here=False)[2]
+    assert late["global_crops"].dtype == late["local_crops"].dtype == torch.uint8
+    assert equal(data.colour_batch(late, CONFIG), Batches(CONFIG, Noise(20), 0, 8)[2])
+
+
+def test_every_epoch_visits_every_image_once_in_its_own_order():
+    batches = Batches(CONFIG, Noise(12), 0, 8)
+    series = torch.cat([batches[step]["indices"] for step in range(6)]).view(4, 12)
+    assert (series.sort(1).values == torch.arange(12)).all() and len(series.unique(dim=0)) == 4
+
+
+def test_a_neighbour_stands_in_for_an_unreadable_image():
+    good, batch = (Batches(CONFIG, Noise(8, broken), 0, 8)[0] for broken in [(), (5, 6)])
+    kept = (good["indices"] != 5) & (good["indices"] != 6)
+    assert torch.equal(batch["indices"][kept], good["indices"][kept]) and not {5, 6} & set(batch["indices"].tolist())
+    assert set(batch["broken"]) == {("noise 5", "cut short"), ("noise 6", "cut short")}
+    with pytest.raises(ValueError, match="--data: none of 3 images can be read; the last: cut short"):
+        Batches(CONFIG, Noise(3, range(3)), 0, 8)[0]

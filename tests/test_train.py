@@ -1,0 +1,248 @@
+"""The trainer: schedules, exactness of resuming and of ranks, what stops it, and what it says to mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from model import SIZES, ViT
+
+ROOT = Path(__file__).parents[1]
+MICRO = """--depth 2 --patch_size 8 --n_shapes 24 --batch 8 --steps 6 --global_size 32 --local_size 16 --n_local 2
+           --workers 0 --dino_prototypes 64 --ibot_prototypes 64 --dino_hidden 32 --ibot_hidden 32 --dino_bottleneck 16
+           --ibot_bottleneck 16 --log_every 1 --device cpu --precision fp32 --drop_path 0.3 --group 8 --koleo_group 8
+           --lr 1e-3""".split()
+
+
+def run(out, *words):
+    train.main([*MICRO, "--out", str(out), *words])
+    return rows(out)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(out, *words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", "train.py", *MICRO, "--out", str(out), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return rows(out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps, without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(out)
+    return out
+
+
+# --------------------------------------------------------------------------------
+# Numbers
+
+
+def test_schedule_corner_points():
+    s = train.schedule(0, 1.0, 0.1, 4, 10)
+    assert len(s) == 10
+    assert s[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])    # never 0, the peak right after the warm-up
+    assert s[-1] == pytest.approx(0.1)
+    assert s[4:].tolist() == sorted(s[4:], reverse=True)
+    assert train.schedule(0.04, 0.07, 0.07, 3, 6)[3:].tolist() == [0.07] * 3
+    assert train.schedule(0, 5.0, 1.0, 0, 3).tolist() == pytest.approx([5, 3, 1])
+    assert len(train.schedule(0, 1.0, 1.0, 100, 7)) == 7         # ends inside the warm-up
+
+
+def test_learning_rate_follows_the_paper():
+    recipe = train.RECIPES["7b"]
+    assert recipe.lr * recipe.lr_factor == pytest.approx(5e-5 * 4 * 2)   # batch 4096: sqrt(4)
+    assert train.RECIPES["l"].lr_factor == pytest.approx(4 * 2 ** 0.5)   # batch 2048
+
+
+def test_warm_ups_scale_with_the_steps(tmp_path):
+    c = train.configure(["--size", "7b", "--steps", "1000", "--out", str(tmp_path)])
+    assert (c.lr_warmup, c.teacher_temp_warmup, c.freeze_last_layer) == (100, 100, 5)
+    c = train.configure(["--size", "7b", "--steps", "1000", "--lr_warmup", "7", "--out", str(tmp_path)])
+    assert c.lr_warmup == 7
+
+
+def test_parameter_groups(tmp_path):
+    c = replace(train.RECIPES["l"], size="tiny", depth=3, dino_prototypes=8, ibot_prototypes=8, layer_decay=0.5)
+    student = train.make_networks(c)
+    names = {id(p): name for name, p in student.named_parameters()}
+    groups = train.parameter_groups(c, student)
+    found = {names[id(p)]: (g["lr_factor"], g["decays"], g["last_layer"]) for g in groups for p in g["params"]}
+    assert len(found) == len(names)
+    assert found["backbone.patch_embed.proj.weight"] == (0.5 ** 4 * 0.2, True, False)
+    assert found["backbone.cls_token"] == (0.5 ** 4, True, False)
+    assert found["backbone.blocks.0.attn.qkv.weight"] == (0.5 ** 3, True, False)
+    assert found["backbone.blocks.2.ls1.gamma"] == (0.5, False, False)
+    assert found["backbone.norm.weight"] == (1, False, False)
+    assert found["dino_head.mlp.0.bias"] == (1, False, False)
+    assert found["ibot_head.last_layer.weight"] == (1, True, True)
+
+
+def test_term_weights_follow_the_number_of_pairs():
+    w = train.term_weights(train.RECIPES["7b"])
+    assert (w["dino_global"], w["dino_local"]) == pytest.approx((2 / 18, 16 / 18))
+
+
+def test_ema_moves_the_teacher_alone():
+    student, teacher = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False)
+    before, target = teacher.weight.clone(), student.weight.detach().clone()
+    train.update_ema(teacher, student, 0.75)
+    assert torch.allclose(teacher.weight, 0.75 * before + 0.25 * target)
+    assert torch.equal(student.weight, target) and not teacher.weight.requires_grad
+
+
+# --------------------------------------------------------------------------------
+# Exactness
+
+GOLDEN = [7.389, 7.04, 7.1229, 7.4049, 7.1294, 6.9973]  # float32, AVX-512; other machines differ by 1e-3 or less
+
+
+def test_golden_losses(whole):
+    assert [row["loss"] for row in rows(whole)] == pytest.approx(GOLDEN, abs=5e-3)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
+    run(tmp_path / "parts", "--stop_after", "2")
+    train.main(["--out", str(tmp_path / "parts"), "--resume", "--stop_after", "1"])
+    train.main(["--out", str(tmp_path / "parts"), "--resume"])
+    a, b = load_file(whole / "teacher.safetensors"), load_file(tmp_path / "parts/teacher.safetensors")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [r["loss"] for r in rows(whole)] == [r["loss"] for r in rows(tmp_path / "parts")]
+
+
+def test_two_ranks_equal_one_and_their_checkpoint_resumes_on_one(whole, tmp_path):
+    out = tmp_path / "two"
+    torchrun(out, "--stop_after", "4")
+    train.main(["--out", str(out), "--resume"])
+    for one, two in zip(rows(whole), rows(out), strict=True):
+        for name in ("dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"):
+            assert one[name] == pytest.approx(two[name], rel=2e-4), name  # 2e-5 measured
+
+
+def test_workers_do_not_change_the_run(whole, tmp_path):
+    assert [r["loss"] for r in run(tmp_path, "--workers", "2", "--steps", "6")] == [r["loss"] for r in rows(whole)]
+
+
+def test_run_leaves_its_files(whole):
+    config = json.loads((whole / "config.json").read_text())
+    assert config["lr_scaled"] == pytest.approx(1e-3 * 4 * (8 / 1024) ** 0.5)
+    assert config["torch"] == torch.__version__
+    assert {"step", "loss", "dino_global", "dino_local", "ibot", "koleo", "lr", "images_per_s"} <= rows(whole)[0].keys()
+
+
+# --------------------------------------------------------------------------------
+# Stops
+
+
+def test_non_finite_loss_stops_before_the_step_and_names_term_and_images(tmp_path, monkeypatch):
+    stepped, real = [], train.koleo_loss
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append(1))
+    monkeypatch.setattr(train, "koleo_loss", lambda *args: real(*args) * (float("nan") if stepped else 1))
+    with pytest.raises(ValueError, match=r"step 1, rank 0: koleo is nan.*Images: shapes \d+, shapes \d+"):
+        run(tmp_path)
+    assert stepped == [1]
+
+
+def test_ctrl_c_saves_and_leaves(whole, tmp_path, monkeypatch):
+    real = train.update_ema
+
+    def press(*args):
+        real(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(train, "update_ema", press)
+    run(tmp_path / "a")
+    assert [row["step"] for row in rows(tmp_path / "a")] == [0]
+    monkeypatch.setattr(train, "update_ema", real)
+    train.main(["--out", str(tmp_path / "a"), "--resume"])
+    assert [r["loss"] for r in rows(tmp_path / "a")] == [r["loss"] for r in rows(whole)]
+
+
+def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(7):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i}.jpg")
+    whole = (photos / "3.jpg").read_bytes()
+    (photos / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "5.jpg").write_text("<html>not an image</html>")
+    metrics = run(tmp_path / "run", "--data", str(photos), "--steps", "2")
+    assert metrics[-1]["unreadable"] == 2
+    said = capsys.readouterr().out
+    assert "skipped unreadable" in said and "3.jpg" in said and "5.jpg" in said
+
+
+def test_truncated_checkpoint(whole, tmp_path):
+    import shutil
+    shutil.copytree(whole, tmp_path / "copy")
+    part = next((tmp_path / "copy/checkpoint").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is cut short: 1000 bytes of"):
+        train.main(["--out", str(tmp_path / "copy"), "--resume", "--steps", "8"])
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--data", "nowhere"], "nowhere does not exist"),
+    (["--data", "EMPTY"], "no image in"),
+    (["--size", "xl"], "unknown size 'xl'; choose one of tiny, s"),
+    (["--stpes", "3"], "unknown option --stpes; did you mean --steps"),
+    (["--steps", "1.5"], "--steps wants int, got '1.5'"),
+    (["--global_size", "4"], "smaller than a patch of 8 pixels"),
+    (["--global_size", "60"], "not a multiple of the patch"),
+    (["--device", "abacus"], "--device abacus is not here"),
+    (["--resume"], "no run to go on with"),
+    (["--batch", "12", "--group", "8"], "not a multiple of --group 8"),
+])
+def test_mistakes_end_in_one_line(words, says, tmp_path):
+    words = [str(tmp_path) if word == "EMPTY" else word for word in words]
+    with pytest.raises(ValueError, match=says) as error:
+        train.main([*MICRO, "--out", str(tmp_path / "out"), *words])
+    assert "\n" not in str(error.value)
+
+
+def test_a_finished_run_is_not_overwritten(whole):
+    with pytest.raises(ValueError, match="holds a run already; add --resume"):
+        run(whole)
+
+
+def test_batch_must_divide_by_ranks(tmp_path):
+    c = train.configure([*MICRO, "--batch", "9", "--group", "9", "--koleo_group", "9", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="--batch 9 is not divisible by 2 ranks; try 8"):
+        train.train(c, train.Ranks(0, 2, torch.device("cpu"), None))
+
+
+def test_exit_code_is_2_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--siez", "s"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: unknown option --siez; did you mean --size? --help lists all\n"
+
+
+# --------------------------------------------------------------------------------
+# The largest
+
+
+def test_7b_cut_to_two_layers_takes_a_step_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)  # 5 GB
+    words = """--size 7b --depth 2 --batch 2 --n_shapes 4 --n_local 1 --global_size 32 --local_size 16 --steps 1
+               --workers 0 --device cpu --precision bf16 --dino_hidden 64 --dino_prototypes 64 --ibot_hidden 64
+               --ibot_prototypes 64""".split()
+    train.main([*words, "--out", str(tmp_path)])
+    assert np.isfinite(rows(tmp_path)[0]["loss"])
+    with torch.device("meta"):
+        whole = ViT(SIZES["7b"])
+    assert sum(p.numel() for p in whole.parameters()) == 6_716_043_264
