@@ -254,8 +254,8 @@ def scrap(rng, near, wall):
 
 
 def layout(rng):
-    near, horizon, x, y = rng.uniform((2, 0.2, -0.25, 0.35), (3.5, 0.42, 0.25, 0.65)).tolist()
-    size = math.sqrt(rng.uniform(0.28, 0.54) / AREA)  # radius of the main object on the image, from the share it covers
+    near, horizon, x, y = rng.uniform((2, 0.2, -0.3, 0.3), (3.5, 0.42, 0.3, 0.7)).tolist()
+    size = math.sqrt(rng.uniform(0.5, 0.9) / AREA)  # radius of the main object on the image, from the share it covers
     main = tile(rng, x, near, size * near / FOCAL)
     height = near * (y + rise(main.kind, main.roll) * size - horizon) / FOCAL  # puts such a tile on the ground
     wall, tiles = near * rng.uniform(2.4, 4), [main]
