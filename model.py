@@ -153,8 +153,11 @@ class Subset:
     def take(self, x):
         return x if self.rows is None else x[self.rows]
 
-    def add(self, x, y):
-        return x + y if self.rows is None else x.index_add(0, self.rows, (y * self.scale).to(x.dtype))
+    def add(self, x, y, gamma):
+        """The residual sum x + gamma y, of the tokens that y is of."""
+        if self.rows is None:
+            return torch.addcmul(x, y, gamma)
+        return x.index_add(0, self.rows, (y * gamma * self.scale).to(x.dtype))
 
 
 class Packing:
@@ -230,8 +233,8 @@ class Attention(nn.Module):
         """x  T D    n_images, rope  of each crop group    returns  T D"""
         sizes = [n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True)]
         groups = zip(self.qkv(x).split(sizes), n_images, rope, strict=True)
-        return self.proj(torch.cat([self.attend(qkv, n, *tables) if n else qkv[:, : x.shape[1]]
-                                    for qkv, n, tables in groups]))
+        out = [self.attend(qkv, n, *tables) if n else qkv[:, : x.shape[1]] for qkv, n, tables in groups]
+        return self.proj(torch.cat(out) if len(out) > 1 else out[0])
 
     def attend(self, qkv, B, cos, sin):
         qkv = qkv.view(B, len(cos), 3, self.heads, -1)                        # B N 3 A E
@@ -266,10 +269,7 @@ class LayerScale(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.start = config.layerscale
-        self.gamma = nn.Parameter(torch.empty(config.width))
-
-    def forward(self, x):
-        return x * self.gamma
+        self.gamma = nn.Parameter(torch.empty(config.width))  # Subset.add multiplies by it
 
 
 class Block(nn.Module):
@@ -285,8 +285,8 @@ class Block(nn.Module):
     def forward(self, x, rope, subsets):
         """x  T D    rope  cos, sin of each crop group    subsets  of the attention, of the MLP    returns  T D"""
         attention, mlp = subsets
-        x = attention.add(x, self.ls1(self.attn(self.norm1(attention.take(x)), attention.n_images, rope)))
-        return mlp.add(x, self.ls2(self.mlp(self.norm2(mlp.take(x)))))
+        x = attention.add(x, self.attn(self.norm1(attention.take(x)), attention.n_images, rope), self.ls1.gamma)
+        return mlp.add(x, self.mlp(self.norm2(mlp.take(x))), self.ls2.gamma)
 
 
 class PatchEmbed(nn.Module):
@@ -378,7 +378,7 @@ class ViT(nn.Module):
             tokens.append(torch.cat([prefix.to(image.dtype), patches.to(image.dtype)], dim=1).flatten(0, 1))  # (B N) D
         n_images = [len(image) for image in images]
         packing = Packing(self.config, self.rope_embed.periods, grids, n_images, noise)
-        return torch.cat(tokens), packing, grids                                               # T D
+        return torch.cat(tokens) if len(tokens) > 1 else tokens[0], packing, grids             # T D
 
     def unpack(self, x, packing, images, grids):
         """Packed tokens -> Features of each crop group, after the final norm."""

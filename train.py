@@ -226,18 +226,15 @@ class Ranks:
     group: object  # torch.distributed process group, or None
 
     @property
-    def mean(self):
-        return lambda x: x if self.group is None else all_reduce(x, self.group) / self.count
-
-    @property
     def main(self):
         return self.rank == 0
 
-
-def all_reduce(x, group):
-    x = x.clone()
-    dist.all_reduce(x, group=group)
-    return x
+    def mean(self, x):
+        """Of all ranks' x; the same on each."""
+        if self.group is not None:
+            x = x.clone()
+            dist.all_reduce(x, group=self.group)
+        return x / self.count
 
 
 def start_ranks(device):
@@ -479,7 +476,7 @@ class Interrupt:
             return self.asked
         if step % log_every:
             return False
-        return bool(all_reduce(torch.tensor(float(self.asked), device=ranks.device), ranks.group))
+        return bool(ranks.mean(torch.tensor(float(self.asked), device=ranks.device)))
 
 
 class Finite:
@@ -503,6 +500,13 @@ class Finite:
             images = ", ".join(source.name(i) for i in batch["indices"].tolist())
             raise ValueError(f"step {step}, rank {ranks.rank}: {', '.join(bad)}; stopped before the optimizer "
                              f"step, the last checkpoint stands. Images: {images}")
+
+
+def check_norms(step, norms):
+    """Raises ValueError if the last step's gradients were not finite: what it left must not become a checkpoint."""
+    bad = [f"{name} is {norm.item()}" for name, norm in norms.items() if not norm.isfinite()]
+    if bad:
+        raise ValueError(f"step {step - 1}: {', '.join(bad)}; its weights are not saved, the last checkpoint stands")
 
 
 def print_plan(c, ranks, source, student):
@@ -546,13 +550,14 @@ def train(c, ranks):
     batches = Batches(c, source, ranks.rank * samples, samples, colour_here=on_host)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = iter(loader(batches, range(start, c.steps), c.workers, pin_memory=ranks.device.type == "cuda"))
-    interrupt, unreadable, clock, logged = Interrupt(), {}, time.perf_counter(), start
+    interrupt, norms, unreadable, clock, logged = Interrupt(), {}, {}, time.perf_counter(), start
     bar = tqdm(total=c.steps, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True)
 
     for step in range(start, c.steps + 1):
         # save: at the end, once in a while, and before leaving
         leave = step == c.steps or step == start + c.stop_after > start or interrupt.agreed(ranks, step, c.log_every)
         if step > start and (leave or step % c.save_every == 0):
+            check_norms(step, norms)
             save_checkpoint(c, ranks, step, student, teacher, optimizer)
         if leave:
             break

@@ -178,8 +178,8 @@ def test_stochastic_depth_skips_and_is_the_masked_sum():
         prefix = torch.cat([vit.cls_token, vit.storage_tokens], 1).expand(n, -1, -1)
         x = torch.cat([prefix, vit.patch_embed(image)], 1)                                   # n N D
         for block, (attn, mlp), *tables in zip(vit.blocks, weight, *rope, strict=True):
-            x = x + attn * block.ls1(block.attn(block.norm1(x).flatten(0, 1), [n], [tables])).view_as(x)
-            x = x + mlp * block.ls2(block.mlp(block.norm2(x)))
+            x = x + attn * block.ls1.gamma * block.attn(block.norm1(x).flatten(0, 1), [n], [tables]).view_as(x)
+            x = x + mlp * block.ls2.gamma * block.mlp(block.norm2(x))
         assert error(tokens(out), vit.norm(x)) < 1e-5                                        # measured: 0
 
 

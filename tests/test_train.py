@@ -158,6 +158,13 @@ def test_non_finite_loss_stops_before_the_step_and_names_term_and_images(tmp_pat
     assert stepped == [1]
 
 
+def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "clip_gradients", lambda *args: dict(grad_norm_backbone=torch.tensor(float("inf"))))
+    with pytest.raises(ValueError, match="step 5: grad_norm_backbone is inf; its weights are not saved"):
+        run(tmp_path)
+    assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "teacher.safetensors").exists()
+
+
 def test_ctrl_c_saves_and_leaves(whole, tmp_path, monkeypatch):
     real = train.update_ema
 
