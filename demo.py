@@ -11,6 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 import config as command_line
 import evaluate
 import train
@@ -43,13 +45,16 @@ def train_or_resume():
     return seconds
 
 
-def measure(weights):
-    """k-NN and linear top-1 of one kind of feature, in percent."""
-    top1 = {}
-    for task, metric in ("knn", "top1_k20"), ("linear", "top1"):
-        options = ["--task", task, "--weights", weights, "--iterations", "1000", "--device", "cpu"]
-        top1[task] = evaluate.evaluate(evaluate.configure(options))[metric]
-    return top1
+def measure():
+    """(name, k-NN top-1, linear top-1) of each of ROWS, in percent; features are extracted once."""
+    c, device, scores = evaluate.configure(["--iterations", "1000", "--device", "cpu"]), torch.device("cpu"), []
+    splits = evaluate.open_splits(c)
+    for name, weights in ROWS:
+        model, normalisation = evaluate.load_model(weights, "")
+        sets = [evaluate.extract(model, normalisation, source, chosen, c, device) for source, chosen in splits]
+        knn, linear = (task(*sets, len(splits[0][0].classes), c, device) for task in (evaluate.knn, evaluate.linear))
+        scores.append((name, knn["top1_k20"], linear["top1"]))
+    return scores
 
 
 def loss_picture(path):
@@ -68,15 +73,15 @@ def loss_picture(path):
 
 def main(argv):
     seconds = train_or_resume()
-    scores = [(name, measure(weights)) for name, weights in ROWS]
+    scores = measure()
     loss_picture(OUT / "losses.png")
     pictures = [f"shapes:{i}" for i in range(6)]
     visualize.main(["pca", *pictures, "--weights", str(OUT), "--out", str(OUT / "pca.png")])
     visualize.main(["similarity", *pictures[:3], "--weights", str(OUT), "--out", str(OUT / "similarity.png")])
 
     print(f"\n{'shapes: 12 classes, 2000 train, 500 val':42} {'k-NN':>7} {'linear':>7}")
-    for name, top1 in scores:
-        print(f"{name:42} {top1['knn']:6.1f}% {top1['linear']:6.1f}%")
+    for name, knn, linear in scores:
+        print(f"{name:42} {knn:6.1f}% {linear:6.1f}%")
     print(f"{'trained in':42} {seconds / 60:6.1f} min")
     print(f"\npictures: {OUT}/pca.png  {OUT}/similarity.png  {OUT}/losses.png\n\nnext:")
     print("  .venv/bin/python train.py --data FOLDER_OF_PHOTOS --out runs/photos   your own images, no labels needed")
