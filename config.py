@@ -80,7 +80,8 @@ def describe(config):
     """One line for each field: name, value, and the comment that stands beside it in the source."""
     source = "".join(inspect.getsource(kind) for kind in reversed(type(config).__mro__[:-1]))
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    value = {field: str(getattr(config, field)).replace(" ", "").strip("()") for field in types(config)}
+    value = {field: ",".join(f"{v:.3g}" for v in old) if type(old := getattr(config, field)) is tuple else str(old)
+             for field in types(config)}
     return "\n".join(f"  --{field:18} {value[field] or '-':14} {notes.get(field, '')}" for field in value)
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=1e-5)
         self.local_cls_norm = nn.LayerNorm(D, eps=1e-5) if config.local_norm else None
+        self.checkpointing = False  # the trainer's choice: keep only the blocks' inputs for the backward pass
         set_std(self, config.init_std)
         if not self.cls_token.is_meta:
             initialise(self)
@@ -347,7 +349,10 @@ class ViT(nn.Module):
             images, masks = [images], [masks]
         x, packing, grids = self.embed(images, masks or [None] * len(images), noise)
         for block, rope, subsets in zip(self.blocks, packing.rope, packing.subsets, strict=True):
-            x = block(x, rope, subsets)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, subsets, use_reentrant=False)
+            else:
+                x = block(x, rope, subsets)
         features = self.unpack(x, packing, images, grids)
         return features[0] if one else features
 

@@ -67,17 +67,17 @@ class TrainConfig(CropConfig):
     depth: int = 0                 # blocks; 0 = the size's own
     patch_size: int = 0            # pixels; 0 = the size's own
     mean: tuple = SIZES["tiny"].mean  # of the images' channels, RGB in [0, 1]; kept with the weights
-    std: tuple = SIZES["tiny"].std
+    std: tuple = SIZES["tiny"].std  # the same: standard deviation
     group: int = 16                # consecutive samples that masks and stochastic depth are drawn for together
     drop_path: float = 0.0         # share of samples that skip a branch, the same in all blocks
     rope_rescale: float = 2.0      # RoPE box jitter: coordinates times a factor in [1/this, this]
-    checkpointing: bool = False    # recompute a block's activations in the backward pass: less memory, a third slower
+    checkpointing: bool = False    # recompute the blocks' activations in the backward pass: less memory, slower
     dino_hidden: int = 2048        # H of the DINO head
     dino_bottleneck: int = 256     # Z
     dino_prototypes: int = 65536   # K
     ibot_hidden: int = 2048        # the same of the iBOT head
-    ibot_bottleneck: int = 256
-    ibot_prototypes: int = 65536
+    ibot_bottleneck: int = 256     # Z
+    ibot_prototypes: int = 65536   # K
     prototype_std: float = 0.02    # of both heads' last layer at the start
     lr: float = 1e-3               # peak, before the factor 4 sqrt(batch / 1024)
     lr_end: float = 1e-6           # before the same factor; cosine after the warm-up; the peak itself = constant
@@ -97,8 +97,8 @@ class TrainConfig(CropConfig):
     patch_embed_lr: float = 0.2    # further factor on the patch embedding's lr
     freeze_last_layer: int = 10    # first steps in which the prototypes do not move
     local_weight: float = 1.0      # factor on the DINO term of local crops
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
+    ibot_weight: float = 1.0       # factor on the iBOT term
+    koleo_weight: float = 0.1      # factor on the KoLeo term of each global crop
     koleo_group: int = 16          # consecutive samples that KoLeo looks for neighbours in
 
     @property
@@ -276,6 +276,7 @@ def build_networks(c, ranks):
     """Student or teacher: the same start values; sharded over the ranks, block by block, if there are several."""
     with torch.device("meta"):
         networks = make_networks(c)
+    networks["backbone"].checkpointing = c.checkpointing
     if ranks.group is not None:
         mesh = init_device_mesh(ranks.device.type, (ranks.count,))
         # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used

@@ -1,6 +1,7 @@
 """config.py: what a command line may look like, what its mistakes say, and that help shows the comments in the code."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -119,7 +120,7 @@ def test_devices():
 def test_describe_shows_values_and_comments_of_a_class_and_its_parent():
     lines = {line.split()[0]: line for line in config.describe(Options(name="")).splitlines()}
     assert list(lines) == ["--scale", "--flip", "--name", "--steps", "--long_name"]
-    assert lines["--scale"].split() == "--scale 0.3,1.0 share of the area: a, b".split()
+    assert lines["--scale"].split() == "--scale 0.3,1 share of the area: a, b".split()
     assert lines["--flip"].split() == "--flip 0.25 overrides the parent's".split()
     assert lines["--name"].split() == "--name - of the run # second half".split()
     assert lines["--steps"].split() == ["--steps", "10"]
@@ -159,3 +160,14 @@ def test_what_we_say_on_purpose_is_one_line(tmp_path, body, code, says):
 def test_bugs_keep_their_traceback(tmp_path, body):
     code, said = program(tmp_path, body)
     assert code == 1 and "Traceback" in said
+
+
+def test_every_option_is_read():
+    """An option that nothing reads would train on without a word."""
+    from evaluate import EvaluateConfig
+    from visualize import VisualizeConfig
+
+    for kind, files in (TrainConfig, "train data"), (EvaluateConfig, "evaluate"), (VisualizeConfig, "visualize"):
+        source = "".join((ROOT / f"{name}.py").read_text() for name in files.split())
+        unread = [f.name for f in fields(kind) if not re.search(rf"\b(c|cfg|config|self)\.{f.name}\b", source)]
+        assert not unread

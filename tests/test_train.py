@@ -127,7 +127,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
 
 def test_two_ranks_equal_one_and_their_checkpoint_resumes_on_one(whole, tmp_path):
     out = tmp_path / "two"
-    torchrun(out, "--stop_after", "4")
+    torchrun(out, "--stop_after", "4", "--checkpointing")
     train.main(["--out", str(out), "--resume"])
     for one, two in zip(rows(whole), rows(out), strict=True):
         for name in ("dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"):
