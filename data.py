@@ -343,7 +343,7 @@ def draw_masks(rng, n, h, w, share, ratio):
     n_masked = int(n * share)
     counts = (h * w * np.linspace(*ratio, n_masked + 1)[1:]).astype(int)
     masks = np.zeros((n, h * w), bool)
-    for i, count in zip(rng.permutation(n), counts, strict=False):
+    for i, count in zip(rng.permutation(n)[:n_masked], counts, strict=True):
         masks[i] = draw_mask(rng, h, w, count)
     return masks
 

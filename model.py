@@ -188,7 +188,7 @@ class Packing:
         for block in range(depth):
             for branch in range(2):
                 kept = [np.flatnonzero(mask[block, branch]) for mask, _ in masks]
-                for images, start, N, (_, scale) in zip(kept, starts, self.n_tokens, masks, strict=False):
+                for images, start, N, (_, scale) in zip(kept, starts[:-1], self.n_tokens, masks, strict=True):
                     rows.append((start + images[:, None] * N + np.arange(N)).ravel())
                     scales.append(np.full(len(rows[-1]), scale, np.float32))
                 counts.append([len(images) for images in kept])

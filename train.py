@@ -239,6 +239,7 @@ class Ranks:
 
 def start_ranks(device):
     torch.set_flush_denormal(True)  # CPU: Adam's second moments sink to where arithmetic is slow
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     kind = command_line.choose_device(device).type
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device(kind), None)
@@ -411,9 +412,7 @@ def save_checkpoint(c, ranks, step, student, teacher, optimizer):
         new.mkdir(parents=True)
     if ranks.group is not None:
         dist.barrier()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(training_state(student, teacher, optimizer), checkpoint_id=new)
+    dcp.save(training_state(student, teacher, optimizer), checkpoint_id=new)
     backbone = teacher["backbone"]
     state = {k: v.full_tensor().cpu() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}
     if ranks.main:
@@ -444,9 +443,7 @@ def load_checkpoint(c, student, teacher, optimizer):
             raise ValueError(f"--resume: {folder / name} is cut short: {found} bytes of {size}; "
                              "restore it from a copy, or start again in another folder")
     state = training_state(student, teacher, optimizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder)
     teacher.load_state_dict(state["teacher"])
     set_state_dict(student, optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"])
     return note["step"]

@@ -86,7 +86,7 @@ def test_depth_orders_occlusion(scenes):
     for one in scenes[:100]:
         ids = np.unique(one.instances)[1:]
         medians = [float(np.median(one.depth[one.instances == i])) for i in ids]
-        ordered += all(a < b + 0.5 for a, b in zip(medians, medians[1:], strict=False))
+        ordered += all(a < b + 0.5 for a, b in zip(medians[:-1], medians[1:], strict=True))
         floor = np.array([one.depth[r][one.instances[r] == 0].max(initial=0) for r in range(48)])[:, None]
         known = np.broadcast_to(floor > 0, one.depth.shape) & (one.instances > 0)
         assert (one.depth < floor)[known].mean() > 0.999  # a lowest pixel may touch the ground
