@@ -238,7 +238,6 @@ class Ranks:
 
 
 def start_ranks(device):
-    torch.set_flush_denormal(True)  # CPU: Adam's second moments sink to where arithmetic is slow
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     kind = command_line.choose_device(device).type
     if "RANK" not in os.environ:
