@@ -179,20 +179,6 @@ def scallops(u, v):
     return 0.11 - np.minimum(np.abs(v - row - here), np.abs(v - row - 1 - above))
 
 
-def pluses(u, v):
-    u, v = fold(u), fold(v)
-    return 0.13 - np.maximum(np.minimum(u, v), np.maximum(u, v) - 0.25)
-
-
-def hexagon(u, v):
-    u, v = fold(u), 1.732 * fold(v / 1.732)
-    return np.maximum(u, 0.5 * u + 0.866 * v)
-
-
-def triangles(a, b):
-    return chess(np.floor(a) + np.floor(b) + np.floor(-a - b), fold(a), fold(b), fold(a + b))
-
-
 STRUCTURES = (  # in the order of CLASSES: adjective, periods per radius, distance into the pattern in periods
     ("dotted", 2.8, lambda u, v: 0.3 - np.sqrt(fold(u) ** 2 + fold(v) ** 2)),
     ("checked", 3.2, lambda u, v: chess(np.floor(u) + np.floor(v), fold(u), fold(v))),
@@ -201,11 +187,11 @@ STRUCTURES = (  # in the order of CLASSES: adjective, periods per radius, distan
     ("zigzag", 4.5, lambda u, v: 0.65 * (0.25 - fold(v + 1.2 * fold(u)))),
     ("scaly", 3.8, scallops),
     ("woven", 1.9, lambda u, v: 0.12 - fold(2 * np.where((np.floor(u) + np.floor(v)) % 2, u, v)) / 2),
-    ("plus-marked", 4.0, pluses),
+    ("pleated", 2.5, lambda u, v: 0.25 - fold(u)),
     ("ringed", 6.0, lambda u, v: 0.25 - fold(4 * np.sqrt(fold(u / 4) ** 2 + fold(v / 4) ** 2))),
-    ("honeycombed", 2.8, lambda u, v: 0.4 - np.minimum(hexagon(u, v), hexagon(u + 0.5, v + 0.866))),
-    ("speckled", 3.8, lambda u, v: 0.9 * (noise(u * 52, v * 52) - 0.52)),
-    ("harlequin", 2.0, lambda u, v: triangles(u, 0.866 * v - 0.5 * u)),
+    ("ribbed", 6.0, lambda u, v: 0.25 - fold(v)),
+    ("stippled", 6.0, lambda u, v: 0.3 - np.sqrt(fold(u) ** 2 + fold(v) ** 2)),
+    ("pinstriped", 6.0, lambda u, v: 0.25 - fold(u)),
 )
 TEXTURES = {  # of s, t to 0..1
     "grainy": lambda s, t: noise(40 * s, 40 * t),
@@ -254,16 +240,16 @@ def scrap(rng, near, wall):
 
 
 def layout(rng):
-    near, horizon, x, y = rng.uniform((2, 0.2, -0.3, 0.3), (3.5, 0.42, 0.3, 0.7)).tolist()
-    size = math.sqrt(rng.uniform(0.5, 0.9) / AREA)  # radius of the main object on the image, from the share it covers
+    near, horizon, x, y = rng.uniform((2, 0.2, -0.4, 0.2), (3.5, 0.42, 0.4, 0.8)).tolist()
+    size = math.sqrt(rng.uniform(0.35, 0.9) / AREA)  # radius of the main object on the image, from the share it covers
     main = tile(rng, x, near, size * near / FOCAL)
     height = near * (y + rise(main.kind, main.roll) * size - horizon) / FOCAL  # puts such a tile on the ground
     wall, tiles = near * rng.uniform(2.4, 4), [main]
     for _ in range(rng.integers(1, 5)):
-        z, radius = rng.uniform(1.3 * near, 0.8 * wall), main.radius * rng.uniform(0.7, 1.1)
+        z, radius = rng.uniform(1.2, 1.9) * near, main.radius * rng.uniform(0.7, 1.1)
         room = {p: min(abs(p - t.x / t.z * FOCAL) / (radius / z + t.radius / t.z) for t in tiles)
                 for p in rng.uniform(-0.5, 0.5, 4).tolist()}  # fmt: skip
-        company = main.kind if rng.random() < 0.6 else None  # things of a kind flock together
+        company = main.kind if rng.random() < 0.9 else None  # things of a kind flock together
         tiles.append(tile(rng, max(room, key=room.get), z, radius, company))
     if rng.random() < 0.4:  # a small one before the main object's left or right
         x += rng.choice((-1, 1)) * size * rng.uniform(0.7, 1.1)
