@@ -34,7 +34,7 @@ class EvaluateConfig:
     task: str = ""             # knn, linear
     weights: str = ""          # a run's folder, a weights file, pixels, or untrained:SIZE
     data: str = "shapes"       # a folder with train/CLASS/... and val/CLASS/..., or shapes
-    size: str = ""             # s, b, ...: of a .pth file, which does not say
+    size: str = ""             # s, b, convnext_t, ...: stop if the weights are of another
     resolution: int = 0        # pixels of the square that the network sees; 0 = 224 for photos, 80 for shapes
     batch: int = 64            # images at a time
     limit: int = 0             # images of each split, evenly spaced; 0 = all (shapes: 2000 train, 500 val)

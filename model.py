@@ -481,7 +481,7 @@ def initial_value(part, leaf, x, generator):
     """Fills x, in place, with the start value of the parameter or buffer `leaf` of the module `part`."""
     if isinstance(part, nn.LayerNorm):
         x.fill_(leaf == "weight")
-    elif isinstance(part, nn.Conv2d):
+    elif isinstance(part, nn.Conv2d) and not hasattr(part, "std"):  # patches; convnext.py's are drawn like linears
         bound = (part.in_channels * math.prod(part.kernel_size)) ** -0.5
         x.uniform_(-bound, bound, generator=generator)
     elif leaf == "weight":

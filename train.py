@@ -10,7 +10,6 @@ Pretrain a DINOv3 ViT.
     schedule               values for all steps, as arrays
     teacher_targets        balanced assignments of the global crops      DINOv3 §3.2
     loss_terms             DINO, iBOT, KoLeo                             DINOv3 eq. 1
-    save_checkpoint        what continues bit for bit, on any number of ranks
     train                  the loop
 
 Everything random in a step is a function of (seed, step, sample or block). Dimension letters: see the top of model.py.
@@ -19,7 +18,6 @@ Everything random in a step is a function of (seed, step, sample or block). Dime
 import json
 import math
 import os
-import shutil
 import signal
 import time
 import warnings
@@ -29,19 +27,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import config as command_line
+from checkpoint import load_checkpoint, save_checkpoint, start_from
 from data import Batches, CropConfig, colour_batch, loader, open_source
+from layouts import size_of
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
-from model import SIZES, Noise, ProjectionHead, ViT, initialise
-from weights import commit, save_backbone
+from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, initialise
+from weights import commit, identify
 
 # --------------------------------------------------------------------------------
 # Configuration
@@ -54,6 +52,7 @@ class TrainConfig(CropConfig):
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # images of the generated set
     out: str = ""                  # folder of the run; empty = runs/SIZE
+    init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
     resume: bool = False           # go on from OUT's checkpoint, with its config
     seed: int = 0                  # of weights, crops, masks, stochastic depth
     device: str = "auto"           # auto, cpu, cuda, mps
@@ -153,6 +152,8 @@ def configure(argv):
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     if values.get("resume", "").lower() == "true":
         return resumed_config(values)
+    if values.get("init"):
+        values = say_init(values["init"]) | values
     size = values.get("size", "tiny")
     if size not in RECIPES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(RECIPES)}")
@@ -165,6 +166,17 @@ def configure(argv):
     if Path(c.out, "checkpoint").exists():
         raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
     return c
+
+
+def say_init(path):
+    """What a weights file says of itself, as options: those of the command line stand above them."""
+    found = identify(path).config
+    size = size_of(found).partition(",")[0]
+    if not isinstance(found, ViTConfig) or found.in_chans != 3 or size not in RECIPES:
+        raise ValueError(f"--init {path} is {size_of(found)}, {found.in_chans} channels; it must be a ViT for RGB, "
+                         f"one of {', '.join(RECIPES)}")
+    names = "depth", "patch_size", "mean", "std"
+    return dict(size=size) | {name: str(getattr(found, name)) for name in names}
 
 
 def resumed_config(values):
@@ -393,61 +405,6 @@ def health(c, targets, cls):
     return dict(dino_entropy=entropy.item(), prototypes_used=used, cls_rank=rank.item())
 
 # --------------------------------------------------------------------------------
-# Checkpoints
-
-
-def training_state(student, teacher, optimizer):
-    """Student, teacher and optimizer by parameter name, so that any number of ranks can take its part."""
-    student_state, optimizer_state = get_state_dict(student, optimizer)
-    return dict(student=student_state, teacher=teacher.state_dict(), optimizer=optimizer_state)
-
-
-def save_checkpoint(c, ranks, step, student, teacher, optimizer):
-    """OUT/checkpoint and OUT/teacher.safetensors, each replaced whole: a kill leaves the old or the new."""
-    out = Path(c.out)
-    new, final, old = (out / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
-    if ranks.main:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-    if ranks.group is not None:
-        dist.barrier()
-    dcp.save(training_state(student, teacher, optimizer), checkpoint_id=new)
-    backbone = teacher["backbone"]
-    state = {k: v.full_tensor().cpu() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}
-    if ranks.main:
-        sizes = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
-        (new / "step.json").write_text(json.dumps(dict(step=step, sizes=sizes)))
-        save_backbone(backbone, out / "teacher.safetensors", dict(size=c.size, step=step), state)
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    if ranks.group is not None:
-        dist.barrier()
-
-
-def load_checkpoint(c, student, teacher, optimizer):
-    """Fills the networks and the optimizer in place; returns the next step. Raises ValueError if damaged."""
-    folder = Path(c.out, "checkpoint")
-    if not folder.exists() and Path(c.out, "checkpoint.old").exists():
-        folder = Path(c.out, "checkpoint.old")  # killed between two renames
-    try:
-        note = json.loads((folder / "step.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--resume: {folder} is no checkpoint ({error}); start again without --resume") from error
-    for name, size in note["sizes"].items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else 0
-        if found != size:
-            raise ValueError(f"--resume: {folder / name} is cut short: {found} bytes of {size}; "
-                             "restore it from a copy, or start again in another folder")
-    state = training_state(student, teacher, optimizer)
-    dcp.load(state, checkpoint_id=folder)
-    teacher.load_state_dict(state["teacher"])
-    set_state_dict(student, optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"])
-    return note["step"]
-
-# --------------------------------------------------------------------------------
 # Interrupts and reports
 
 
@@ -531,6 +488,8 @@ def train(c, ranks):
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks; try {near}")
     source = open_source(c.data, c.n_shapes, c.seed)
     student, teacher = build_networks(c, ranks), build_networks(c, ranks)
+    if c.init and not c.resume:
+        start_from(c.init, ranks, student, teacher)
     teacher.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(parameter_groups(c, student), betas=(c.beta1, c.beta2), fused=True)
     start = load_checkpoint(c, student, teacher, optimizer) if c.resume else 0

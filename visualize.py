@@ -3,11 +3,21 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
 
     python visualize.py pca shapes:3 shapes:8 --weights runs/tiny --out pca.png       generated images, files, a folder
     python visualize.py pca PHOTOS --weights runs/s --out pca.png --resolution 512 --foreground 0.5
-    python visualize.py similarity dog.jpg --weights runs/s --out dog.png --point 0.3,0.6
+    python visualize.py similarity dog.jpg --weights runs/s --out dog.png --point 0.3,0.6 --layers 8
+    python visualize.py attention dog.jpg --weights runs/s --out heads.png        photo, mean, head 0, 1, ... by row
+    python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
 
     patch_features       images of any size -> maps of patches
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
+    attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
+
+Why does my PCA look wrong?
+    coarse              a colour is a patch, 16 pixels: --resolution 1024; papers show larger inputs, not upsampling
+    noise               images want the mean and std of training: our files carry theirs; a .pth is taken for web images
+    colours disagree    every command fits its own basis: name all images in one, and a colour means one thing
+    background is loud  component 1 often is the object itself: --foreground 0.5 colours that alone
+    all is shifted      class token and registers come first, 1 + R of them: take features.patches, not x[:, 1:]
 """
 
 from dataclasses import dataclass
@@ -22,23 +32,24 @@ from tqdm import tqdm
 
 import config as command_line
 import shapes
+from attention import attention_row
 from data import EXTENSIONS, read_image, resize
+from explore import HEAT, page
 from weights import load_backbone
 
-MODES = "pca", "similarity"
+MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html")  # and what OUT ends in
 GUTTER = 4  # white pixels between pictures
-HEAT = np.array([(13, 8, 26), (55, 24, 90), (115, 32, 125), (181, 47, 127), (235, 83, 94), (255, 142, 64),
-                 (255, 200, 79), (253, 249, 194)])  # CIE lightness 3 to 97 in equal steps: it reads in grey too
 
 
 @dataclass(frozen=True)
 class VisualizeConfig:
     weights: str = ""          # a run's folder, or a weights file
     size: str = ""             # s, b, ...: of a .pth file, which does not say
-    out: str = ""              # the .png to write; its folder is made
+    out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # pixels of the short side that the network sees; 0 = its own; more = a finer picture
     foreground: float = 0.0    # pca: patches above this share of component 1's range are the object; 0 = off
-    point: tuple = (0.5, 0.5)  # similarity: x,y as shares of width and height, from the top left corner
+    layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
+    point: tuple = (0.5, 0.5)  # similarity, attention: x,y, shares of width and height; attention without: class token
 
 
 def find_images(words):
@@ -68,33 +79,41 @@ def fit(image, resolution, patch_size, name="image"):
 
 
 def load_photos(names, resolution, patch_size):
-    """The images that can be read, as the network takes them; the others are counted and named."""
-    photos, broken = [], []
+    """The images that can be read, as the network takes them, and their names; the others are counted and named."""
+    photos, read, broken = [], [], []
     for name in tqdm(names, desc="reading", unit="img", leave=False, disable=None):
         try:
             image = read_image(name) if not name.startswith("shapes:") else \
                 torch.from_numpy(shapes.scene(int(name[7:]), 192).image).permute(2, 0, 1)
             photos.append(fit(image, resolution, patch_size, name))
+            read.append(name)
         except OSError as error:
             broken.append(str(error))
     if broken:
         print(f"skipped {len(broken)} unreadable:", *broken, sep="\n  ")
     if not photos:
         raise ValueError(f"IMAGE: none of {len(names)} could be read")
-    return photos
+    return photos, read
+
+
+def network_input(vit, image):
+    """C H W uint8 -> 1 C H W float32, normalised as in training, on the network's device."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (vit.config.mean, vit.config.std))
+    return ((image[None].float() / 255 - mean) / std).to(next(vit.parameters()).device)
 
 
 @torch.no_grad()
 def patch_features(vit, images, resolution=0, layers=None):
     """
-    images  list of C H W uint8, of any sizes    resolution  as in `fit`    layers  blocks, 0-based; None = the last
+    images  list of C H W uint8, of any sizes    resolution  as in `fit`    layers  0-based, of one grid; None = last
     returns  list of h w D float32 on the host, after the final norm; several layers lie side by side in D
     """
-    device, maps = next(vit.parameters()).device, []
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (vit.config.mean, vit.config.std))
+    maps = []
     for image in tqdm(images, desc="features", unit="img", leave=False, disable=None):
-        x = (fit(image, resolution, vit.config.patch_size)[None].to(device).float() / 255 - mean) / std  # 1 C H W
+        x = network_input(vit, fit(image, resolution, vit.config.patch_size))                  # 1 C H W
         found = [vit(x)] if layers is None else vit.layers(x, layers)
+        if len({features.grid for features in found}) > 1:
+            raise ValueError(f"--layers {layers} have grids {[features.grid for features in found]}; name one of them")
         patches = torch.cat([features.patches[0] for features in found], dim=1).float().cpu()  # P D
         maps.append(patches.unflatten(0, found[0].grid))                                       # h w D
     return maps
@@ -129,35 +148,63 @@ def pca_picture(maps, foreground=0.0):
     return [c.view(*m.shape[:2], 3).numpy() for c, m in zip(colours.split(sizes), maps, strict=True)]
 
 
+def patch_at(point, grid):
+    """Row and column of the patch under x,y, shares of width and height."""
+    (x, y), (h, w) = point, grid
+    if not (0 <= x < 1 and 0 <= y < 1):
+        raise ValueError(f"--point {x},{y} lies outside of the image; write shares, from 0 to below 1")
+    return int(y * h), int(x * w)
+
+
+def ringed(picture, point, grid):
+    """A copy of H W 3 uint8 with a ring about the point."""
+    (H, W), (h, w), (x, y) = picture.shape[:2], grid, point
+    ring = abs(np.hypot(np.arange(W) + 0.5 - x * W, np.arange(H)[:, None] + 0.5 - y * H) - max(H / h, W / w, H / 40))
+    return np.where(ring[..., None] < 1, 255, np.where(ring[..., None] < 2, 0, picture)).astype(np.uint8)
+
+
 def similarity_picture(map, image, point=(0.5, 0.5)):
     """
     The image, and the cosine of every patch to the one under the point (shares x, y): H W 3 uint8 both, point ringed.
     Bright is 1, dark the least of this image: a level is not to be compared across images.
     """
-    (h, w), (H, W), (x, y) = map.shape[:2], image.shape[1:], point
-    if not (0 <= x < 1 and 0 <= y < 1):
-        raise ValueError(f"--point {x},{y} lies outside of the image; write shares, from 0 to below 1")
     unit = F.normalize(map, dim=-1)
-    cosine = (unit @ unit[int(y * h), int(x * w)]).numpy()                                     # h w
+    cosine = (unit @ unit[patch_at(point, map.shape[:2])]).numpy()                             # h w
     level = (cosine - cosine.min()) / max(1 - cosine.min(), 1e-6)
-    heat = np.stack([np.interp(level, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], -1) / 255
-    ring = abs(np.hypot(np.arange(W) + 0.5 - x * W, np.arange(H)[:, None] + 0.5 - y * H) - max(H / h, W / w, H / 40))
-    pictures = side_by_side(image, heat)
-    for picture in pictures:
-        picture[ring < 2], picture[ring < 1] = 0, 255
-    return pictures
+    return [ringed(picture, point, map.shape[:2]) for picture in side_by_side(image, level)]
+
+
+def attention_picture(vit, image, layers=None, point=None):
+    """
+    The image, and what the class token, or the patch under the point, attends to: mean of the heads, head 0, 1, ...
+    Levels are each picture's own, 0 to its 99.5th percentile: an outlier must not take the contrast of all others.
+
+    returns  one sheet, in a list;  of each head, the share that goes to patches and not to cls and registers
+    """
+    (h, w), first = (side // vit.config.patch_size for side in image.shape[1:]), 1 + vit.config.n_registers
+    token = first + np.ravel_multi_index(patch_at(point, (h, w)), (h, w)) if point else 0
+    row = attention_row(vit, network_input(vit, image), (layers or [vit.config.depth - 1])[0], token)  # 1 A N
+    patches = row[0, :, first:].cpu()                                                                  # A P
+    maps = [m.view(h, w).numpy() for m in (patches.mean(0), *patches)]
+    pairs = [side_by_side(image, (m / max(np.percentile(m, 99.5), 1e-12)).clip(0, 1)) for m in maps]
+    photo = ringed(pairs[0][0], point, (h, w)) if point else pairs[0][0]
+    return [sheet([[picture] for picture in (photo, *(heat for _, heat in pairs))])], patches.sum(1).tolist()
 
 
 def side_by_side(image, colours):
-    """C H W uint8 and h w 3 in 0..1 -> both H W 3 uint8; a patch stays one square: smooth ones feign resolution."""
+    """C H W uint8, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
+    if colours.ndim == 2:
+        at = np.linspace(0, 1, len(HEAT))
+        colours = np.stack([np.interp(colours, at, channel) / 255 for channel in np.transpose(HEAT)], -1)
     colours = torch.from_numpy(np.rint(colours * 255).astype(np.uint8)).permute(2, 0, 1)
     colours = F.interpolate(colours[None], image.shape[1:], mode="nearest-exact")[0]
     return [each.permute(1, 2, 0).numpy().copy() for each in (image, colours)]
 
 
-def sheet(pairs):
-    """Pairs of H W 3 uint8 -> one picture: a row for each pair, in as many columns as make it about square."""
-    rows = [np.concatenate([a, np.full_like(a[:, :1], 255).repeat(GUTTER, 1), b], axis=1) for a, b in pairs]
+def sheet(groups):
+    """Groups of H W 3 uint8 -> one picture: a row for each group, in as many columns as make it about square."""
+    gutter = (0, 0), (0, GUTTER), (0, 0)
+    rows = [np.hstack([np.pad(each, gutter, constant_values=255) for each in group])[:, :-GUTTER] for group in groups]
     H, W = max(row.shape[0] for row in rows) + GUTTER, max(row.shape[1] for row in rows) + 4 * GUTTER
     columns = max(1, round((len(rows) * H / W) ** 0.5))
     out = np.full((-(-len(rows) // columns) * H - GUTTER, columns * W - 4 * GUTTER, 3), 255, np.uint8)
@@ -167,33 +214,46 @@ def sheet(pairs):
 
 
 def configure(argv):
-    """The command line -> mode, names of images, config. What is wrong there is said before the network is loaded."""
+    """The command line -> mode, images' names, config, layers, point. What is wrong there is said before any work."""
     values, words = command_line.read_words(argv, command_line.types(VisualizeConfig()))
     c, (mode, *words) = command_line.apply(VisualizeConfig(), values), words or [""]
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
     if not 0 <= c.foreground < 1 or not all(0 <= share < 1 for share in c.point):
         raise ValueError(f"--foreground {c.foreground}, --point {c.point}: write shares, from 0 to below 1")
-    if not c.weights or Path(c.out).suffix != ".png" or c.resolution < 0:
-        raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a .png; --resolution is >= 0")
-    return mode, find_images(words), c
+    if not c.weights or Path(c.out).suffix != MODES[mode] or c.resolution < 0:
+        raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a {MODES[mode]}; --resolution >= 0")
+    layers = c.layers.split(",") if c.layers else []
+    if not all(layer.isdecimal() for layer in layers) or mode == "attention" and len(layers) > 1:
+        raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; for attention only one")
+    return mode, find_images(words), c, [int(layer) for layer in layers] or None, c.point if "point" in values else None
 
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__.strip(), command_line.describe(VisualizeConfig()), sep="\n\n")
         return
-    mode, names, c = configure(argv)
-    vit = load_backbone(c.weights, c.size or None)
-    photos = load_photos(names, c.resolution, vit.config.patch_size)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    maps = patch_features(vit.to(device), photos)
-    pairs = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)] \
-        if mode == "pca" else [similarity_picture(*each, c.point) for each in zip(maps, photos, strict=True)]
-    picture = sheet(pairs)
+    mode, names, c, layers, point = configure(argv)
+    vit = load_backbone(c.weights, c.size or None).to(command_line.choose_device("auto"))
+    photos, names = load_photos(names, c.resolution, vit.config.patch_size)
+    if mode == "attention":
+        groups, shares = zip(*(attention_picture(vit, photo, layers, point) for photo in photos), strict=True)
+        print("attention to patches, by head:", *(" ".join(f"{x:.0%}" for x in each) for each in shares), sep="\n  ")
+    maps = [] if mode == "attention" else patch_features(vit, photos, layers=layers)
+    if mode == "pca":
+        groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
+    elif mode == "similarity":
+        groups = [similarity_picture(*each, c.point) for each in zip(maps, photos, strict=True)]
     Path(c.out).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(c.out)
-    print(f"wrote {c.out}: {len(pairs)} image{'s' * (len(pairs) > 1)}, {picture.shape[1]}x{picture.shape[0]} pixels")
+    if mode == "explore":
+        html, d, error = page(maps, photos, [Path(name).name for name in names])
+        Path(c.out).write_text(html, encoding="utf-8")
+        said = f"{len(html) / 1e6:.1f} MB; {maps[0].shape[2]} features kept as {d} int8, cosines within {error:.3f}"
+    else:
+        picture = sheet(groups)
+        Image.fromarray(picture).save(c.out)
+        said = f"{picture.shape[1]}x{picture.shape[0]} pixels"
+    print(f"wrote {c.out}: {len(photos)} image{'s' * (len(photos) > 1)}, {said}")
 
 
 if __name__ == "__main__":

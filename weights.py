@@ -1,93 +1,239 @@
 """
-Backbones to and from files.
+Backbones to and from files. Every layout that circulates comes in and goes out; no tensor is left unaccounted for.
 
-    load_backbone   a run's folder, its teacher.safetensors, or a .pth with the same names -> ViT
-    save_backbone   ViT -> safetensors that carry the configuration and the normalisation
+    python weights.py IN                               what is it? size, normalisation, and a fingerprint to compare
+    python weights.py IN OUT --to hf                   meta (.pth), hf (a folder), timm or nano (.safetensors)
+    python weights.py IN OUT --to nano --in_chans 4    for images of more channels than RGB
+
+    load_backbone     a run's folder, a file or folder of any layout -> ViT or ConvNeXt
+    save_backbone     ViT or ConvNeXt -> a file or folder of any layout
+    inflate           RGB weights -> weights for more channels                                     DINOv3 §8.1
+    fingerprint       what a network says of a picture that is a formula
+
+The names are in layouts.py. A released file is never fetched: its licence asks for a request (see GATED).
 """
 
 import json
+import re
+import shutil
 import subprocess
-from dataclasses import asdict
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import SIZES, ViT, ViTConfig, build
+import config as command_line
+import layouts
+from convnext import ConvNeXt, ConvNeXtConfig
+from layouts import LAYOUTS, STATISTICS, WEB, named, size_of, to_theirs, widen
+from model import ViT, ViTConfig
+
+SUFFIXES = {"meta": (".pth", ".pt", ".bin"), "timm": (".safetensors",), "nano": (".safetensors",)}  # hf: a folder
+FOLDER = "teacher.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+INSIDE = "teacher", "model_ema", "model", "state_dict"  # of a .pth: dicts that may lie around the tensors
+KINDS = "name a run's folder, a .safetensors or .pth file, or a folder of Hugging Face or timm"
+GATED = ("released DINOv3 weights are licence-gated: request them at ai.meta.com/resources/models-and-libraries/"
+         "dinov3-downloads or on the model's page at huggingface.co/facebook")
 
 
-def load_backbone(path, size=None):
-    """
-    The backbone that a file holds, in eval mode, float32, on the CPU.
+@dataclass(frozen=True)
+class WeightsConfig:
+    to: str = ""               # layout of OUT: meta, hf, timm, nano
+    size: str = ""             # s, b, convnext_t, ...: stop if IN is of another
+    in_chans: int = 0          # channels of the images, beyond IN's three; 0 = as in IN
 
-    path    a run's folder or a .safetensors file that `save_backbone` wrote; a .pth with the released names
-    size    a name of SIZES; needed for a .pth alone, which does not say
-    raises  ValueError: no such file, not one of ours, or parameters that do not fit, by name
-    """
-    path = Path(path)
+# --------------------------------------------------------------------------------
+# What is in a file
+
+
+class Stored(NamedTuple):
+    shape: tuple
+    dtype: str
+    read: Callable             # () -> tensor
+
+
+class File(NamedTuple):
+    path: Path
+    layout: str                # of LAYOUTS
+    config: ViTConfig | ConvNeXtConfig
+    stored: dict               # {name without what wraps it: Stored}
+    notes: list                # what the user should know
+
+
+def find(path):
+    """The files that hold the tensors: one, or shards."""
     if path.is_dir():
-        path /= "teacher.safetensors"
-    if not path.is_file():
-        raise ValueError(f"--weights: {path} does not exist; name a run's folder, a .safetensors or a .pth file")
-    if size is not None and path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"load_backbone: {path} says its own size; leave --size out")
-    if size is not None and size not in SIZES:
-        raise ValueError(f"load_backbone: unknown size {size!r}; choose one of {', '.join(SIZES)}")
-    state, config = read_pth(path, size) if path.suffix in (".pth", ".pt") else read_safetensors(path)
-    vit = build(lambda: ViT(config))
-    own = vit.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    misshapen = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-                 for key in own.keys() & state.keys() if state[key].shape != own[key].shape]
-    if missing or unexpected or misshapen:
-        raise ValueError(f"--weights: {path} does not fit: {len(missing)} missing {missing[:5]}, {len(unexpected)} "
-                         f"unexpected {unexpected[:5]}, {len(misshapen)} of another shape {misshapen[:5]}")
-    vit.load_state_dict(state)
-    return vit.eval()
+        path = next((path / name for name in FOLDER if (path / name).is_file()), path / FOLDER[0])
+    files = [path]
+    if path.name.endswith(".index.json") and path.is_file():
+        files = [path.parent / name for name in sorted(set(read_json(path).get("weight_map", {}).values()))]
+    for file in files:
+        if not file.is_file():
+            gated = re.search(r"dinov3[_-](vit|convnext)", "/".join(path.parts[-2:]))
+            raise ValueError(f"{file} does not exist; {GATED if gated else KINDS}")
+        with file.open("rb") as opened:
+            text = opened.read(40).lstrip()
+        if text.startswith((b"<", b"version https:")):
+            raise ValueError(f"{file} holds no weights but a text that begins {text[:20]}: a page or a pointer that "
+                             "came in their place; download it again, with a link that has not expired")
+    return files
 
 
-def read_safetensors(path):
+def read_json(path):
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from error
+
+
+def open_safetensors(file, stored):
+    try:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():
+                part = opened.get_slice(key)
+                stored[key] = Stored(tuple(part.get_shape()), part.get_dtype(), partial(read_tensor, file, key))
+            return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"--weights: {path} cannot be read ({error}); is it cut short?") from error
-    if "config" not in metadata:
-        raise ValueError(f"--weights: {path} says nothing of its configuration; only files that train.py wrote do")
-    try:
-        config = json.loads(metadata["config"])
-        return state, ViTConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--weights: {path} has a configuration that this version cannot read: {error}") from error
+        raise ValueError(f"{file} cannot be read ({error}); is it cut short?") from error
 
 
-def read_pth(path, size):
-    if size is None:
-        raise ValueError(f"--weights: {path} does not say its size; add --size, one of {', '.join(SIZES)}")
+def read_tensor(file, key):
+    """The file is opened again for each: its map in memory ends with it, so the peak is the network and one tensor."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(key).clone()
+
+
+def open_pth(file, stored):
+    """The tensors stay in the file, mapped, until they are touched."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever the unpickler says of foreign bytes
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"--weights: {path} is no plain checkpoint: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"--weights: {path} holds no dict of tensors, name to parameter")
-    return state, SIZES[size]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is no plain checkpoint: {reason}") from error
+    while isinstance(state, dict) and (inner := [state[k] for k in INSIDE if isinstance(state.get(k), dict)]):
+        state = inner[0]
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise ValueError(f"{file} holds no dict of tensors, name to parameter, nor one under {', '.join(INSIDE)}")
+    for key, x in state.items():
+        stored[key] = Stored(tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda x=x: x)
+    return {}
 
 
-def save_backbone(vit, path, metadata=None, state=None):
+def identify(path):
+    """What a file or folder holds; layout and configuration are read off the names and shapes of its tensors."""
+    path, stored, metadata = Path(path), {}, {}
+    files = find(path)
+    for file in files:
+        metadata |= (open_safetensors if file.suffix == ".safetensors" else open_pth)(file, stored)
+    stored = {plain: stored[name] for plain, name in layouts.unwrap(path, stored).items()}
+    config, processor = (read_json(files[0].parent / name) for name in ("config.json", "preprocessor_config.json"))
+    layout, found = layouts.recognise(path, {key: x.shape for key, x in stored.items()}, metadata | config)
+    if layout == "meta" and "config" in metadata:
+        return File(path, "nano", layouts.read_config(path, metadata["config"]), stored, [])
+    if layout == "hf" and (wrong := layouts.contradictions(found, config)):
+        raise ValueError(f"{path}: config.json and the tensors differ, {wrong}: they are not of one network")
+    found, notes = layouts.with_statistics(found, path, metadata, config.get("pretrained_cfg", {}), processor)
+    return File(path, layout, found, stored, notes)
+
+# --------------------------------------------------------------------------------
+# Reading
+
+
+def load_backbone(path, size=None, dtype=torch.float32):
     """
-    Writes path whole or not at all.
+    The backbone that a file or folder holds, in eval mode, on the CPU. Prints one line if there is something to know.
 
-    metadata  {str: anything}, kept beside the configuration and the commit: size, step
-    state     the state dict to write instead of vit's own: gathered from shards
+    path    of any layout, in any float dtype; with wrappers, prefixes, shards, older or newer names
+    size    a name of SIZES or CONVNEXT_SIZES to check against: the tensors say it themselves
+    dtype   of the parameters; None: as in the file. The periods of RoPE are float32 always
+    raises  ValueError: no such file, of no layout, or tensors that are missing, unexpected or misshapen, by name
     """
-    path = Path(path)
-    state = {key: value.detach().cpu().contiguous() for key, value in (state or vit.state_dict()).items()}
-    notes = {key: str(value) for key, value in (metadata or {}).items()}
-    new = path.with_suffix(".new")
-    save_file(state, new, notes | {"config": json.dumps(asdict(vit.config)), "commit": commit(), "format": "pt"})
+    file = identify(path)
+    if size is not None and size != (found := size_of(file.config)):
+        raise ValueError(f"{path} is {found}, not {size!r}; leave --size out, or name another file")
+    model = empty(file.config)
+    own, lacking = model.state_dict(), layouts.account(*file, model)
+    state = {key: gather(file, key, like, dtype) for key, like in own.items() if key not in lacking}
+    state |= {key: layouts.initial(model, key, state["norm.weight"].dtype) for key in lacking}
+    mend(file, model, state)
+    model.load_state_dict(state, assign=True)
+    if file.notes:
+        print(f"{path}, read as {file.layout}, {size_of(file.config)}: {'; '.join(dict.fromkeys(file.notes))}")
+    return model.eval()
+
+
+def empty(config):
+    with torch.device("meta"):
+        return (ConvNeXt if isinstance(config, ConvNeXtConfig) else ViT)(config)
+
+
+def gather(file, key, like, dtype):
+    """Our tensor, from what the layout keeps of it; a third that it does not keep is zero."""
+    parts = [name and file.stored[name].read() for name in to_theirs(key, like, file.config, file.layout)]
+    x = torch.cat([torch.zeros_like(parts[0]) if x == "" else x for x in parts]) if len(parts) > 1 else parts[0]
+    return x.reshape(like.shape).to(dtype or x.dtype)
+
+
+def mend(file, model, state):
+    """In place: periods that were only rounded; bias masks that are not 1, 0, 1 (some are NaN in files, or all 0)."""
+    for key in [key for key in state if key in file.stored and key.endswith(("periods", "bias_mask"))]:
+        stored, fresh = file.stored[key].read(), layouts.initial(model, key, torch.float32)
+        if key.endswith("periods"):
+            state[key] = fresh if torch.equal(fresh.to(stored.dtype), stored) else stored.float()
+        elif not torch.equal(stored.float(), fresh):
+            bias = state[key.removesuffix("_mask")]
+            shown = stored.float().nan_to_num(1).masked_fill(fresh == 0, 1)  # the keys' third never has an effect
+            state |= {key: fresh.to(bias.dtype), key.removesuffix("_mask"): (bias * shown).to(bias.dtype)}
+            file.notes.append("bias_mask was not 1, 0, 1: now it is, and biases that it hid are 0")
+
+# --------------------------------------------------------------------------------
+# Writing
+
+
+def save_backbone(model, path, layout="meta", metadata=None, state=None):
+    """
+    Writes path whole or not at all, in the parameters' dtype. Prints one line for what the layout has no place for.
+
+    layout    "meta": .pth; "hf": a folder for transformers; "timm": .safetensors, for its `_qkvb` models if a bias is
+              not zero; "nano": .safetensors that carries configuration, normalisation, commit
+    metadata  {str: anything}, kept by "nano" alone: size, step
+    state     the state dict to write instead of the model's own: gathered from shards
+    """
+    path, config = Path(path), model.config
+    if layout not in LAYOUTS or path.suffix not in SUFFIXES.get(layout, [path.suffix]):
+        choice = ", ".join(f"{name} ({' '.join(SUFFIXES.get(name, ['a folder']))})" for name in LAYOUTS)
+        raise ValueError(f"save_backbone: {path} in layout {layout!r}; choose one of {choice}")
+    if layout == "hf" and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"save_backbone: {path} is there already; name a new folder")
+    out, lost = layouts.lay_out(model, state or model.state_dict(), layout)
+    mean, std = (widen(values, config.in_chans) for values in named(path) or WEB)
+    if layout == "meta" and (config.mean, config.std) != (mean, std):
+        lost.append(f"normalisation, mean {config.mean}, std {config.std}")
+    if lost:
+        print(f"{path}: {layout} has no place for {len(lost)} things: {'; '.join(lost[:5])}")
+    new = path.with_name(path.name + ".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if layout == "meta":
+        torch.save(out, new)
+    elif layout == "nano":
+        notes = {key: str(value) for key, value in (metadata or {}).items()}
+        save_file(out, new, notes | {"config": json.dumps(asdict(config)), "commit": commit(), "format": "pt"})
+    elif layout == "timm":
+        notes = dict(heads=getattr(config, "heads", 0), mean=config.mean, std=config.std)
+        save_file(out, new, {key: json.dumps(value) for key, value in notes.items()} | {"format": "pt"})
+    else:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        dtype = str(next(iter(out.values())).dtype).removeprefix("torch.")
+        (new / "config.json").write_text(json.dumps(layouts.hf_config(config) | dict(torch_dtype=dtype), indent=2))
+        (new / "preprocessor_config.json").write_text(json.dumps(layouts.hf_processor(config), indent=2))
+        save_file(out, new / "model.safetensors", {"format": "pt"})
     new.replace(path)
 
 
@@ -99,3 +245,72 @@ def commit():
                               check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+# --------------------------------------------------------------------------------
+# More channels, and the command
+
+
+def inflate(model, in_chans):
+    """
+    The network for images of more channels: RGB first, then the new ones. It shares all other parameters with model.
+
+    paper:  DINOv3 §8.1: the patch-embedding weight of a new channel is the mean of the three RGB ones; the paper says
+            nothing of its mean and std: the mean of the three here too
+    """
+    c = model.config
+    if c.in_chans != 3 or in_chans <= 3:
+        raise ValueError(f"inflate: from {c.in_chans} to {in_chans} channels; it goes from 3 to more")
+    wide = empty(replace(c, in_chans=in_chans, mean=widen(c.mean, in_chans), std=widen(c.std, in_chans)))
+    state = model.state_dict()
+    first = next(key for key, x in state.items() if x.ndim == 4)  # the patch embedding, or the stem: D 3 p p
+    mean = state[first].float().mean(1, keepdim=True).to(state[first].dtype)
+    state[first] = torch.cat([state[first], *[mean] * (in_chans - 3)], dim=1)
+    wide.load_state_dict(state, assign=True)
+    return wide.train(model.training)
+
+
+@torch.no_grad()
+def fingerprint(model):
+    """Eight values of cls and eight of the patches, evenly spaced, for a picture of triangle waves, 224 pixels wide."""
+    c = model.config
+    i, k = torch.arange(224 // c.patch_size * c.patch_size), torch.arange(c.in_chans)[:, None, None]
+    picture = ((3 * i[:, None] + 5 * i + (i[:, None] * i) // 64 + 40 * k) % 256 - 128).abs() / 128  # C H W
+    mean, std = (torch.tensor(values)[:, None, None] for values in (c.mean, c.std))
+    out = model(((picture - mean) / std)[None])
+    at = torch.arange(8)
+    return out.cls[0, at * c.width // 8], out.patches[0, at * out.patches.shape[1] // 8, at * c.width // 8]
+
+
+def show(model, path):
+    file, mean, std = identify(path), model.config.mean, model.config.std
+    name = next((name for name, pair in STATISTICS.items() if pair == (mean, std)), "its own")
+    cls, patches = (" ".join(f"{x:.4f}" for x in values) for values in fingerprint(model))
+    rows = dict(layout=file.layout, size=size_of(model.config), normalisation=f"{name}: mean {mean}, std {std}",
+                parameters=f"{sum(p.numel() for p in model.parameters()):,}", cls=cls, patches=patches,
+                dtype=", ".join(sorted({x.dtype for x in file.stored.values()})))
+    print("\n".join(f"{name:14} {value}" for name, value in rows.items()))
+
+
+def convert(model, target, layout):
+    save_backbone(model, target, layout)
+    a, b = model.state_dict(), load_backbone(target, dtype=None).state_dict()
+    same = {key for key in a.keys() & b.keys() if torch.equal(a[key], b[key])}
+    other = sorted((a.keys() | b.keys()) - same)
+    print(f"{target}: read back, {len(same)} tensors are the same bit for bit, {len(other)} are not {other[:5]}")
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__.strip(), command_line.describe(WeightsConfig()), sep="\n\n")
+        return
+    values, words = command_line.read_words(argv, command_line.types(WeightsConfig()))
+    c = command_line.apply(WeightsConfig(), values)
+    if len(words) != 1 + bool(c.to) or c.to not in ("", *LAYOUTS):
+        raise ValueError(f"{len(words)} names and --to {c.to!r}; write IN alone, or IN OUT --to {'|'.join(LAYOUTS)}")
+    model = load_backbone(words[0], c.size or None, None if c.to else torch.float32)
+    model = inflate(model, c.in_chans) if c.in_chans else model
+    convert(model, words[1], c.to) if c.to else show(model, words[0])
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -243,7 +243,7 @@ def test_shapes_with_pixels(task, metric, capsys):
 def test_folder(task, metric, weights, photos, tmp_path, capsys):
     if weights == "RUN":
         vit = initialise(ViT(replace(SIZES["tiny"], depth=1)), 0)
-        save_backbone(vit, tmp_path / "teacher.safetensors")
+        save_backbone(vit, tmp_path / "teacher.safetensors", "nano")
         weights = tmp_path
     (photos / "train/a/broken.png").write_text("<html>")
     result = run(capsys, "--task", task, "--weights", weights, "--data", photos, "--resolution", 32, "--iterations", 50)
@@ -265,7 +265,7 @@ def test_train_and_val_shapes_differ():
     (["--task", "dance"], "--task dance: choose one of knn, linear"),
     ([], r"--task \(none\): choose one of knn, linear"),
     (["--task", "knn"], "--weights is missing: a run's folder"),
-    (["--task", "knn", "--weights", "nowhere"], "--weights: nowhere does not exist"),
+    (["--task", "knn", "--weights", "nowhere"], "nowhere does not exist"),
     (["--task", "knn", "--weights", "untrained:xl"], "untrained:xl: unknown size 'xl'; choose one of tiny, s"),
     (["--task", "knn", "--weights", "pixels", "--limit", "many"], "--limit wants int, got 'many'"),
     (["--task", "knn", "word"], "'word' is not an option"),

@@ -13,7 +13,18 @@ from PIL import Image
 
 from data import resize
 from model import ViT, ViTConfig, build
-from visualize import GUTTER, HEAT, find_images, fit, main, patch_features, pca_picture, sheet, similarity_picture
+from visualize import (
+    GUTTER,
+    HEAT,
+    MODES,
+    find_images,
+    fit,
+    main,
+    patch_features,
+    pca_picture,
+    sheet,
+    similarity_picture,
+)
 from weights import save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +39,7 @@ def vit():
 def folder(vit, tmp_path_factory):
     """weights.safetensors, and photos/: 40x24, 33x50 (width x height), a broken one, and a text."""
     folder = tmp_path_factory.mktemp("visualize")
-    save_backbone(vit, folder / "weights.safetensors")
+    save_backbone(vit, folder / "weights.safetensors", "nano")
     (folder / "photos").mkdir()
     for i, (W, H) in enumerate([(40, 24), (33, 50)]):
         Image.fromarray(noise(3, H, W, seed=i).permute(1, 2, 0).numpy()).save(folder / "photos" / f"{i}.png")
@@ -235,7 +246,7 @@ def test_find_images(folder):
     ("similarity 0.png --point 12,3", "write shares"),
     ("similarity 0.png --point 0.3", "--point wants 2 numbers"),
     ("pca 0.png --resolution 5", "less than one patch"),
-    ("pca 0.png --resolution=-5", "--resolution is >= 0"),
+    ("pca 0.png --resolution=-5", "--resolution >= 0"),
     ("pca 0.png --out picture.xyz", "OUT a .png"),
     ("pca 0.png --weights nowhere", "nowhere does not exist"),
 ])
@@ -259,4 +270,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder):
 def test_help_names_every_option(capsys):
     main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"--{name}" in printed for name in ("weights", "size", "out", "resolution", "foreground", "point"))
+    options = "weights", "size", "out", "resolution", "foreground", "layers", "point"
+    assert all(f"--{name}" in printed for name in options)
+    assert all(f"visualize.py {mode} " in printed for mode in MODES) and "Why does my PCA look wrong?" in printed

@@ -1,8 +1,11 @@
-"""weights.py: what is saved comes back bit for bit, whole or not at all, and what does not fit says why."""
+"""weights.py: what is saved comes back bit for bit, whole or not at all; files as they are found; the command."""
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,24 +13,39 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import weights
+from convnext import ConvNeXt, ConvNeXtConfig
 from model import SIZES, ViT, ViTConfig, initialise
-from weights import load_backbone, save_backbone
+from weights import fingerprint, inflate, load_backbone, main, save_backbone
 
+ROOT = Path(__file__).parents[1]
 CONFIG = ViTConfig(2, 16, 2, 24, "swiglu", patch_size=4, n_registers=2, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+WEB = replace(CONFIG, mean=SIZES["s"].mean, std=SIZES["s"].std)  # what a file without normalisation is taken for
+CONVNEXT = ConvNeXtConfig((1, 1, 2, 1), (4, 6, 8, 10))
+SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+FILES = {"meta": "x.pth", "hf": "x", "timm": "x.safetensors", "nano": "x.safetensors"}
+
+
+def random(config):
+    """Random in every entry: a swap of two equal parameters would show. The keys' bias and the mask token are zero."""
+    net = initialise((ConvNeXt if isinstance(config, ConvNeXtConfig) else ViT)(config), 0)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.normal_()
+            if name.endswith("qkv.bias"):
+                p.chunk(3)[1].zero_()
+            if name == "mask_token":
+                p.zero_()
+    return net.eval()
 
 
 @pytest.fixture
 def vit():
-    """Random in every entry: a swap of two equal parameters would show."""
-    vit = initialise(ViT(CONFIG), 0)
-    for p in vit.parameters():
-        torch.nn.init.normal_(p)
-    return vit
+    return random(CONFIG)
 
 
 @pytest.fixture
 def path(vit, tmp_path):
-    save_backbone(vit, tmp_path / "teacher.safetensors", dict(step=7, size="tiny"))
+    save_backbone(vit, tmp_path / "teacher.safetensors", "nano", dict(step=7, size="tiny"))
     return tmp_path / "teacher.safetensors"
 
 
@@ -35,25 +53,24 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def rewrite(path, change):
-    """The file again, after change(state)."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state = load_file(path)
-    change(state)
-    save_file(state, path, metadata)
+def images(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 # --------------------------------------------------------------------------------
-# There and back
+# There and back; see test_layouts.py for all layouts and sizes
 
 
-def test_round_trip_is_exact(vit, path):
-    back = load_backbone(path)
-    assert same(vit.state_dict(), back.state_dict())
-    assert back.config == CONFIG and isinstance(back.config.mean, tuple)
+@pytest.mark.parametrize("config", [CONFIG, CONVNEXT])
+def test_round_trip_is_exact(config, tmp_path, capsys):
+    net = random(config)
+    save_backbone(net, tmp_path / "teacher.safetensors", "nano")
+    back = load_backbone(tmp_path / "teacher.safetensors")
+    assert same(net.state_dict(), back.state_dict()) and type(back) is type(net)
+    assert back.config == config and isinstance(back.config.mean, tuple)
     assert not back.training and {p.dtype for p in back.parameters()} == {torch.float32}
-    x = torch.randn(1, 3, 8, 12)
-    assert torch.equal(vit.eval()(x).patches, back(x).patches)
+    assert all(p.requires_grad for p in back.parameters()) and capsys.readouterr().out == ""
+    assert torch.equal(net(images(1, 3, 32, 64)).patches, back(images(1, 3, 32, 64)).patches)
+    assert same(load_backbone(str(tmp_path)).state_dict(), net.state_dict())  # a run's folder stands for its teacher
 
 
 def test_metadata_says_what_the_file_is(path):
@@ -63,29 +80,31 @@ def test_metadata_says_what_the_file_is(path):
     assert json.loads(metadata["config"])["mean"] == [0.1, 0.2, 0.3]
 
 
-def test_run_folder_stands_for_its_teacher(vit, path):
-    assert same(load_backbone(path.parent).state_dict(), vit.state_dict())
-    assert same(load_backbone(str(path.parent)).state_dict(), vit.state_dict())
-
-
-def test_a_given_state_is_written_instead(vit, tmp_path):
+@pytest.mark.parametrize("layout", FILES)
+def test_a_given_state_is_written_instead(vit, tmp_path, layout):
     """As one rank gathers it; a transposed view is no obstacle."""
-    state = {key: value + 1 for key, value in vit.state_dict().items()}
+    state = {key: value.clone() for key, value in vit.state_dict().items()}
+    state["norm.weight"] += 1
     state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].T.contiguous().T
     before = {key: value.clone() for key, value in vit.state_dict().items()}
-    save_backbone(vit, tmp_path / "x.safetensors", state=state)
-    assert same(load_backbone(tmp_path / "x.safetensors").state_dict(), state)
-    assert same(vit.state_dict(), before)
+    save_backbone(vit, tmp_path / FILES[layout], layout, state=state)
+    rest = load_backbone(tmp_path / FILES[layout]).state_dict()
+    assert same(rest, state) and same(vit.state_dict(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pth_with_its_size(vit, tmp_path, monkeypatch, dtype):
-    monkeypatch.setitem(SIZES, "small", replace(CONFIG, mean=SIZES["s"].mean))
-    state = {key: value.to(dtype) for key, value in vit.state_dict().items()}
-    torch.save(state, tmp_path / "released.pth")
-    back = load_backbone(tmp_path / "released.pth", "small")
-    assert same(back.state_dict(), {key: value.to(vit.state_dict()[key].dtype) for key, value in state.items()})
-    assert back.config.mean == SIZES["s"].mean and not back.training
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", FILES)
+def test_dtypes(layout, dtype, tmp_path):
+    """All of a file in one dtype, as `state.to(dtype)` leaves it: rounded periods are computed afresh."""
+    vit, file = random(CONFIG), tmp_path / FILES[layout]
+    save_backbone(vit, file, layout, state={key: x.to(dtype) for key, x in vit.state_dict().items()})
+    back, as_stored = load_backbone(file), load_backbone(file, dtype=None)
+    for key, x in vit.state_dict().items():
+        rounded = x if key == "rope_embed.periods" else x.to(dtype).float()
+        assert torch.equal(back.state_dict()[key], rounded) and back.state_dict()[key].dtype == torch.float32
+    assert {p.dtype for p in as_stored.parameters()} == {dtype}
+    assert as_stored.rope_embed.periods.dtype == torch.float32
+    assert as_stored(images(1, 3, 8, 8).to(dtype)).cls.isfinite().all()
 
 
 def test_a_failing_save_leaves_the_old_file(vit, path, monkeypatch):
@@ -95,93 +114,177 @@ def test_a_failing_save_leaves_the_old_file(vit, path, monkeypatch):
     old = path.read_bytes()
     monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        save_backbone(vit, path)
+        save_backbone(vit, path, "nano")
     assert path.read_bytes() == old
+    with pytest.raises(OSError, match="no space left"):
+        save_backbone(vit, path.parent / "hf", "hf")
+    assert not (path.parent / "hf").exists()
 
 
 def test_saving_again_replaces_the_file_and_leaves_no_other(vit, path):
     inode = os.stat(path).st_ino
     with torch.no_grad():
         vit.cls_token.add_(1)
-    save_backbone(vit, path)
+    save_backbone(vit, path, "nano")
     assert same(load_backbone(path).state_dict(), vit.state_dict())
     assert os.stat(path).st_ino != inode  # renamed over it, never written into it
     assert [file.name for file in path.parent.iterdir()] == ["teacher.safetensors"]
 
+
+@pytest.mark.parametrize("name, layout, says", [
+    ("x.safetensors", "meta", r"in layout 'meta'; choose one of meta \(.pth .pt .bin\), hf \(a folder\)"),
+    ("x.pth", "timm", "in layout 'timm'"), ("x.pth", "ours", "in layout 'ours'; choose one of"),
+    ("full", "hf", "full is there already; name a new folder"),
+])
+def test_names_that_do_not_fit_a_layout(vit, tmp_path, name, layout, says):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    with pytest.raises(ValueError, match=says):
+        save_backbone(vit, tmp_path / name, layout)
+
 # --------------------------------------------------------------------------------
-# What does not fit
+# What files look like in the wild
 
 
-def fails(path, says, size=None):
-    with pytest.raises(ValueError, match=says) as error:
-        load_backbone(path, size)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"teacher": state, "iteration": 3},
+    lambda state: {"model": {f"module._orig_mod.{key}": x for key, x in state.items()}, "optimizer": {}},
+    lambda state: {"teacher": {f"backbone.{key}": x for key, x in state.items()}
+                   | {"dino_head.mlp.0.weight": torch.ones(2), "ibot_head.last_layer.weight": torch.ones(2)}},
+    lambda state: {f"{who}.backbone.{key}": x + i for i, who in enumerate(["teacher", "student"])
+                   for key, x in state.items()},
+    lambda state: {key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): x for key, x in state.items()},
+    lambda state: {"state_dict": {f"backbone.{key}": x for key, x in state.items() if "periods" not in key}},
+])
+def test_wrappers_and_prefixes(vit, tmp_path, wrap, capsys):
+    torch.save(wrap(vit.state_dict()), tmp_path / "x.pth")
+    back = load_backbone(tmp_path / "x.pth")
+    vit.rope_embed = back.rope_embed if "computed" in (said := capsys.readouterr().out) else vit.rope_embed
+    assert "dino_head" not in str(wrap(vit.state_dict()).get("teacher")) or "dino_head.* left out: a head of" in said
+    assert same(back.state_dict(), vit.state_dict())
 
 
-def test_missing_file(tmp_path):
-    fails(tmp_path / "nowhere.safetensors", "nowhere.safetensors does not exist; name a run's folder")
-    fails(tmp_path, "teacher.safetensors does not exist")  # a folder without a run
+def test_old_pickles_that_cannot_be_mapped(vit, tmp_path):
+    torch.save(vit.state_dict(), tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert same(load_backbone(tmp_path / "x.pth").state_dict(), vit.state_dict())
 
 
-@pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_truncated_safetensors(path, left):
-    path.write_bytes(path.read_bytes()[:left])
-    fails(path, "cannot be read .*is it cut short")
+def test_two_networks_in_one_file(vit, tmp_path):
+    state = vit.state_dict()
+    torch.save(state | {f"backbone.{key}": x for key, x in state.items()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth holds \d+ tensors under two prefixes, \['cls_token'"):
+        load_backbone(tmp_path / "x.pth")
 
 
-def test_foreign_safetensors(path):
-    save_file({"encoder.weight": torch.zeros(3)}, path)
-    fails(path, "says nothing of its configuration")
+@pytest.mark.parametrize("config, stem", [(CONFIG, "layer."), (CONVNEXT, "stages.")])
+def test_shards_and_newer_names(config, stem, tmp_path):
+    net, folder = random(config), tmp_path / "hf"
+    save_backbone(net, folder, "hf")
+    state = {f"model.{key}" if key.startswith(stem) else key: x
+             for key, x in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert same(load_backbone(folder).state_dict(), net.state_dict())
+    shard = {key: f"model-{i % 3}.safetensors" for i, key in enumerate(state)}
+    for name in set(shard.values()):
+        save_file({key: x for key, x in state.items() if shard[key] == name}, folder / name)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert same(load_backbone(folder).state_dict(), net.state_dict())  # the .bin
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=shard)))
+    assert same(load_backbone(folder).state_dict(), net.state_dict())
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-1.safetensors does not exist"):
+        load_backbone(folder)
 
 
-def test_keys_and_shapes_that_do_not_fit_are_named(path):
-    rewrite(path, lambda state: state.pop("blocks.1.ls2.gamma"))
-    fails(path, r"1 missing \['blocks.1.ls2.gamma'\], 0 unexpected")
-    rewrite(path, lambda state: state.update({"blocks.1.ls3.gamma": torch.zeros(16)}))
-    fails(path, r"1 missing \['blocks.1.ls2.gamma'\], 1 unexpected \['blocks.1.ls3.gamma'\]")
+@pytest.mark.parametrize("mask, hides", [(float("nan"), False), (0.0, True), (1.0, False)])
+def test_a_bias_mask_of_another_kind(vit, tmp_path, mask, hides, capsys):
+    """NaN (never set) leaves the bias as it is; 0 hides it."""
+    state = {key: torch.full_like(x, mask) if key.endswith("bias_mask") else x for key, x in vit.state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    back = load_backbone(tmp_path / "x.pth")
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.attn.qkv.bias.mul_(not hides)
+    assert same(back.state_dict(), vit.state_dict()) and "bias_mask was not 1, 0, 1" in capsys.readouterr().out
 
 
-def test_wrong_shape_is_named(path):
-    rewrite(path, lambda state: state.update(cls_token=torch.zeros(1, 1, 17)))
-    fails(path, r"0 missing .*0 unexpected .*1 of another shape \['cls_token is \(1, 1, 17\), not \(1, 1, 16\)'\]")
+def test_normalisation_travels(vit, tmp_path, capsys):
+    for layout in ("hf", "timm", "nano"):
+        save_backbone(vit, tmp_path / layout / FILES[layout], layout)
+        assert load_backbone(tmp_path / layout / FILES[layout]).config == CONFIG
+    save_backbone(vit, tmp_path / "x.pth")
+    assert "meta has no place for 1 things: normalisation, mean (0.1, 0.2, 0.3)" in capsys.readouterr().out
+    assert load_backbone(tmp_path / "x.pth").config == WEB
+    assert "it says no normalisation, so the web's (LVD-1689M) is taken" in capsys.readouterr().out
+    satellite = random(replace(CONFIG, mean=SATELLITE[0], std=SATELLITE[1]))
+    save_backbone(satellite, tmp_path / "dinov3_vits16_sat493m-1.pth")
+    satellite = load_backbone(tmp_path / "dinov3_vits16_sat493m-1.pth").config
+    assert (satellite.mean, satellite.std) == SATELLITE and capsys.readouterr().out == ""
+    save_file(load_file(tmp_path / "timm" / "x.safetensors"), tmp_path / "sat493m.safetensors", {"heads": "2"})
+    (tmp_path / "config.json").write_text(json.dumps(dict(pretrained_cfg=dict(mean=CONFIG.mean, std=CONFIG.std))))
+    assert load_backbone(tmp_path / "sat493m.safetensors").config == CONFIG
+    assert "its name says other statistics than the mean and std ((0.1, 0.2, 0.3)" in capsys.readouterr().out
+
+# --------------------------------------------------------------------------------
+# More channels, and the command
 
 
-def test_pth_of_another_size(vit, tmp_path):
-    torch.save(vit.state_dict(), tmp_path / "x.pth")
-    fails(tmp_path / "x.pth", r"does not fit: \d+ missing", "tiny")
+@pytest.mark.parametrize("config", [CONFIG, CONVNEXT])
+@torch.no_grad()
+def test_inflate(config, tmp_path):
+    """A fifth of the channels at their mean, 0, are as not there; weights and statistics are the mean of RGB's."""
+    net = random(config)
+    wide, x = inflate(net, 5), images(2, 3, 32, 32)
+    padded = torch.cat([x, torch.zeros(2, 2, 32, 32)], 1)
+    assert torch.allclose(wide(padded).cls, net(x).cls, atol=1e-4)  # measured: 0
+    key = next(key for key, p in wide.state_dict().items() if p.ndim == 4)
+    assert torch.equal(wide.state_dict()[key][:, 4], net.state_dict()[key].mean(1))
+    assert wide.config.mean[4] == pytest.approx(sum(config.mean) / 3)
+    assert len(wide.config.std) == wide.config.in_chans == 5
+    for layout in FILES:
+        save_backbone(wide, tmp_path / layout / FILES[layout], layout)
+        back = load_backbone(tmp_path / layout / FILES[layout])
+        assert same(back.state_dict(), wide.state_dict()) and back.config.in_chans == len(back.config.mean) == 5
+    with pytest.raises(ValueError, match="from 5 to 6 channels; it goes from 3 to more"):
+        inflate(wide, 6)
 
 
-def test_pth_that_holds_its_weights_deeper(vit, tmp_path):
-    torch.save({"teacher": vit.state_dict()}, tmp_path / "x.pth")
-    fails(tmp_path / "x.pth", "holds no dict of tensors", "tiny")
+def test_command(vit, tmp_path, capsys):
+    """Says what a file is, and converts it; the fingerprint is of the network, not of the layout."""
+    save_backbone(vit, tmp_path / "nano" / "x.safetensors", "nano")
+    main([str(tmp_path / "nano" / "x.safetensors")])
+    first = capsys.readouterr().out
+    assert "layout         nano" in first and "normalisation  its own: mean (0.1, 0.2, 0.3)" in first and "F32" in first
+    assert f"parameters     {sum(p.numel() for p in vit.parameters()):,}" in first
+    for layout in ("hf", "timm"):
+        target = str(tmp_path / layout / FILES[layout])
+        main([str(tmp_path / "nano" / "x.safetensors"), target, "--to", layout])
+        said = capsys.readouterr().out
+        assert f"{len(vit.state_dict())} tensors are the same bit for bit, 0 are not" in said
+        main([target])
+        assert {*first.splitlines()} - {*capsys.readouterr().out.splitlines()} == {"layout         nano"}
+    main([target, str(tmp_path / "x.pth"), "--to", "meta", "--in_chans", "4"])
+    assert load_backbone(tmp_path / "x.pth").config.in_chans == 4
+    main(["--help"])
+    assert "--in_chans" in capsys.readouterr().out
 
 
-def test_pth_must_say_its_size(vit, tmp_path):
-    torch.save(vit.state_dict(), tmp_path / "x.pth")
-    fails(tmp_path / "x.pth", "x.pth does not say its size; add --size, one of tiny, s,")
-    with pytest.raises(ValueError, match="unknown size 'xl'; choose one of tiny, s"):
-        load_backbone(tmp_path / "x.pth", "xl")
+def test_fingerprint_is_the_same_everywhere():
+    cls, patches = fingerprint(initialise(ViT(CONFIG), 0).eval())
+    assert cls.tolist() == pytest.approx([
+        -0.94474, -1.04603, -0.51504, 1.33245, -1.95031, 0.58023, 0.43663, -0.25224], abs=1e-4)
+    assert patches.tolist() == pytest.approx([
+        0.67034, -1.77572, -0.67887, 1.64303, 2.24426, -1.8422, -0.14817, 0.09063], abs=1e-4)
 
 
-class Trap:
-    """Unpickling it leaves a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_pickle_runs_no_code(tmp_path):
-    torch.save({"cls_token": Trap(str(tmp_path / "sprung"))}, tmp_path / "x.pth")
-    fails(tmp_path / "x.pth", "is no plain checkpoint", "tiny")
-    assert not (tmp_path / "sprung").exists()
-    torch.load(tmp_path / "x.pth", weights_only=False)
-    assert (tmp_path / "sprung").exists()  # the trap works
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80", b"<html>404</html>", b"PK\x03\x04 and then nothing"])
-def test_a_pth_of_foreign_bytes(tmp_path, content):
-    (tmp_path / "x.pth").write_bytes(content)
-    fails(tmp_path / "x.pth", "is no plain checkpoint", "tiny")
+def test_mistakes_end_in_one_line(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "weights.py", "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"],
+                         capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "does not exist; released DINOv3 weights are licence-gated: request them at ai.meta.com/" in run.stderr
+    with pytest.raises(ValueError, match="2 names and --to ''; write IN alone, or IN OUT --to meta|hf|timm|nano"):
+        main(["a", "b"])
+    with pytest.raises(ValueError, match="2 names and --to 'gguf'; write IN alone"):
+        main(["a", "b", "--to", "gguf"])

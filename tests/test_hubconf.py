@@ -1,0 +1,51 @@
+"""hubconf.py: torch.hub finds every entry point, loads a file of any layout, and importing it costs nothing."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import hubconf
+from convnext import CONVNEXT_SIZES, ConvNeXt
+from model import SIZES, ViT
+from weights import save_backbone
+
+ROOT = str(Path(__file__).parents[1])
+ENTRIES = dict(vits16="s", vits16plus="s+", vitb16="b", vitl16="l", vith16plus="h+", vit7b16="7b",
+               convnext_tiny="convnext_t", convnext_small="convnext_s", convnext_base="convnext_b",
+               convnext_large="convnext_l")
+
+
+def hub(name, **kwargs):
+    return torch.hub.load(ROOT, name, source="local", **kwargs)
+
+
+@pytest.mark.parametrize("layout, name", [("meta", "x.pth"), ("hf", "hf"), ("timm", "x.safetensors")])
+def test_weights_of_any_layout(layout, name, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "s", replace(SIZES["s"], depth=1))
+    vit = ViT(SIZES["s"])
+    save_backbone(vit, tmp_path / name, layout)
+    back = hub("vits16", weights=str(tmp_path / name))
+    assert back.config == vit.config and not back.training
+    assert all(torch.equal(x, back.state_dict()[key]) for key, x in vit.state_dict().items())
+    with pytest.raises(ValueError, match="is s, not 'b'"):
+        hub("vitb16", weights=str(tmp_path / name))
+
+
+def test_without_weights_it_says_so(capsys):
+    assert hub("vits16").config == SIZES["s"] and "s: untrained" in capsys.readouterr().out
+    assert isinstance(hub("convnext_tiny"), ConvNeXt)
+
+
+def test_every_entry():
+    listed = {name: entry for name, entry in vars(hubconf).items() if callable(entry) and not name.startswith("_")}
+    assert {name: entry.args[0] for name, entry in listed.items()} == ENTRIES
+    assert set(ENTRIES.values()) == set(SIZES | CONVNEXT_SIZES) - {"tiny"}
+
+
+def test_importing_it_is_light():
+    code = "import sys, hubconf; print(*{'torch', 'numpy', 'model', 'weights', 'PIL'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "\n"

@@ -1,0 +1,158 @@
+"""visualize.py beyond one small square: attention, explore, several layers, ConvNeXt, 1024 pixels."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attention import attention_row
+from convnext import ConvNeXt, ConvNeXtConfig
+from model import ViT, ViTConfig, build
+from visualize import GUTTER, HEAT, attention_picture, main, network_input, patch_features
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return build(lambda: ViT(ViTConfig(3, 16, 2, 32, patch_size=8, layerscale=0.1, init_std=0.3))).eval()
+
+
+@pytest.fixture(scope="module")
+def convnext():
+    return build(lambda: ConvNeXt(ConvNeXtConfig((1, 1, 1, 1), (4, 8, 8, 12), layerscale=0.1))).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    for i, (W, H) in enumerate([(40, 24), (32, 56)]):
+        Image.fromarray(noise(H, W, 3, seed=i).numpy()).save(folder / f"{i}.png")
+    return folder
+
+
+def noise(*shape, seed=0):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def run(folder, monkeypatch, vit, words):
+    """main() with this network, wherever it comes from, in this folder."""
+    monkeypatch.setattr("visualize.load_backbone", lambda path, size: vit)
+    monkeypatch.chdir(folder)
+    main([*words.split(), "--weights", "weights.safetensors"])
+
+# --------------------------------------------------------------------------------
+# Attention
+
+
+@pytest.mark.parametrize("point, token", [(None, 0), ((0.5, 0.5), 5 + 2 * 5 + 2), ((0.99, 0), 5 + 4)])
+def test_attention_picture_shows_mean_and_heads(vit, point, token):
+    image = noise(3, 32, 40)
+    [picture], shares = attention_picture(vit, image, [1], point)
+    rows = attention_row(vit, network_input(vit, image), 1, token)[0]                                # A N
+    assert np.allclose(shares, rows[:, 5:].sum(1))
+    H, W = 32 + GUTTER, 40 + 4 * GUTTER          # four pictures of 40x32, in two rows: photo, mean; heads
+    assert picture.shape == (2 * H - GUTTER, 2 * W - 4 * GUTTER, 3)
+    tiles = [picture[i * H :, j * W :][:32, :40] for i in range(2) for j in range(2)]
+    assert np.array_equal(tiles[0], image.permute(1, 2, 0)) == (point is None)  # with a point: ringed
+    for tile, attention in zip(tiles[1:], [rows.mean(0), *rows], strict=True):
+        attention = attention[5:].view(4, 5).numpy()
+        assert np.array_equal(tile[4::8, 4::8], tile[::8, ::8])  # a patch is one colour
+        brightest = np.unravel_index(attention.argmax(), (4, 5))
+        assert tuple(tile[4::8, 4::8][brightest]) == HEAT[-1]
+        order = attention.flatten().argsort()
+        green = tile[4::8, 4::8, 1].flatten()[order].astype(int)  # HEAT's green rises all the way
+        assert (np.diff(green) >= 0).all()
+
+
+def test_attention_takes_the_last_block_if_none_is_named(vit):
+    image = noise(3, 24, 40)
+    assert np.array_equal(attention_picture(vit, image)[0], attention_picture(vit, image, [2])[0])
+    assert not np.array_equal(attention_picture(vit, image)[0], attention_picture(vit, image, [0])[0])
+
+
+def test_attention_command(folder, monkeypatch, vit, capsys):
+    run(folder, monkeypatch, vit, "attention 0.png 1.png --out a.png --layers 1 --point 0.2,0.9")
+    printed = capsys.readouterr().out
+    assert re.search(r"attention to patches, by head:\n  \d+% \d+%\n  \d+% \d+%\nwrote a.png: 2 images", printed)
+    with Image.open(folder / "a.png") as picture:
+        assert picture.width > 2 * 32 and picture.height > 2 * 56
+
+# --------------------------------------------------------------------------------
+# Explore
+
+
+def test_explore_command(folder, monkeypatch, vit, capsys):
+    run(folder, monkeypatch, vit, "explore ./0.png ./1.png shapes:2 --out new/page.html --resolution 24 --layers 0,2")
+    html = (folder / "new" / "page.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
+    assert [(each["name"], each["h"], each["w"]) for each in data["images"]] == [
+        ("0.png", 3, 5), ("1.png", 5, 3), ("shapes:2", 3, 3)]
+    printed = f"3 images, {len(html) / 1e6:.1f} MB; 32 features kept as 32 int8, cosines within 0.0"
+    assert f"wrote new/page.html: {printed}" in capsys.readouterr().out
+
+# --------------------------------------------------------------------------------
+# Layers, ConvNeXt, size
+
+
+def test_layers_lie_side_by_side(folder, monkeypatch, vit):
+    pictures = []
+    for layers in "0", "2", "0,2", "":
+        run(folder, monkeypatch, vit, f"pca 0.png 1.png --out layers{layers}.png --layers={layers}")
+        with Image.open(folder / f"layers{layers}.png") as picture:
+            pictures.append(np.array(picture))
+    assert np.array_equal(pictures[1], pictures[3])
+    assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[2], pictures[1])
+
+
+@pytest.mark.parametrize("layers, stride, width", [(None, 32, 12), ([3], 32, 12), ([2], 16, 8), ([0], 4, 4)])
+def test_convnext_features(convnext, layers, stride, width):
+    maps = patch_features(convnext, [noise(3, 70, 97)], layers=layers)
+    assert maps[0].shape == (64 // stride, 96 // stride, width)
+
+
+@pytest.mark.parametrize("words", ["pca 1.png 0.png --layers 2", "similarity 0.png --point 0,0.9", "explore 0.png"])
+def test_convnext_in_every_mode_but_attention(folder, monkeypatch, convnext, words, capsys):
+    out = "c.html" if words.startswith("explore") else "c.png"
+    run(folder, monkeypatch, convnext, f"{words} --resolution 128 --out {out}")
+    printed = capsys.readouterr().out
+    assert "0.png: 213x128 cropped to 192x128, whole patches of 32x32" in printed and f"wrote {out}: " in printed
+
+
+@pytest.mark.parametrize("mode", ["pca", "similarity", "explore", "attention"])
+def test_a_thousand_pixels_non_square_several_at_once(folder, monkeypatch, mode):
+    vit = build(lambda: ViT(ViTConfig(1, 8, 2, 8))).eval()
+    out = "large.html" if mode == "explore" else "large.png"
+    run(folder, monkeypatch, vit, f"{mode} 0.png 1.png --resolution 1024 --out {out}")
+    assert (folder / out).stat().st_size > 1e5
+    if mode in ("pca", "similarity"):
+        with Image.open(folder / out) as picture:  # 1696x1024 and 1024x1792
+            assert picture.size == (2 * 1696 + GUTTER, 2 * 1792 + GUTTER)
+
+# --------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("words, message", [
+    ("attention 0.png --out a.png --layers 0,1", "--layers 0,1: write blocks, .* for attention only one"),
+    ("attention 0.png --out a.png --layers 3", "attention: no block 3; this network has blocks 0 to 2"),
+    ("attention 0.png --out a.png --point 1,0.5", "write shares"),
+    ("pca 0.png --out a.png --layers 0,12", "no block 12"),
+    ("pca 0.png --out a.png --layers -1", "--layers -1: write blocks, 0-based, as in 3,5"),
+    ("pca 0.png --out a.png --layers 1,,2", "write blocks"),
+    ("explore 0.png --out a.png", "OUT a .html"), ("similarity 0.png --out a.html", "OUT a .png"),
+    ("explor 0.png --out a.html", "did you mean explore"), ("atention 0.png --out a.png", "did you mean attention")])
+def test_mistakes_are_named(folder, monkeypatch, vit, words, message):
+    (folder / "a.png").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=message):
+        run(folder, monkeypatch, vit, words)
+    assert not (folder / "a.png").exists() and not (folder / "a.html").exists()
+
+
+def test_what_a_convnext_cannot_do_is_named(folder, monkeypatch, convnext):
+    with pytest.raises(ValueError, match="these weights are a ConvNeXt, which has none; use pca or similarity"):
+        run(folder, monkeypatch, convnext, "attention 0.png --resolution 64 --out b.png")
+    with pytest.raises(ValueError, match=r"--layers \[2, 3\] have grids \[\(4, 6\), \(2, 3\)\]; name one of them"):
+        run(folder, monkeypatch, convnext, "pca 0.png --resolution 64 --layers 2,3 --out b.png")
+    assert not (folder / "b.png").exists()
