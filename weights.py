@@ -14,6 +14,7 @@ The names are in layouts.py. A released file is never fetched: its licence asks 
 """
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -114,7 +115,8 @@ def open_pth(file, stored):
     try:
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever the unpickler says of foreign bytes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = "it holds Python objects, which may run code when they are opened" \
+            if isinstance(error, pickle.UnpicklingError) else f"{str(error).partition('. ')[0]}; is it cut short?"
         raise ValueError(f"{file} is no plain checkpoint: {reason}") from error
     while isinstance(state, dict) and (inner := [state[k] for k in INSIDE if isinstance(state.get(k), dict)]):
         state = inner[0]
