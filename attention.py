@@ -11,7 +11,8 @@ Dimension letters: see the top of model.py. `python visualize.py attention` make
 
 import torch
 
-from model import ViT, rotate
+from model import ViT
+from ops import rotate
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ What a run leaves and starts from. Every rank writes and reads its own shards; a
 
     save_checkpoint   student, teacher, optimizer and step, and teacher.safetensors; each replaced whole
     load_checkpoint   the same back, bit for bit
+    load_teacher      its teacher alone, backbone and heads: for those who distill it
     start_from        a weights file's backbone into student and teacher: --init
 """
 
@@ -33,8 +34,8 @@ def save_checkpoint(c, ranks, step, student, teacher, optimizer):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     if ranks.group is not None:
-        dist.barrier()
-    dcp.save(training_state(student, teacher, optimizer), checkpoint_id=new)
+        dist.barrier(ranks.group)
+    dcp.save(training_state(student, teacher, optimizer), checkpoint_id=new, process_group=ranks.group)
     backbone = teacher["backbone"]
     state = {k: v.full_tensor().cpu() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}
     if ranks.main:
@@ -47,28 +48,39 @@ def save_checkpoint(c, ranks, step, student, teacher, optimizer):
         new.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     if ranks.group is not None:
-        dist.barrier()
+        dist.barrier(ranks.group)
 
 
-def load_checkpoint(c, student, teacher, optimizer):
-    """Fills the networks and the optimizer in place; returns the next step. Raises ValueError if damaged."""
-    folder = Path(c.out, "checkpoint")
-    if not folder.exists() and Path(c.out, "checkpoint.old").exists():
-        folder = Path(c.out, "checkpoint.old")  # killed between two renames
+def open_checkpoint(out):
+    """A run's checkpoint and the step it was saved before. Raises ValueError if there is none, or a damaged one."""
+    folder = Path(out, "checkpoint")
+    if not folder.exists() and Path(out, "checkpoint.old").exists():
+        folder = Path(out, "checkpoint.old")  # killed between two renames
     try:
         note = json.loads((folder / "step.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--resume: {folder} is no checkpoint ({error}); start again without --resume") from error
+        raise ValueError(f"{folder} is no checkpoint ({error}); start again without --resume") from error
     for name, size in note["sizes"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:
-            raise ValueError(f"--resume: {folder / name} is cut short: {found} bytes of {size}; "
+            raise ValueError(f"{folder / name} is cut short: {found} bytes of {size}; "
                              "restore it from a copy, or start again in another folder")
+    return folder, note["step"]
+
+
+def load_checkpoint(c, student, teacher, optimizer, group=None):
+    """Fills the networks and the optimizer in place; returns the next step. Raises ValueError if damaged."""
+    folder, step = open_checkpoint(c.out)
     state = training_state(student, teacher, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, process_group=group)
     teacher.load_state_dict(state["teacher"])
     set_state_dict(student, optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"])
-    return note["step"]
+    return step
+
+
+def load_teacher(out, teacher):
+    """Fills backbone and heads with those of a run's teacher, in place; all ranks together."""
+    dcp.load(dict(teacher=teacher.state_dict()), checkpoint_id=open_checkpoint(out)[0])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ The ConvNeXt students of the DINOv3 family: convolutions that were distilled fro
 
     ConvNeXtConfig, CONVNEXT_SIZES   the four students                                      DINOv3 §7.2, Fig. 16a
     ConvNeXt                         images -> Features(cls, registers, patches, grid), called like ViT
-    resize_map                       the patches at another grid: that of a ViT, whose stride is 16
+    resize_map, on_grid              the patches at another grid: that of a ViT, whose stride is 16
 
 Between layers an image is B h w C, so that norms and linears find their channels last; convolutions get the same
 memory as a view. Other dimension letters: see the top of model.py; C is the width of a stage here.
@@ -119,6 +119,11 @@ class ConvNeXt(nn.Module):
         if not self.norm.weight.is_meta:
             initialise(self)
 
+    @property
+    def blocks(self):
+        """Those of all stages, in order."""
+        return [block for stage in self.stages for block in stage]
+
     def forward(self, images, masks=None, noise=None):
         one = isinstance(images, torch.Tensor)
         features = [self.layers(group, [3])[0] for group in ([images] if one else images)]
@@ -175,3 +180,19 @@ def resize_map(features, grid):
     resized = F.interpolate(features.map().float(), tuple(grid), mode="bilinear", antialias=True)  # B D h' w'
     patches = resized.flatten(2).transpose(1, 2).to(features.patches.dtype)                        # B P' D
     return Features(features.cls, features.registers, patches, tuple(grid))
+
+
+def on_grid(backbone, grid):
+    """
+    The backbone, ViT or ConvNeXt, as a function of crop groups that resizes them to the nearest whole number of its
+    patches, and the patches of the first group to `grid`.
+
+    differs: the paper does not say what its ConvNeXts did with crops of 112 px, 3.5 patches; here they see 128 px
+    """
+    def call(crops, masks=None, noise=None):
+        p = backbone.config.patch_size
+        sides = [max(1, int(crop.shape[-1] / p + 0.5)) * p for crop in crops]
+        first, *rest = backbone([crop if crop.shape[-1] == side else F.interpolate(crop, (side, side), mode="bilinear",
+                                antialias=True) for crop, side in zip(crops, sides, strict=True)], masks, noise)
+        return [resize_map(first, grid), *rest]
+    return call

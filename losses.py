@@ -11,11 +11,14 @@ All arithmetic is float32 whatever comes in. `group` is a torch.distributed proc
 where the paper sums over all ranks, so do we. Dimension letters: see the top of model.py.
 """
 
+from dataclasses import dataclass, replace
 from functools import wraps
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+import ops
 
 
 def float32(loss):
@@ -30,8 +33,26 @@ def float32(loss):
 # Targets
 
 
-@torch.no_grad()
-@float32
+@dataclass(frozen=True)
+class Assignments:
+    """The teacher's soft assignments, not written out: softmax over k of logits / temperature + log_u."""
+    logits: torch.Tensor       # ... K, any float dtype
+    log_u: torch.Tensor        # K float32, of sinkhorn_knopp
+    temperature: float
+
+    @property
+    def shape(self):
+        return self.logits.shape
+
+    def unflatten(self, dim, sizes):
+        return replace(self, logits=self.logits.unflatten(dim, sizes))
+
+    def written(self, dtype=torch.float32):
+        """As a tensor, ... K."""
+        flat = ops.sinkhorn_targets(self.logits.flatten(0, -2), self.temperature, self.log_u, dtype)
+        return flat.view(self.shape)
+
+
 def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
     """
     Soft assignments in which every prototype gets the same mass, as far as `n_iterations` reach.
@@ -45,35 +66,33 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
 
     paper:       DINOv3 §3.2; SwAV for the algorithm
     """
-    x = logits.float() / temperature
-    return (x + log_u(x, n_iterations, group)).softmax(-1)
+    return assignments(logits, temperature, n_iterations, group).written()
 
 
-def log_u(x, n_iterations, group):
+@torch.no_grad()
+@float32
+def assignments(logits, temperature, n_iterations=3, group=None):
     """
-    The column scaling of Sinkhorn-Knopp; the row scaling cancels in the softmax, and so do K and the number of rows.
+    sinkhorn_knopp before it is written out: the row scaling cancels in the softmax, and so do K and n.
 
-        log v_b = -log sum_k exp(x_bk + log u_k)      over a row, which lives on one rank;  v = 1 at first
-        log u_k = -log sum_b exp(x_bk + log v_b)      over the rows of all ranks
+        log v_b = -log sum_k exp(logits_bk / temperature + log u_k)   over a row, on one rank;  v = 1 at first
+        log u_k = -log sum_b exp(logits_bk / temperature + log v_b)   over the rows of all ranks
 
     Logarithms throughout: logits of +-60 at temperature 0.04 span 3000 nats, float32 alone holds 176.
-
-    x        n K float32, logits / temperature
-    returns  K float32
     """
-    u = -all_logsumexp(x.logsumexp(0), group)                        # K, log u
-    for _ in range(n_iterations - 1):
-        v = -(x + u).logsumexp(1, keepdim=True)                      # n 1, log v
-        u = -all_logsumexp((x + v).logsumexp(0), group)
-    return u
+    log_u = None
+    for _ in range(n_iterations):
+        log_u = -all_logsumexp(ops.sinkhorn_pass(logits, temperature, log_u), group, log_u)
+    return Assignments(logits.detach(), log_u, temperature)
 
 
-def all_logsumexp(x, group):
-    """log of the sum over ranks of exp(x), elementwise.    x  K float32"""
+def all_logsumexp(x, group, log_u=None):
+    """log of the sum over ranks of exp(x), elementwise.    x  K float32    log_u  known to lie near minus the result"""
     if group is None:
         return x
-    top = x.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    top = x.clone() if log_u is None else -log_u
+    if log_u is None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
     total = (x - top).exp()
     dist.all_reduce(total, dist.ReduceOp.SUM, group)
     return total.log() + top
@@ -82,7 +101,6 @@ def all_logsumexp(x, group):
 # Cross-entropies
 
 
-@float32
 def dino_loss(student_logits, targets, temperature=0.1, ignore_diagonal=False):
     """
     Mean cross-entropy between every student crop and every teacher crop of the same image.
@@ -92,46 +110,68 @@ def dino_loss(student_logits, targets, temperature=0.1, ignore_diagonal=False):
         loss /= number of (s, t, b)
 
     student_logits   S B K, any float dtype (S crops)
-    targets          T B K float32, rows sum to 1 (T crops)
+    targets          T B K float32, rows sum to 1 (T crops); or the Assignments of T B K
     ignore_diagonal  leave out pairs of a crop with itself: both lists are the same global crops
     returns          0-dim float32, nats, ln K for a uniform student;  raises ValueError if the shapes do not fit
 
     paper:           DINOv3 §3.2, eq. 1
     """
+    n_global = len(student_logits) if ignore_diagonal else 0
+    return dino_losses(student_logits, targets, n_global, temperature)[0 if ignore_diagonal else 1]
+
+
+def dino_losses(student_logits, targets, n_global, temperature=0.1, overwrite=False):
+    """
+    dino_loss of the first n_global crops, without the diagonal, and of the others, in one pass; None for no crops.
+
+    overwrite  student_logits may become their gradient (ops.assignment_loss)
+    """
     if student_logits.shape[1:] != targets.shape[1:]:
         raise ValueError(f"dino_loss: student_logits are {tuple(student_logits.shape)} but targets are "
                          f"{tuple(targets.shape)}; both need the same images and prototypes")
-    S, T, B = len(student_logits), len(targets), targets.shape[1]
-    n_pairs = S * T - (min(S, T) if ignore_diagonal else 0)
-    if not n_pairs * B:
+    S, (T, B) = len(student_logits), targets.shape[:2]
+    n_pairs = n_global * T - min(n_global, T), (S - n_global) * T
+    if not sum(n_pairs) * B:
         raise ValueError(f"dino_loss: {S} student and {T} teacher crops of {B} images leave no pair to compare")
-    log_p = (student_logits.float() / temperature).log_softmax(-1)                # S B K
-    pairs = log_p.flatten(1) @ targets.float().flatten(1).T                       # S T
-    total = pairs.sum() - (pairs.diagonal().sum() if ignore_diagonal else 0)
-    return -total / (n_pairs * B)
+    pairs = torch.ones(S, T, device=student_logits.device)
+    pairs[:n_global].fill_diagonal_(0)
+    pairs[:n_global] /= max(n_pairs[0], 1)
+    pairs[n_global:] /= max(n_pairs[1], 1)
+    each = cross_entropy(student_logits, targets, pairs.new_full((B,), 1 / B), pairs, temperature, overwrite)   # S
+    return [part.sum() if len(part) else None for part in (each[:n_global], each[n_global:])]
 
 
 @float32
-def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1):
+def cross_entropy(student_logits, targets, weights, pairs, temperature, overwrite):
+    """Of each student crop, S float32; see ops.cross_entropies.    targets  T B K, a tensor or Assignments"""
+    if isinstance(targets, Assignments):
+        return ops.assignment_loss(student_logits, targets.logits, targets.log_u, weights, pairs, temperature,
+                                   targets.temperature, overwrite)
+    return ops.cross_entropies(student_logits, targets.float(), weights, pairs, temperature)
+
+
+def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1, overwrite=False):
     """
     Cross-entropy at the masked patches, each image's patches weighing 1 together.
 
         loss = sum over m of weights[m] (-sum_k targets[m,k] log_softmax(student_logits[m] / temperature)[k]) / n_images
 
     student_logits  M K, any float dtype: the student saw the mask token there
-    targets         M K float32: the teacher saw the patch
+    targets         M K float32: the teacher saw the patch; or their Assignments
     weights         M, 1 / (masked patches of the same image)
     n_images        global crops on this rank, masked or not
+    overwrite       student_logits may become their gradient (ops.assignment_loss)
     returns         0-dim float32, nats; 0 when M is 0;  raises ValueError if the shapes do not fit
 
     paper:          DINOv3 §3.2, eq. 1
     differs:        from the mean over masked images of iBOT: like the released code, unmasked images count as zeros
     """
-    if student_logits.shape != targets.shape or len(weights) != len(targets):
+    if student_logits.shape != targets.shape or len(weights) != len(student_logits):
         raise ValueError(f"ibot_loss: student_logits are {tuple(student_logits.shape)}, targets "
                          f"{tuple(targets.shape)}, weights {tuple(weights.shape)}; want a row per masked patch")
-    log_p = (student_logits.float() / temperature).log_softmax(-1)                # M K
-    return -(weights.float() @ (targets.float() * log_p).sum(-1)) / n_images
+    weights, one = weights.float() / n_images, torch.ones(1, 1, device=student_logits.device)
+    return cross_entropy(student_logits[None], targets.unflatten(0, (1, len(weights))), weights, one, temperature,
+                         overwrite)[0]
 
 # --------------------------------------------------------------------------------
 # Regularisers of features

@@ -26,6 +26,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from ops import rope_attention
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -100,12 +102,6 @@ def rope_tables(h, w, n_prefix, periods, scales):
     angles = torch.as_tensor(scales, dtype=torch.float32, device=device)[:, None, None] * angles
     angles = F.pad(angles, (0, 0, n_prefix, 0))[:, :, None, None]                            # scales N 1 1 E/2
     return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turns the pairs (x[e], x[e + E/2]) by the token's angles, in float32.    x  B N ... E    returns like x"""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 # --------------------------------------------------------------------------------
 # What a forward does with several crop sizes, and what is random in it
@@ -212,16 +208,6 @@ class MaskedBiasLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(E)) v, the softmax in float32.    q, k, v, returns  B A N E"""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 128:
-        # to train: forward and backward take a sixth of the time of the CPU's fused kernel at N = 21 and 69, at
-        # three times its error, as the scores are rounded to bf16 (8e-3 against 3e-3 of the largest value, E = 64)
-        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5                     # B A N N
-        return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -232,17 +218,7 @@ class Attention(nn.Module):
 
     def forward(self, x, n_images, rope):
         """x  T D    n_images, rope  of each crop group    returns  T D"""
-        sizes = [n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True)]
-        groups = zip(self.qkv(x).split(sizes), n_images, rope, strict=True)
-        out = [self.attend(qkv, n, *tables) if n else qkv[:, : x.shape[1]] for qkv, n, tables in groups]
-        return self.proj(torch.cat(out) if len(out) > 1 else out[0])
-
-    def attend(self, qkv, B, cos, sin):
-        qkv = qkv.view(B, len(cos), 3, self.heads, -1)                        # B N 3 A E
-        q, k = rotate(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)         # 2 of B A N E
-        v = qkv[:, :, 2].transpose(1, 2)                                      # B A N E
-        out = attention(q, k, v)                                              # B A N E
-        return out.transpose(1, 2).reshape(B * len(cos), -1)                  # (B N) D
+        return self.proj(rope_attention(self.qkv(x), n_images, rope, self.heads))
 
 
 class MLP(nn.Module):

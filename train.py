@@ -28,16 +28,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import config as command_line
+import ops
 from checkpoint import load_checkpoint, save_checkpoint, start_from
+from convnext import ConvNeXt, ConvNeXtConfig
 from data import Batches, CropConfig, colour_batch, loader, open_source
 from layouts import size_of
-from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from losses import assignments, dino_losses, ibot_loss, koleo_loss
 from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, initialise
 from weights import commit, identify
 
@@ -56,6 +58,7 @@ class TrainConfig(CropConfig):
     resume: bool = False           # go on from OUT's checkpoint, with its config
     seed: int = 0                  # of weights, crops, masks, stochastic depth
     device: str = "auto"           # auto, cpu, cuda, mps
+    kernels: str = "auto"          # csrc: auto = where it is built, off, or on = stop where it is not
     precision: str = "auto"        # bf16 (autocast: float32 weights and residual stream), fp32, or auto
     workers: int = -1              # processes that prepare batches, for each rank; -1 = as the machine allows
     save_every: int = 1000         # steps between checkpoints
@@ -182,21 +185,26 @@ def say_init(path):
 def resumed_config(values):
     """The config that the run was started with, and what the command line changes of it."""
     out = Path(values.get("out", f"runs/{values.get('size', 'tiny')}"))
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--resume: no run to go on with in {out} ({error}); start one without --resume") from error
-    known = command_line.types(TrainConfig())
-    c = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
-    c = replace(command_line.apply(replace(c, stop_after=0), values), out=str(out), resume=True)
+    c = replace(command_line.apply(replace(saved_config(out), stop_after=0), values), out=str(out), resume=True)
     check(c)
     return c
+
+
+def saved_config(out, kind=TrainConfig):
+    """The config in a run's folder, as a `kind`."""
+    try:
+        saved = json.loads(Path(out, "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out}: no run to go on with, or to learn from ({error}); name the folder of one") from error
+    known = command_line.types(kind())
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
 
 
 def check(c):
     """Raises ValueError for values that cannot be trained with."""
     if c.stage != "pretrain":
         raise ValueError(f"--stage {c.stage} is not known; there is: pretrain")
+    ops.use_kernels(c.kernels)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
     for name in ("steps", "batch", "group", "koleo_group", "log_every", "save_every"):
@@ -271,6 +279,13 @@ def choose_precision(precision, device):
             "cpu": torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()}
     return "bf16" if fast.get(device.type) else "fp32"
 
+
+def settle(c, ranks):
+    """c with the precision and the workers that this machine has in place of auto and -1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = c.workers if c.workers >= 0 else max(1, min(12, cores // ranks.count - 1))
+    return replace(c, precision=choose_precision(c.precision, ranks.device), workers=workers)
+
 # --------------------------------------------------------------------------------
 # Networks and optimizer
 
@@ -278,19 +293,19 @@ def choose_precision(precision, device):
 def make_networks(c):
     D, stds = c.vit.width, (c.vit.init_std, c.prototype_std)
     return nn.ModuleDict(dict(
-        backbone=ViT(c.vit),
+        backbone=(ConvNeXt if isinstance(c.vit, ConvNeXtConfig) else ViT)(c.vit),
         dino_head=ProjectionHead(D, c.dino_hidden, c.dino_bottleneck, c.dino_prototypes, *stds),
         ibot_head=ProjectionHead(D, c.ibot_hidden, c.ibot_bottleneck, c.ibot_prototypes, *stds),
     ))
 
 
-def build_networks(c, ranks):
+def build_networks(c, ranks, make=make_networks):
     """Student or teacher: the same start values; sharded over the ranks, block by block, if there are several."""
     with torch.device("meta"):
-        networks = make_networks(c)
+        networks = make(c)
     networks["backbone"].checkpointing = c.checkpointing
     if ranks.group is not None:
-        mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
         # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used
         bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = bf16 if c.precision == "bf16" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
@@ -301,24 +316,27 @@ def build_networks(c, ranks):
 
 def parameter_groups(c, student):
     """
-    AdamW's groups: parameters of equal lr factor and equal decay.
+    AdamW's groups, of equal lr factor and equal decay.
 
-    lr factor  layer_decay^(L+1-layer), layer 0 = embeddings and tokens, block i = i+1, final norm = L+1; heads 1
-    decay      none for biases, norms, LayerScale
+    lr factor  layer_decay^(L+1-layer)    decay  none for biases, norms, LayerScale: all that is not a matrix
     """
-    groups, L = {}, c.vit.depth
-    for name, p in student.named_parameters():
-        layer = L + 1
-        if name.startswith("backbone.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith("backbone.") and "norm" not in name:
-            layer = 0
-        factor = c.layer_decay ** (L + 1 - layer) * (c.patch_embed_lr if "patch_embed" in name else 1)
-        decays = not (name.endswith(("bias", "gamma")) or "norm" in name)
-        key = factor, decays, "last_layer" in name
+    groups, depths = {}, getattr(c.vit, "depths", [c.vit.depth])
+    for name, p in filter(lambda pair: pair[1].requires_grad, student.named_parameters()):
+        stem = name.startswith(("backbone.patch_embed.", "backbone.downsample_layers.0."))
+        factor = c.layer_decay ** (sum(depths) + 1 - layer_of(name, depths)) * (c.patch_embed_lr if stem else 1)
+        key = factor, p.ndim > 1, "last_layer" in name
         groups.setdefault(key, []).append(p)
     return [dict(params=params, lr_factor=factor, decays=decays, last_layer=last)
             for (factor, decays, last), params in groups.items()]
+
+
+def layer_of(name, depths):
+    """0 = embeddings and tokens, block i = i+1, L+1 = final norm and heads; a downsampling: that of the block before"""
+    where, part, *place = name.split(".")
+    if where != "backbone" or "norm" in part:
+        return sum(depths) + 1
+    before = sum(depths[: int(place[0])]) if part in ("stages", "downsample_layers") else 0
+    return before + (int(place[part == "stages"]) + 1 if part in ("blocks", "stages") else 0)
 
 
 def set_schedules(optimizer, lr, weight_decay, freeze_last_layer):
@@ -352,8 +370,8 @@ def teacher_targets(teacher, batch, temperature, group):
     features = teacher["backbone"](batch["global_crops"])
     dino = teacher["dino_head"](features.cls)                                            # (G B) K
     ibot = teacher["ibot_head"](features.patches.flatten(0, 1)[batch["masked"]])         # M K
-    dino = sinkhorn_knopp(dino, temperature, group=group).unflatten(0, (2, -1))          # G B K
-    return dict(dino=dino, ibot=sinkhorn_knopp(ibot, temperature, group=group))
+    dino = assignments(dino, temperature, group=group).unflatten(0, (2, -1))             # G B K
+    return dict(dino=dino, ibot=assignments(ibot, temperature, group=group))
 
 
 def loss_terms(c, student, batch, targets, noise, group):
@@ -370,13 +388,14 @@ def loss_terms(c, student, batch, targets, noise, group):
     logits = student["dino_head"](torch.cat([f.cls for f in features])).unflatten(0, (-1, B))    # G+L B K
     ibot = student["ibot_head"](g.patches.flatten(0, 1)[batch["masked"]])                        # M K
     cls = g.cls.unflatten(0, (2, B))                                                             # G B D
+    dino_global, dino_local = dino_losses(logits, targets["dino"], 2, c.student_temp, overwrite=True)
     terms = dict(
-        dino_global=dino_loss(logits[:2], targets["dino"], c.student_temp, ignore_diagonal=True),
-        ibot=ibot_loss(ibot, targets["ibot"], batch["weights"], 2 * B, c.student_temp),
+        dino_global=dino_global,
+        ibot=ibot_loss(ibot, targets["ibot"], batch["weights"], 2 * B, c.student_temp, overwrite=True),
         koleo=sum(koleo_loss(crop, group, c.koleo_group) for crop in cls),
     )
     if c.n_local:
-        terms["dino_local"] = dino_loss(logits[2:], targets["dino"], c.student_temp)
+        terms["dino_local"] = dino_local
     return terms, cls.detach()
 
 
@@ -396,7 +415,7 @@ def health(c, targets, cls):
     prototypes_used  that are some image's first choice, of the most that this batch can use
     cls_rank         effective rank of the class tokens: exp of the entropy of their spectrum (RankMe)
     """
-    dino = targets["dino"].flatten(0, 1)
+    dino = targets["dino"].written().flatten(0, 1)
     entropy = -(dino * (dino + 1e-30).log()).sum(-1).mean() / math.log(c.dino_prototypes)
     used = len(dino.argmax(-1).unique()) / min(dino.shape)
     spectrum = torch.linalg.svdvals(cls.float().flatten(0, 1))
@@ -465,7 +484,7 @@ def check_norms(step, norms):
 
 def print_plan(c, ranks, source, student):
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
-    where = ranks.device.type + (f" x {ranks.count}" if ranks.count > 1 else "")
+    where = ranks.device.type + (f" x {ranks.count}" if ranks.count > 1 else "") + f", {ops.describe(ranks.device)}"
     side = c.global_size // c.patch_size
     print(f"{c.size}, {c.stage}: backbone {n['backbone']:,} parameters, heads {n['dino_head'] + n['ibot_head']:,}; "
           f"{len(source):,} images of {c.data}; {where}, {c.precision}")
@@ -502,8 +521,7 @@ def train(c, ranks):
     momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
     teacher_temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
     weights, samples = term_weights(c), c.batch // ranks.count
-    on_host = ranks.device.type == "cpu"
-    batches = Batches(c, source, ranks.rank * samples, samples, colour_here=on_host)
+    batches = Batches(c, source, ranks.rank * samples, samples, colour_here=ranks.device.type == "cpu")
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = iter(loader(batches, range(start, c.steps), c.workers, pin_memory=ranks.device.type == "cuda"))
     interrupt, norms, unreadable, clock, logged = Interrupt(), {}, {}, time.perf_counter(), start
@@ -519,11 +537,7 @@ def train(c, ranks):
             break
 
         # a batch and this step's numbers
-        batch = next(stream)
-        unreadable |= dict(batch.pop("broken"))
-        batch = {k: v.to(ranks.device, non_blocking=True) if k != "colours" else v for k, v in batch.items()}
-        if not on_host:
-            batch = colour_batch(batch, c)
+        batch = on_device(c, ranks, next(stream), unreadable)
         noise = Noise(c.seed, step, batches.first, samples, c.group, c.drop_path, c.rope_rescale)
         set_schedules(optimizer, lr[step], weight_decay[step], step < c.freeze_last_layer)
 
@@ -557,6 +571,13 @@ def train(c, ranks):
     interrupt.release()
     report(c, ranks, step, unreadable)
     return step == c.steps
+
+
+def on_device(c, ranks, batch, unreadable):
+    """The batch on this rank's device, coloured; adds the images that could not be read."""
+    unreadable |= dict(batch.pop("broken"))
+    batch = {k: v.to(ranks.device, non_blocking=True) if k != "colours" else v for k, v in batch.items()}
+    return batch if ranks.device.type == "cpu" else colour_batch(batch, c)
 
 
 def open_log(c, start):
@@ -593,10 +614,7 @@ def main(argv):
         return
     c = configure(argv)
     ranks = start_ranks(c.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = c.workers if c.workers >= 0 else max(1, min(12, cores // ranks.count - 1))
-    c = replace(c, precision=choose_precision(c.precision, ranks.device), workers=workers)
-    finished = train(c, ranks)
+    finished = train(settle(c, ranks), ranks)
     if ranks.group is not None:
         dist.destroy_process_group()
     return finished

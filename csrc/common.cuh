@@ -1,0 +1,109 @@
+// Shared by the CUDA kernels. No torch.
+// Conversions are spelled out: torch builds with -D__CUDA_NO_HALF_CONVERSIONS__, plain nvcc does not.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T> __device__ T from_float(float v);
+template <> __device__ inline float from_float<float>(float v) { return v; }
+template <> __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// 8 elements in one transaction (two for float); p must be aligned to 16 bytes
+template <typename T> __device__ inline void load8(float (&out)[8], const T* p) {
+    constexpr int N = 16 / sizeof(T);
+    union { uint4 bits; T values[N]; } pack;
+#pragma unroll
+    for (int i = 0; i < 8; i += N) {
+        pack.bits = *reinterpret_cast<const uint4*>(p + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) out[i + j] = to_float(pack.values[j]);
+    }
+}
+
+template <typename T> __device__ inline void store8(T* p, const float (&in)[8]) {
+    constexpr int N = 16 / sizeof(T);
+    union { uint4 bits; T values[N]; } pack;
+#pragma unroll
+    for (int i = 0; i < 8; i += N) {
+#pragma unroll
+        for (int j = 0; j < N; j++) pack.values[j] = from_float<T>(in[i + j]);
+        *reinterpret_cast<uint4*>(p + i) = pack.bits;
+    }
+}
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+    for (int lane = 16; lane; lane /= 2) v += __shfl_xor_sync(ALL_LANES, v, lane);
+    return v;  // the same in all lanes
+}
+
+__device__ inline float warp_max(float v) {
+#pragma unroll
+    for (int lane = 16; lane; lane /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, lane));
+    return v;
+}
+
+// 2^z to 2 units in the last place; 0 below 2^-126; NaN stays NaN
+__device__ inline float exp2_fast(float z) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z));
+    return e;
+}
+
+// 8 elements from k on; `rest` where the row of K ends. `vector`: rows start on 16 bytes, and K is a multiple of 8
+template <typename T> __device__ inline void load_row(float (&out)[8], const T* row, int64_t k, int64_t K,
+                                                      bool vector, float rest) {
+    if (vector && k < K) {
+        load8(out, row + k);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++) out[j] = k + j < K ? to_float(row[k + j]) : rest;
+    }
+}
+
+template <typename T> __device__ inline void store_row(T* row, const float (&in)[8], int64_t k, int64_t K,
+                                                       bool vector) {
+    if (vector && k < K) {
+        store8(row + k, in);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (k + j < K) row[k + j] = from_float<T>(in[j]);
+    }
+}
+
+// sum 2^z over what was added so far, as sum 2^(z - top), so that it cannot overflow
+struct LogSum {
+    float top = -1e30f, sum = 0;
+
+    __device__ void add(const float (&z)[8]) {
+        float most = z[0];
+#pragma unroll
+        for (int j = 1; j < 8; j++) most = fmaxf(most, z[j]);
+        raise(most);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += exp2_fast(z[j] - top);
+    }
+    __device__ void raise(float most) {
+        if (most > top) {
+            sum *= exp2_fast(top - most);
+            top = most;
+        }
+    }
+    __device__ void over_warp() {
+        float most = warp_max(top);
+        sum = warp_sum(sum * exp2_fast(top - most));
+        top = most;
+    }
+    __device__ float log2() const { return top + log2f(sum); }
+};

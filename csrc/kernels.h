@@ -1,0 +1,63 @@
+// Every launcher in csrc/, and nothing else: raw pointers, sizes. No torch, no allocation, no synchronisation.
+// Shapes and equations stand in the header of the file named above each; dimension letters: see the top of model.py.
+#pragma once
+
+#include <cstdint>
+
+enum class Dtype { f32, f16, bf16 };
+
+struct RopeGroup {  // n images of N tokens each, from row `first` of T on;  cos, sin  N E/2
+    int64_t first, n, N;
+    const float *cos, *sin;
+};
+
+// --------------------------------------------------------------------------------
+// CPU kernels: no half precision but bf16; `threads` changes the time, never the result
+
+// csrc/sinkhorn_cpu.cpp    scratch: so many floats, of any content; targets are f32 or bf16
+int64_t sinkhorn_scratch_cpu(int64_t n, int64_t K, int threads);
+void sinkhorn_pass_cpu(float* log_r, const void* logits, const float* log_u, float* scratch, int64_t n, int64_t K,
+                       double temperature, Dtype dtype, int threads);
+void sinkhorn_targets_cpu(void* targets, Dtype target_dtype, const void* logits, const float* log_u, float* scratch,
+                          int64_t n, int64_t K, double temperature, Dtype dtype, int threads);
+
+// csrc/assignment_loss_cpu.cpp    grad may be student
+int64_t assignment_loss_scratch_cpu(int64_t T, int64_t K, int threads);
+void assignment_loss_cpu(float* losses, void* grad, const void* student, const void* teacher, const float* log_u,
+                         const float* weights, const float* pairs, float* scratch, int64_t S, int64_t T, int64_t B,
+                         int64_t K, double student_temp, double teacher_temp, Dtype dtype, int threads);
+
+// csrc/rope_attention_cpu.cpp    even E
+void rope_attention_cpu(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T, int A,
+                        int E, Dtype dtype, int threads);
+void rope_attention_backward_cpu(void* dqkv, const void* dout, const void* qkv, const void* out, const float* lse,
+                                 const RopeGroup* groups, int n_groups, int64_t T, int A, int E, Dtype dtype,
+                                 int threads);
+
+// --------------------------------------------------------------------------------
+// CUDA kernels: each returns the status of its own launch
+
+#if defined(WITH_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+// csrc/sinkhorn.cu    scratch: so many floats, of any content; targets have any of the three dtypes
+int64_t sinkhorn_scratch_cuda(int64_t n, int64_t K, Dtype dtype);
+cudaError_t sinkhorn_pass_cuda(float* log_r, const void* logits, const float* log_u, float* scratch, int64_t n,
+                               int64_t K, double temperature, Dtype dtype, cudaStream_t stream);
+cudaError_t sinkhorn_targets_cuda(void* targets, Dtype target_dtype, const void* logits, const float* log_u, int64_t n,
+                                  int64_t K, double temperature, Dtype dtype, cudaStream_t stream);
+
+// csrc/assignment_loss.cu    grad may be student; T is 1 or 2
+cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student, const void* teacher,
+                                 const float* log_u, const float* weights, const float* pairs, int64_t S, int64_t T,
+                                 int64_t B, int64_t K, double student_temp, double teacher_temp, Dtype dtype,
+                                 cudaStream_t stream);
+
+// csrc/rope_attention_forward.cu, rope_attention_backward.cu    E = 64 or 128; f16 or bf16; delta  A T, of any content
+cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
+                                int64_t T, int A, int E, Dtype dtype, cudaStream_t stream);
+cudaError_t rope_attention_backward_cuda(void* dqkv, float* delta, const void* dout, const void* qkv, const void* out,
+                                         const float* lse, const RopeGroup* groups, int n_groups, int64_t T, int A,
+                                         int E, Dtype dtype, cudaStream_t stream);
+
+#endif
