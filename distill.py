@@ -1,0 +1,400 @@
+"""
+Distil a frozen teacher into many students at once.
+
+    python distill.py --teacher runs/tiny --students tiny_half,convnext_micro --out runs/small      in turn, one device
+    torchrun --nproc-per-node 8 distill.py --teacher runs/7b --students s,b,l --data PHOTOS --out runs/family
+    torchrun --nproc-per-node 8 distill.py --teacher runs/7b --students s:1,convnext_t:2,l:5 --data PHOTOS --out runs/f
+    python distill.py --teacher vitl16.pth --mode features --students s --data PHOTOS --out runs/s  without its heads
+    python distill.py --out runs/small --resume --students tiny_half,tiny                           with other students
+
+    DistillConfig, RECIPES, STUDENTS    every number                                               DINOv3 §5.2
+    make_teacher, teacher_says          the teacher, on 1/S of the batch; what of it travels
+    Student, head_terms, feature_terms  a student on its group of ranks; the two objectives
+    distill                             the loop; groups.py says which rank trains what            DINOv3 §5.2, Fig. 12
+
+OUT/NAME is a student's run: teacher.safetensors there is its average. Dimension letters: see the top of model.py.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import config as command_line
+import train
+from checkpoint import load_checkpoint, load_teacher, open_checkpoint, save_checkpoint
+from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
+from data import Batches, CropConfig, loader, open_source
+from groups import clock, make_group, make_plan, share, wait
+from losses import assignments
+from model import SIZES, Noise, ViTConfig, set_std
+from train import Ranks, TrainConfig, schedule
+from weights import commit, identify, load_backbone
+
+# --------------------------------------------------------------------------------
+# Configuration
+
+STUDENTS = SIZES | CONVNEXT_SIZES | {  # and two for tests and laptops; parameters:
+    "tiny_half":      ViTConfig(6, 64, 1, 256, layerscale=1.0, init_std=0.1),                         # 350,400
+    "convnext_micro": ConvNeXtConfig((1, 1, 3, 1), (24, 48, 96, 128), layerscale=1.0, init_std=0.1),  # 477,880
+}
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    teacher: str = ""              # a run of train.py, with its heads; with --mode features any weights
+    students: str = ""             # s,b,convnext_t; with the ranks of each, s:1,b:2, nothing is timed
+    mode: str = "heads"            # heads: the losses of pretraining; features: cosine and smooth L1 through adapters
+    cooldown: int = 250_000        # last steps, in which the learning rate falls from lr to lr_end, a cosine
+    momentum: float = 0.994        # of the average of each student, which is what is saved to be used
+    joined: int = 0                # step of the run at which a student's own first step was
+
+    @property
+    def vit(self):
+        """The student's configuration: patches as large as the teacher's, statistics the teacher's."""
+        own = replace(STUDENTS[self.size], mean=self.mean, std=self.std)
+        if isinstance(own, ConvNeXtConfig):
+            return own
+        return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size)
+
+
+RECIPES = {
+    # paper: §5.2: 1M steps, then 250k of cooldown; warm-ups are pretraining's, the rest is as released. Not run yet
+    "paper": DistillConfig(
+        steps=1_250_000, batch=1920, lr=2e-4, lr_end=5e-5, lr_warmup=100_000, weight_decay_end=0.2,
+        teacher_temp_warmup=100_000, layer_decay=0.99, freeze_last_layer=0,
+    ),
+    # teachers as narrow as tiny, 2 CPU cores; measured in LOG.md
+    "tiny": DistillConfig(
+        steps=600, cooldown=300, batch=32, lr=2e-3, lr_end=1e-5, lr_warmup=30, weight_decay_end=0.04, momentum=0.97,
+        momentum_end=0.995, teacher_temp=0.04, teacher_temp_warmup=0, layer_decay=1.0, patch_embed_lr=1.0,
+        freeze_last_layer=0, save_every=250, log_every=20,
+    ),
+}
+OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "mean", "std", "joined", "dino_prototypes",
+              "ibot_prototypes"}  # or of the student
+OPTIONS = {name: kind for name, kind in command_line.types(DistillConfig()).items() if name not in OF_TEACHER}
+OBJECTIVE = ("dino_hidden", "dino_bottleneck", "dino_prototypes", "ibot_hidden", "ibot_bottleneck", "ibot_prototypes",
+             "prototype_std", "student_temp", "local_weight", "ibot_weight", "koleo_weight", "rope_rescale")
+
+
+def configure(argv):
+    """The command line -> DistillConfig of the whole run; every mistake ends here, before the first batch."""
+    values, words = command_line.read_words(argv, OPTIONS)
+    if words:
+        raise ValueError(f"{words[0]!r} is not an option; write --field value")
+    out = values.get("out", "runs/distilled")
+    if values.get("resume", "").lower() == "true":
+        c = command_line.apply(replace(train.saved_config(out, DistillConfig), stop_after=0), values)
+    else:
+        said = of_teacher(values.get("teacher", ""), values.get("mode", "heads"))
+        recipe = RECIPES["tiny" if said.pop("width") <= SIZES["tiny"].width else "paper"]
+        c = command_line.apply(replace(recipe, **said), values)
+        shrink = [name for name in (*train.WARMUPS, "cooldown") if name not in values]
+        c = replace(c, **{name: round(getattr(c, name) * c.steps / recipe.steps) for name in shrink})
+        c = replace(c, group=min(c.group, c.batch), koleo_group=min(c.koleo_group, c.batch))
+        if Path(out, "config.json").exists():
+            raise ValueError(f"--out {out} holds a run already; add --resume to go on, or name another folder")
+    read_students(c.students)
+    train.check(c)
+    if c.mode == "features" and c.n_local or not 0 <= c.cooldown <= c.steps:
+        raise ValueError(f"--n_local {c.n_local} --cooldown {c.cooldown}: a cooldown has 0 to --steps {c.steps} steps, "
+                         "and --mode features looks at global crops alone")
+    return replace(c, out=out)
+
+
+def of_teacher(path, mode):
+    """What a teacher settles: normalisation, patches and, if it is a run, crops and the objective with its heads."""
+    if mode not in ("heads", "features") or not path:
+        raise ValueError(f"--teacher {path or '(none)'} --mode {mode}: name a run, or weights and --mode features")
+    found, run = identify(path).config, Path(path, "checkpoint").exists()
+    if mode == "heads" and not run:
+        raise ValueError(f"--teacher {path} has no heads: it is not the folder of a run; take --mode features")
+    if found.in_chans != 3:
+        raise ValueError(f"--teacher {path} is for images of {found.in_chans} channels; it must be for RGB")
+    names = [field.name for field in fields(CropConfig)] + [*OBJECTIVE] * (mode == "heads")
+    said = {name: getattr(train.saved_config(path, DistillConfig), name) for name in names if run}
+    if mode == "features":
+        said |= dict(n_local=0, mask_share=1.0, mask_ratio=(1.0, 1.0))  # every patch is compared
+    patch = min(found.patch_size, 16)                                   # a ConvNeXt's 32 as 2x2
+    return said | dict(mean=found.mean, std=found.std, patch_size=patch, width=found.width)
+
+
+def read_students(text):
+    """"s:2,b:6" -> {"s": 2, "b": 6};  "s,b" -> {"s": 0, "b": 0}"""
+    words = [word.partition(":") for word in text.split(",")]
+    names, colons, counts = map(list, zip(*words, strict=True))
+    right = set(names) <= STUDENTS.keys() and len(set(names)) == len(names) and len(set(colons)) == 1
+    if not right or not all(n.isdigit() and int(n) for n in counts if ":" in colons):
+        raise ValueError(f"--students {text or '(none)'}: write s,b or s:1,b:2, ranks for all or for none, no student "
+                         f"twice; there are {', '.join(STUDENTS)}")
+    return {name: int(n or 0) for name, n in zip(names, counts, strict=True)}
+
+# --------------------------------------------------------------------------------
+# Teacher
+
+
+def make_teacher(c, ranks):
+    """Backbone and, in mode heads, heads, frozen. Each rank holds it whole; as bfloat16 where autocast rounds it."""
+    if c.mode == "heads":
+        with torch.device("meta"):
+            teacher = train.make_networks(train.saved_config(c.teacher, DistillConfig))
+        load_teacher(c.teacher, teacher.to_empty(device="cpu"))
+    else:
+        teacher = nn.ModuleDict(dict(backbone=load_backbone(c.teacher)))
+    for part in teacher.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision == "bf16":
+            part.bfloat16()
+    return teacher.requires_grad_(False).eval().to(ranks.device)
+
+
+def seen(backbone, c):
+    """The backbone, its crops resized to whole patches, with patches on the grid that the masks are drawn for."""
+    return on_grid(backbone, (c.global_size // c.patch_size,) * 2)
+
+
+@torch.no_grad()
+def teacher_says(c, teacher, batch):
+    """What of the teacher travels, of unmasked global crops:  cls  (G B) Z,  patches  M Z;  in mode features D wide"""
+    with autocast(c, batch):
+        features, = seen(teacher["backbone"], c)([batch["global_crops"]])
+        patches = features.patches.flatten(0, 1)[batch["masked"]]                            # M D
+        if c.mode == "features":
+            return dict(cls=features.cls, patches=patches)
+        return dict(cls=teacher["dino_head"].bottleneck(features.cls), patches=teacher["ibot_head"].bottleneck(patches))
+
+# --------------------------------------------------------------------------------
+# Students and their objectives
+
+
+class Student:
+    """One student on the ranks of its group: networks, their average, optimizer, and schedules by its own step."""
+
+    def __init__(self, c, ranks, width, done=0):
+        """width: of the teacher;  done: steps, if there is a checkpoint to go on from"""
+        self.c, self.ranks, self.step, self.norms = c, ranks, done, {}
+        self.networks, self.ema = (train.build_networks(c, ranks, lambda c: make_student(c, width)) for _ in range(2))
+        self.ema.requires_grad_(False).eval()
+        groups = train.parameter_groups(c, self.networks)
+        self.optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
+        plateau = schedule(0, c.lr, c.lr, c.lr_warmup, c.steps - c.cooldown)
+        self.lr = np.concatenate([plateau, schedule(0, c.lr, c.lr_end, 0, c.cooldown)]) * c.lr_factor
+        self.weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
+        self.momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
+        self.temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
+        if done:
+            load_checkpoint(c, self.networks, self.ema, self.optimizer, ranks.group)
+
+    def learn(self, teacher, batch, noise, source):
+        """One step; returns its numbers, 0-dim. One that is not finite raises ValueError first, on all its ranks."""
+        c, t = self.c, self.step
+        train.set_schedules(self.optimizer, self.lr[t], self.weight_decay[t], t < c.freeze_last_layer)
+        with autocast(c, batch):
+            terms, weights = (head_terms if c.mode == "heads" else feature_terms)(self, teacher, batch, noise)
+        loss = sum(weights[name] * term for name, term in terms.items())
+        means = self.ranks.mean(torch.stack([loss, *terms.values()]).detach())
+        row = dict(zip(("loss", *terms), means, strict=True))
+        finite = train.Finite(row)
+        loss.backward()
+        finite.check(t, self.ranks, batch, source)
+        self.norms = train.clip_gradients(self.networks, c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        train.update_ema(self.ema, self.networks, self.momentum[t])
+        self.step += 1
+        return row | self.norms | dict(lr=self.lr[t])
+
+    def save(self):
+        train.check_norms(self.step, self.norms)
+        save_checkpoint(self.c, self.ranks, self.step, self.networks, self.ema, self.optimizer)
+
+
+def make_student(c, width):
+    """With the teacher's number of prototypes; in mode features with linear maps to the teacher's width."""
+    networks = train.make_networks(c)
+    for name, p in networks.named_parameters():
+        p.requires_grad_(not name.endswith("mask_token"))  # nothing is hidden: it would have no gradient to save
+    if c.mode == "features":
+        adapters = {name: nn.Linear(c.vit.width, width) for name in ("cls_adapter", "patches_adapter")}
+        networks = nn.ModuleDict(dict(backbone=networks["backbone"], **adapters))
+        for name in adapters:
+            set_std(networks[name], c.vit.init_std)
+    return networks
+
+
+def head_terms(student, teacher, batch, noise):
+    """The terms of pretraining and their weights; prototypes balanced within the group.    paper: §5.2"""
+    c, group, targets = student.c, student.ranks.group, {}
+    for name, part in dict(dino="cls", ibot="patches").items():
+        logits = teacher[f"{name}_head"].last_layer(batch[part])                             # rows K
+        targets[name] = assignments(logits, student.temp[student.step], group=group)
+    targets["dino"] = targets["dino"].unflatten(0, (2, -1))                                  # G B K
+    networks = dict(student.networks.items()) | dict(backbone=seen(student.networks["backbone"], c))
+    unmasked = batch | dict(masks=None)  # as released: iBOT's patches are drawn, but the student sees them
+    return train.loss_terms(c, networks, unmasked, targets, noise, group)[0], train.term_weights(c)
+
+
+def feature_terms(student, teacher, batch, noise):
+    """Cosine distance and smooth L1 to the teacher's features, of the student's after a linear map; each weighs 1."""
+    features, = seen(student.networks["backbone"], student.c)([batch["global_crops"]], None, noise)
+    own, terms = dict(cls=features.cls, patches=features.patches.flatten(0, 1)[batch["masked"]]), {}
+    for name, x in own.items():
+        x, target = student.networks[f"{name}_adapter"](x).float(), batch[name].float()      # rows D of the teacher
+        terms |= {f"{name}_cosine": 1 - F.cosine_similarity(x, target, dim=-1).mean(),
+                  f"{name}_l1": F.smooth_l1_loss(x, target)}
+    return terms, dict.fromkeys(terms, 1.0)
+
+
+def autocast(c, batch):
+    return torch.autocast(batch["global_crops"].device.type, torch.bfloat16, enabled=c.precision == "bf16")
+
+# --------------------------------------------------------------------------------
+# Before the first step
+
+
+def time_parts(c, ranks, names, teacher, source):
+    """Seconds for an image of the teacher, and of each student's training, on one rank while all ranks do the same."""
+    n = min(-(-c.batch * len(names) // ranks.count // c.koleo_group) * c.koleo_group, c.batch)  # about a slice
+    alone, noise = Ranks(0, 1, ranks.device, None), Noise(c.seed, 0, 0, n, c.group, c.drop_path, c.rope_rescale)
+    batch = train.on_device(c, ranks, Batches(c, source, 0, n, ranks.device.type == "cpu")[0], {})
+    batch, seconds = batch | teacher_says(c, teacher, batch), {}
+    for name in ("teacher", *names):
+        student = name != "teacher" and Student(replace(c, size=name), alone, teacher["backbone"].config.width)
+        for _ in range(3):  # the last one counts
+            wait(ranks)
+            start = clock(ranks)
+            if student:
+                student.step = 0
+                student.learn(teacher, batch, noise, source)
+            else:
+                teacher_says(c, teacher, batch)
+            seconds[name] = ranks.mean(torch.tensor((clock(ranks) - start) / n, device=ranks.device)).item()
+    return seconds
+
+
+def standing(c, name):
+    """Own steps that a student's checkpoint holds, and the step of the run at which it was saved; 0, 0 without one."""
+    out = Path(c.out, name)
+    if not any((out / folder).exists() for folder in ("checkpoint", "checkpoint.old")):
+        return 0, 0
+    done = open_checkpoint(out)[1]
+    return done, done + train.saved_config(out, DistillConfig).joined
+
+# --------------------------------------------------------------------------------
+# The loop
+
+
+def distill(c, ranks):
+    """Trains all students; returns whether all have all their steps.    paper: §5.2, Fig. 12"""
+    if c.batch % ranks.count:
+        raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks")
+    found = {name: standing(c, name) for name in read_students(c.students)}
+    done, start = {name: own for name, (own, _) in found.items()}, max(at for _, at in found.values())
+    names = [name for name in found if done[name] < c.steps]
+    if not names:
+        raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
+    source, teacher = open_source(c.data, c.n_shapes, c.seed), make_teacher(c, ranks)
+    counts = {name: n for name, n in read_students(c.students).items() if name in names}
+    plan = make_plan(c, ranks, counts, lambda: time_parts(c, ranks, names, teacher, source))
+    group, keep, mine = make_group(c, ranks, plan)
+    own = {name: replace(c, size=name, out=str(Path(c.out, name)), joined=start - done[name]) for name in mine}
+    students = [Student(own[name], group, teacher["backbone"].config.width, done[name]) for name in mine]
+    end, samples = start + c.steps - min(done[name] for name in names), c.batch // ranks.count
+    wait(ranks)  # all have read what stands in OUT
+    for student in students if group.main else []:
+        train.open_log(student.c, student.step)
+    if ranks.main:
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        Path(c.out, "config.json").write_text(json.dumps(asdict(c) | dict(commit=commit()), indent=1))
+        for first, n, at in plan:
+            print(f"ranks {first} to {first + n - 1}: {' and '.join(at)}, {c.batch // n} images each")
+        print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
+              f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
+    batches = Batches(c, source, ranks.rank * samples, samples, colour_here=ranks.device.type == "cpu")
+    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    stream = iter(loader(batches, range(start, end), c.workers, pin_memory=ranks.device.type == "cuda"))
+    interrupt, unreadable, failed, before, logged = train.Interrupt(), {}, [], time.perf_counter(), start
+    bar = tqdm(total=end, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True)
+
+    def attempt(student, work, *args):
+        """work(*args), unless it raises: that ends the student, and no other."""
+        try:
+            return work(*args)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if group.count > 1 and not isinstance(error, ValueError):
+                raise  # a ValueError comes on all ranks of the group; the others would wait for this one
+            students.remove(student)
+            failed.append(f"{student.c.size}: {str(error).partition(chr(10))[0]}")
+            print(f"student {failed[-1]}; the others go on", flush=True)
+
+    for step in range(start, end + 1):
+        # save: once in a while, and before leaving; who has all its steps is saved already
+        logs = step % c.log_every == 0
+        leave = step == end or step == start + c.stop_after > start or interrupt.agreed(ranks, step, c.log_every) or \
+            logs and not ranks.mean(torch.tensor(float(len(students)), device=ranks.device))
+        if step > start and (leave or step % c.save_every == 0):
+            for student in list(students):
+                attempt(student, student.save)
+        if leave:
+            break
+
+        # the teacher sees this rank's part of the batch; then all groups get theirs
+        batch = train.on_device(c, ranks, next(stream), unreadable)
+        t0 = clock(ranks, logs)
+        batch |= teacher_says(c, teacher, batch)
+        t1 = clock(ranks, logs)
+        batch, received = (batch, 0) if plan[0][1] == ranks.count else share(c, ranks, batch, keep)
+        row = dict(ms_teacher=1000 * (t1 - t0), ms_share=1000 * (clock(ranks, logs) - t1), gathered_bytes=received)
+        if received and ranks.main and step == start:
+            print(f"a step gathers {received:,} bytes on each rank", flush=True)
+
+        # each group trains its students
+        noise = Noise(c.seed, step, keep.start, keep.stop - keep.start, c.group, c.drop_path, c.rope_rescale)
+        for student in list(students):
+            t0 = clock(ranks, logs)
+            numbers = attempt(student, student.learn, teacher, batch, noise, source)
+            t1 = clock(ranks, logs)
+            last = student.step == c.steps
+            if numbers and group.main and (logs or last):
+                row |= {name: float(x) for name, x in numbers.items()} | dict(
+                    ms_student=1000 * (t1 - t0), images_per_s=c.batch * (step + 1 - logged) / (t1 - before))
+                train.log(student.c, bar, dict(step=student.step - 1, **row, unreadable=len(unreadable)))
+            if numbers and last:
+                attempt(student, student.save)
+                students = [other for other in students if other is not student]
+        bar.update()
+        if logs:
+            before, logged = clock(ranks), step + 1
+
+    bar.close()
+    interrupt.release()
+    for name, reason in unreadable.items():
+        print(f"rank {ranks.rank}: skipped unreadable {name}: {reason}")
+    wait(ranks)  # some still save
+    if failed:
+        raise ValueError(f"stopped before their end: {'; '.join(failed)}; --resume goes on from their checkpoints")
+    return step == end
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        lines = command_line.describe(RECIPES["paper"]).splitlines()
+        print(__doc__.strip(), "\n".join(line for line in lines if line.split()[0][2:] in OPTIONS), sep="\n\n")
+        return
+    c = configure(argv)
+    ranks = train.start_ranks(c.device)
+    finished = distill(train.settle(c, ranks), ranks)
+    if ranks.group is not None:
+        dist.destroy_process_group()
+    return finished
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,245 @@
+"""Distillation: every student as if alone, on any ranks; resuming; what stops one student; both modes; mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import MICRO, rows
+
+import distill
+import train
+from convnext import ConvNeXt
+from data import Batches, open_source
+from model import ViT, ViTConfig, build
+from weights import load_backbone, save_backbone
+
+ROOT = Path(__file__).parents[1]
+SHORT = """--n_shapes 24 --batch 8 --steps 4 --cooldown 2 --group 2 --koleo_group 8 --workers 0 --log_every 1
+           --device cpu --precision fp32 --momentum 0.5""".split()
+TERMS = "loss", "dino_global", "dino_local", "ibot", "koleo"
+BOTH, PAIR = ("tiny_half", "convnext_micro"), "tiny_half,convnext_micro"
+
+
+def run(teacher, out, *words, students=PAIR):
+    distill.main(["--teacher", str(teacher), "--students", students, *SHORT, "--out", str(out), *words])
+    return {path.name: rows(path) for path in out.iterdir() if path.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    train.main([*MICRO, "--out", str(out), "--stop_after", "2"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(teacher, tmp_path_factory):
+    """Two students in turn, without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "pair"
+    run(teacher, out)
+    return out
+
+
+def losses(rows):
+    return [[row[name] for name in TERMS] for row in rows]
+
+# --------------------------------------------------------------------------------
+# Exactness
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_in_turn_each_student_learns_as_if_alone(teacher, pair, tmp_path, name):
+    assert losses(run(teacher, tmp_path / "alone", students=name)[name]) == losses(rows(pair / name))
+    a, b = (load_file(folder / name / "teacher.safetensors") for folder in (tmp_path / "alone", pair))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_two_students_on_four_ranks_learn_as_if_alone(teacher, pair, tmp_path):
+    out = tmp_path / "four"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", "distill.py", "--teacher", str(teacher), *SHORT, "--out", str(out),
+               "--students", "tiny_half:2,convnext_micro:2", "--stop_after", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    images, masked = 3 * (2 * 32 * 32 + 2 * 16 * 16), 4 + 8  # a crop of 16 patches is masked by 0.3, one by 0.5
+    received = 4 * (8 * (images + 2 * 16) + 4 * masked * 16) + 8 * (2 * 16 + 8)
+    assert f"gathers {received:,} bytes on each rank" in done.stdout
+    distill.main(["--out", str(out), "--resume", "--students", PAIR])  # the last step on one process
+    for name in BOTH:
+        assert rows(out / name)[0]["gathered_bytes"] == received
+        for one, four in zip(losses(rows(pair / name)), losses(rows(out / name)), strict=True):
+            assert one == pytest.approx(four, abs=1e-4)  # 1e-5 measured
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(teacher, pair, tmp_path):
+    run(teacher, tmp_path / "parts", "--stop_after", "2")
+    distill.main(["--out", str(tmp_path / "parts"), "--resume"])
+    for name in BOTH:
+        assert losses(rows(pair / name)) == losses(rows(tmp_path / "parts" / name))
+        a, b = (load_file(folder / name / "teacher.safetensors") for folder in (tmp_path / "parts", pair))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resumed_with_other_students(teacher, pair, tmp_path):
+    """one goes on, one is left as it stands, one begins: each has all its own steps in the end"""
+    out = tmp_path / "changed"
+    run(teacher, out, "--stop_after", "2")
+    assert distill.main(["--out", str(out), "--resume", "--students", "tiny_half,tiny"])
+    assert losses(rows(out / "tiny_half")) == losses(rows(pair / "tiny_half"))
+    assert [row["step"] for row in rows(out / "convnext_micro")] == [0, 1]
+    assert [row["step"] for row in rows(out / "tiny")] == [0, 1, 2, 3]
+    assert json.loads((out / "tiny/config.json").read_text())["joined"] == 2
+    assert distill.main(["--out", str(out), "--resume", "--students", "tiny,convnext_micro"])
+    assert [row["step"] for row in rows(out / "convnext_micro")] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="all have their 4 steps"):
+        distill.main(["--out", str(out), "--resume", "--students", "tiny"])
+
+
+def test_targets_are_those_of_train(teacher):
+    c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", *SHORT])
+    networks = distill.make_teacher(c, train.Ranks(0, 1, torch.device("cpu"), None))
+    batch = Batches(c, open_source("shapes", 24), 0, 8)[0]
+    said = distill.teacher_says(c, networks, batch)
+    assert said["cls"].shape == (16, 16) and len(said["patches"]) == len(batch["masked"])
+    with torch.no_grad():
+        theirs = train.teacher_targets(networks, batch, 0.04, None)
+    ours = distill.assignments(networks["dino_head"].last_layer(said["cls"]), 0.04).unflatten(0, (2, -1))
+    assert torch.equal(ours.written(), theirs["dino"].written())
+
+
+def test_nothing_is_hidden_from_the_student_and_the_teacher_stands_still(teacher, tmp_path, monkeypatch):
+    seen, real = [], train.loss_terms
+    before = load_file(teacher / "teacher.safetensors")
+    monkeypatch.setattr(train, "loss_terms", lambda *args: seen.append(args[2]["masks"]) or real(*args))
+    made, make = [], distill.make_teacher
+    monkeypatch.setattr(distill, "make_teacher", lambda *args: made.append(make(*args)) or made[0])
+    run(teacher, tmp_path / "run", students="tiny_half")
+    assert seen == [None] * 4
+    assert all(torch.equal(x, before[key]) for key, x in made[0]["backbone"].state_dict().items())
+
+
+def test_what_is_saved_is_the_average(teacher, tmp_path):
+    run(teacher, tmp_path / "run", "--momentum", "1", "--momentum_end", "1", students="tiny_half")
+    vit = distill.DistillConfig(size="tiny_half", patch_size=8).vit
+    start = build(lambda: torch.nn.ModuleDict(dict(backbone=ViT(vit))))["backbone"].state_dict()
+    saved = load_backbone(tmp_path / "run/tiny_half").state_dict()
+    assert all(torch.equal(saved[key], start[key]) for key in start)
+
+# --------------------------------------------------------------------------------
+# Stops
+
+
+def test_one_student_that_is_not_finite_stops_alone(teacher, pair, tmp_path, monkeypatch, capsys):
+    real = distill.head_terms
+
+    def poisoned(student, *args):
+        terms, weights = real(student, *args)
+        bad = student.c.size == "tiny_half" and student.step == 2
+        return (terms | dict(ibot=terms["ibot"] * float("nan")) if bad else terms), weights
+    monkeypatch.setattr(distill, "head_terms", poisoned)
+    with pytest.raises(ValueError, match="tiny_half: step 2, rank 0: loss is nan, ibot is nan.*--resume goes on"):
+        run(teacher, tmp_path / "run", "--save_every", "1")
+    assert "student tiny_half: step 2" in capsys.readouterr().out
+    assert losses(rows(tmp_path / "run/convnext_micro")) == losses(rows(pair / "convnext_micro"))
+    assert (tmp_path / "run/convnext_micro/teacher.safetensors").exists()
+    monkeypatch.setattr(distill, "head_terms", real)
+    distill.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert [row["step"] for row in rows(tmp_path / "run/tiny_half")] == [0, 1, 2, 3]
+
+
+def test_a_run_ends_when_no_student_is_left(teacher, tmp_path, monkeypatch):
+    endless = torch.tensor(torch.inf, requires_grad=True)
+    monkeypatch.setattr(distill, "head_terms", lambda *args: (dict(a=endless), dict(a=1)))
+    with pytest.raises(ValueError, match="tiny_half: .*loss is inf"):
+        run(teacher, tmp_path / "run", "--steps", "1000", students="tiny_half")
+
+# --------------------------------------------------------------------------------
+# Features, grids, schedules
+
+
+@pytest.mark.parametrize("kind, layout", [("vit", "hf"), ("convnext", "meta")])
+def test_features_of_any_weights(tmp_path, kind, layout):
+    """no heads, another width, a ConvNeXt's grid, its own normalisation: student and adapters learn"""
+    statistics = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    config = ViTConfig(2, 128, 2, 512, **statistics) if kind == "vit" else distill.STUDENTS["convnext_micro"]
+    path = tmp_path / ("weights.pth" if layout == "meta" else "weights")
+    save_backbone(build(lambda: (ViT if kind == "vit" else ConvNeXt)(config), seed=3), path, layout)
+    words = ["--mode", "features", "--global_size", "48", "--steps", "12", "--lr", "0.01"]
+    for name, found in run(path, tmp_path / "run", *words).items():
+        assert found[-1]["loss"] < 0.8 * found[0]["loss"], name
+        assert {"cls_cosine", "cls_l1", "patches_cosine", "patches_l1", "grad_norm_patches_adapter"} <= found[0].keys()
+        assert load_backbone(tmp_path / "run" / name).config.mean == config.mean
+
+
+def test_a_convnext_sees_whole_patches_and_speaks_of_the_teachers_grid():
+    c = distill.DistillConfig(size="convnext_micro", global_size=80, local_size=112, patch_size=16)
+    sides = []
+
+    class Spy(ConvNeXt):
+        def forward(self, images, masks=None, noise=None):
+            sides.extend(x.shape[-1] for x in images)
+            return super().forward(images, masks, noise)
+    one, other = distill.seen(Spy(c.vit), c)([torch.randn(2, 3, 80, 80), torch.randn(4, 3, 112, 112)])
+    assert sides == [96, 128] and one.grid == (5, 5) and one.patches.shape == (2, 25, 128) and len(other.cls) == 4
+
+
+def test_learning_rate_stays_and_then_cools_down(teacher, tmp_path):
+    c = distill.configure(["--teacher", str(teacher), "--students", "tiny", *SHORT, "--steps", "10", "--cooldown", "4",
+                           "--lr_warmup", "2", "--lr", "1", "--lr_end", "0.1", "--out", str(tmp_path / "x")])
+    lr = distill.Student(replace(c, size="tiny"), train.Ranks(0, 1, torch.device("cpu"), None), 8).lr / c.lr_factor
+    assert lr == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.775, 0.325, 0.1])
+    paper = distill.RECIPES["paper"]
+    assert (paper.steps - paper.cooldown, paper.cooldown, paper.batch) == (1_000_000, 250_000, 1920)  # §5.2
+
+
+def test_layers_of_a_convnext():
+    """depths 1 1 3 1: seven layers, as a ViT of six blocks has"""
+    def layer(name):
+        return train.layer_of(name, (1, 1, 3, 1))
+    names = "downsample_layers.0.0.weight", "downsample_layers.2.1.weight", "stages.0.0.gamma", "stages.2.1.norm.bias"
+    assert [layer(f"backbone.{name}") for name in (*names, "stages.3.0.x")] == [0, 2, 1, 4, 6]
+    assert layer("backbone.norm.weight") == layer("dino_head.mlp.0.weight") == 7
+
+# --------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--students", "s,xl"], "--students s,xl: write s,b or s:1,b:2"),
+    (["--students", "s,s"], "no student twice"),
+    (["--students", "s:1,b"], "ranks for all or for none"),
+    (["--students", "s:0"], "write s,b"),
+    (["--students", "tiny:1,tiny_half:1"], "2 ranks, for a batch of 8; there are 1"),
+    (["--teacher", "nowhere"], "nowhere does not exist"),
+    (["--teacher", "FILE"], "has no heads.*--mode features"),
+    (["--mode", "magic"], "--mode magic: name a run"),
+    (["--mode", "features", "--n_local", "2"], "looks at global crops alone"),
+    (["--cooldown", "9"], "--cooldown 9: a cooldown has 0 to --steps 4"),
+    (["--size", "s"], "unknown option --size"),
+    (["--batch", "9"], "not a multiple of --group 2"),
+    (["--resume"], "no run to go on with"),
+])
+def test_mistakes_end_in_one_line(teacher, tmp_path, words, says):
+    words = [str(teacher / "teacher.safetensors") if word == "FILE" else word for word in words]
+    base = ["--teacher", str(teacher), "--students", "tiny", *SHORT, "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=says) as error:
+        distill.main([*base, *words])
+    assert "\n" not in str(error.value)
+
+
+def test_every_option_is_read():
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("distill", "groups", "train", "data"))
+    unread = [name for name in distill.OPTIONS if not re.search(rf"\b(c|config)\.{name}\b", source)]
+    assert not unread
+
+
+def test_a_run_is_not_overwritten(teacher, pair):
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(teacher, pair)

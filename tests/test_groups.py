@@ -1,0 +1,122 @@
+"""Ranks in groups: the plan against all plans there are, and what is gathered against what one rank alone has."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import groups
+from data import Batches, open_source
+from groups import assign, describe, make_group, make_plan, share
+from train import Ranks, TrainConfig
+
+CONFIG = TrainConfig(batch=12, group=3, global_size=32, local_size=16, n_local=2, patch_size=8, precision="fp32")
+
+
+def on(rank, count):
+    return Ranks(rank, count, torch.device("cpu"), object() if count > 1 else None)
+
+# --------------------------------------------------------------------------------
+# Plan
+
+
+@pytest.mark.parametrize("n_ranks, batch", [(3, 12), (8, 48), (8, 6), (12, 60), (16, 7)])
+@pytest.mark.parametrize("costs", [(1, 1, 1), (1, 2, 5), (9, 1, 1)])
+def test_assign_is_the_best_of_all(n_ranks, batch, costs):
+    seconds = dict(zip("abc", costs, strict=True)) | dict(teacher=100)
+    divisors = [n for n in range(1, n_ranks + 1) if batch % n == 0]
+    possible = [p for p in itertools.product(divisors, repeat=3) if sum(p) <= n_ranks]
+    best = min(max(cost / n for cost, n in zip(costs, p, strict=True)) for p in possible)
+    found = assign(seconds, n_ranks, batch)
+    assert tuple(found.values()) in possible
+    assert max(seconds[name] / n for name, n in found.items()) == best
+
+
+def test_describe_counts_idle_ranks():
+    """B = 8 on 4 ranks: teacher 2 x 10 ms; a 8/3 x 30 = 80 ms, b 8 x 5 = 40 ms: one rank of 4 waits 40 of 100 ms"""
+    said = describe(dict(teacher=0.01, a=0.03, b=0.005), dict(a=3, b=1), 4, 8)
+    assert said == ("plan: teacher on all 4 ranks 20 ms, then a:3 80 ms, b:1 40 ms; a step 100 ms, in which ranks idle "
+                    "10 % on average")
+
+
+def test_plans(capsys):
+    def plan(n_ranks, never=None, **counts):
+        return make_plan(replace(CONFIG, batch=12), on(0, n_ranks), counts, never)
+    assert plan(1, a=0, b=0) == [(0, 1, ["a", "b"])]                       # in turn
+    assert plan(4, a=0) == [(0, 4, ["a"])]
+    assert plan(2, a=0, b=0, c=0) == [(0, 2, ["a", "b", "c"])]
+    assert plan(4, a=1, b=2) == [(0, 1, ["a"]), (1, 2, ["b"])]             # the last rank runs the teacher alone
+    assert plan(4, lambda: dict(teacher=1, a=1, b=3), a=0, b=0) == [(0, 1, ["a"]), (1, 3, ["b"])]
+    assert "a:1 12000 ms, b:3 12000 ms; a step 15000 ms, in which ranks idle 0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_ranks, counts", [(1, dict(a=1, b=1)), (8, dict(a=5, b=1))])
+def test_plans_that_cannot_be(n_ranks, counts):
+    c = replace(CONFIG, batch=12)
+    object.__setattr__(c, "students", "a:5")
+    with pytest.raises(ValueError, match="there are . ranks, and those of each student must divide the batch"):
+        make_plan(c, on(0, n_ranks), counts, None)
+
+
+def test_groups_keep_the_whole_batch_each(monkeypatch):
+    monkeypatch.setattr(groups.dist, "new_group", tuple)
+    made = [make_group(CONFIG, on(rank, 6), [(0, 2, ["a"]), (2, 3, ["b"])]) for rank in range(6)]
+    assert [(own.rank, own.count, own.group) for own, _, _ in made[:5]] == [
+        (0, 2, (0, 1)), (1, 2, (0, 1)), (0, 3, (2, 3, 4)), (1, 3, (2, 3, 4)), (2, 3, (2, 3, 4))]
+    assert [(keep.start, keep.stop) for _, keep, _ in made] == [(0, 6), (6, 12), (0, 4), (4, 8), (8, 12), (0, 0)]
+    assert [names for _, _, names in made] == [["a"]] * 2 + [["b"]] * 3 + [[]]
+
+# --------------------------------------------------------------------------------
+# What travels
+
+
+def gathered(c, n_ranks, keep):
+    """share() on each of the ranks, in one process: once to hear what all send, once to receive it."""
+    sent, source, patcher = [], open_source("shapes", 24), pytest.MonkeyPatch()
+    b = c.batch // n_ranks
+    parts = [Batches(c, source, rank * b, b)[0] for rank in range(n_ranks)]
+    for part in parts:  # in place of features: the number of the image and crop, and of the patch
+        part["cls"] = (part["indices"][None] + torch.tensor([[0], [100]])).flatten()[:, None].float()
+        part["patches"] = torch.stack([part["cls"][part["masked"] // 16, 0], part["masked"] % 16.0], dim=1)
+
+    def send(out, x, group):
+        sent[-1].append(x)
+        out.zero_()
+
+    def receive(out, x, group):
+        out.copy_(torch.cat([each.pop(0) for each in sent]))
+    with patcher.context() as patch:
+        patch.setattr(groups.dist, "all_gather_into_tensor", send)
+        for rank, part in enumerate(parts):
+            sent.append([])
+            share(c, on(rank, n_ranks), part, keep)
+        patch.setattr(groups.dist, "all_gather_into_tensor", receive)
+        return share(c, on(0, n_ranks), parts[0], keep)
+
+
+@pytest.mark.parametrize("n_ranks, group", [(2, 3), (4, 3), (4, 12), (6, 4), (12, 4)])
+@pytest.mark.parametrize("first, last", [(0, 12), (3, 6), (4, 8), (9, 12), (0, 0)])
+def test_share_gives_each_group_its_samples(n_ranks, group, first, last):
+    """ranks' parts cut across the groups of masks, and groups' parts across the ranks' """
+    c = replace(CONFIG, group=group)
+    shared, _ = gathered(c, n_ranks, slice(first, last))
+    if first == last:
+        assert len(shared["indices"]) == len(shared["patches"]) == 0
+        return
+    whole = Batches(c, open_source("shapes", 24), first, last - first)[0]
+    for name in ("global_crops", "local_crops", "masks", "masked", "weights", "indices"):
+        assert torch.equal(shared[name], whole[name]), name
+    cls = (whole["indices"][None] + torch.tensor([[0], [100]])).flatten().float()
+    assert torch.equal(shared["cls"][:, 0], cls)
+    assert torch.equal(shared["patches"], torch.stack([cls[whole["masked"] // 16], whole["masked"] % 16.0], dim=1))
+
+
+@pytest.mark.parametrize("precision, size", [("fp32", 4), ("bf16", 2)])
+def test_received_bytes_are_those_of_the_arithmetic(precision, size):
+    shared, received = gathered(replace(CONFIG, precision=precision), 4, slice(0, 6))
+    images = 12 * 3 * (2 * 32 * 32 + 2 * 16 * 16)
+    masked = 4 + 6 + 8                                  # of 16 patches: 3 of a group's 6 crops, 0.23, 0.37, 0.5 of them
+    masked = int(16 * (0.1 + 0.4 / 3)) + int(16 * (0.1 + 0.8 / 3)) + 8
+    assert received == size * (images + 12 * 2 * 1 + 4 * masked * 2) + 12 * (2 * 16 + 8)
+    assert shared["global_crops"].dtype == torch.float32
