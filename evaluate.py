@@ -5,44 +5,67 @@ Measure frozen features.
     python evaluate.py --task linear --weights runs/s --data PHOTOS               PHOTOS/train/CLASS, PHOTOS/val/CLASS
     python evaluate.py --task knn --weights pixels --data PHOTOS                  floor: 16x16 pixels as features
     python evaluate.py --task knn --weights untrained:s --data PHOTOS             floor: the network before training
+    python evaluate.py --task knn --weights runs/s --data PHOTOS --control        floor: shuffled labels
 
-    extract   images -> features, once, in order                  resize 256, crop 224, as everyone does
-    knn       weighted vote of the nearest training images        DINOv3 Tab. 1; Wu et al. 2018
-    linear    logistic regression by SGD, many rates at once      DINOv3 App. D
+    extract    images -> features, once, in order                  resize 256, crop 224, as everyone does
+    knn        weighted vote of the nearest training images        DINOv3 Tab. 1; Wu et al. 2018
+    linear     logistic regression by SGD, many rates at once      DINOv3 App. D
+    logreg     logistic regression, to its optimum                 DINOv3 App. D.7
+    retrieval  ranks by cosine; revisited Oxford and Paris, AmsterTime, or any folders of classes; mAP
+    segmentation, ade20k, cityscapes, voc, camvid; depth, nyu, kitti; discovery     see dense.py
+    tracking, davis, youtube-vos, mose; geometry; keypoints, spair                  see matching.py
 
 Prints a table, and last one line of JSON. Dimension letters: see the top of model.py.
 """
 
 import json
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import config as command_line
+import dense
+import matching
+import retrieval
+import variants
 from data import loader, open_source, resize
+from features import Patches, PixelPatches, chunk_folder, evenly, kept
+from layouts import size_of
 from model import SIZES, ViT, build
 from weights import load_backbone
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    task: str = ""             # knn, linear
+    task: str = ""             # knn, linear, logreg, segmentation, ...: all that the text above names
     weights: str = ""          # a run's folder, a weights file, pixels, or untrained:SIZE
-    data: str = "shapes"       # a folder with train/CLASS/... and val/CLASS/..., or shapes
+    data: str = "shapes"       # a folder in the layout that the task's set has, or shapes
     size: str = ""             # s, b, convnext_t, ...: stop if the weights are of another
-    resolution: int = 0        # pixels of the square that the network sees; 0 = 224 for photos, 80 for shapes
+    resolution: int = 0        # pixels: the square's side, dense tasks: the short side; 0 = the task's, see `configure`
+    layers: str = ""           # dense tasks: blocks, 0-based, as in 3,5, side by side; empty = the last
     batch: int = 64            # images at a time
-    limit: int = 0             # images of each split, evenly spaced; 0 = all (shapes: 2000 train, 500 val)
+    limit: int = 0             # images of each split, evenly spaced; 0 = all, or as many as shapes has
     device: str = "auto"       # auto, cpu, cuda, mps
     workers: int = 1           # processes that read images
-    iterations: int = 12500    # linear: SGD steps
+    iterations: int = 0        # linear, segmentation, depth: steps; 0 = 12500, 40000, 38400, on shapes 12500, 300, 300
+    lr: float = 0.0            # segmentation, depth: peak; 0 = 1e-3, 3e-4, and ten times that below 5000 steps
     linear_batch: int = 1024   # linear: samples of a step
-    seed: int = 0              # linear: order of the samples
+    seed: int = 0              # of the order of samples, the heads, the control
+    control: bool = False      # truth that is shuffled, or patches that are: the score must be that of chance
+    ignore: int = 255          # segmentation: a label that counts for nothing, beside 255
+    shots: int = 0             # knn, linear, logreg: images of each class to train on, drawn 5 times; 0 = all, once
+    tests: str = ""            # linear: more sets to score, as in imagenet-r,imagenet-a,real.json; see variants.py
+    cache: str = ""            # folder to keep features in: the next run reads them, one that was cut short goes on
+    out: str = ""              # dense tasks: folder for a picture of image, truth and prediction
+
+TRIES = 5                      # draws of --shots
 
 # --------------------------------------------------------------------------------
 # Features
@@ -74,12 +97,12 @@ class Prepared(Dataset):
     source[i] as the network wants it: short side to 256/224 of the resolution, centre crop; uint8, and its label.
     An image that cannot be read comes as its error.
     """
-    def __init__(self, source, resolution):
-        self.source, self.resolution = source, resolution
+    def __init__(self, source, resolution, view):
+        self.source, self.resolution, self.view = source, resolution, view
 
     def __getitem__(self, i):
         try:
-            return centre_crop(self.source.load(i), self.resolution), self.source.label(i)
+            return self.view(self.source.load(i), self.resolution), self.source.label(i)
         except OSError as error:
             return str(error), -1
 
@@ -97,39 +120,54 @@ def centre_crop(image, side):
 
 
 @torch.no_grad()
-def extract(model, normalisation, source, chosen, c, device):
+def extract(model, normalisation, source, chosen, c, device, name="", view=centre_crop):
     """
     Features of the chosen images, in float32 on the host, in order.
 
+    name     of the split, in --cache
     returns  cls  n D,  mean patch  n D (pixels: no columns),  labels  n;  unreadable images are left out, and named
     """
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in normalisation)
-    stream = loader(Prepared(source, c.resolution), chosen, c.workers, prefetch_factor=c.batch if c.workers else None)
-    found, waiting, unreadable = [], [], []
+    chosen, size = list(chosen), -(-1024 // c.batch) * c.batch
+    folder = chunk_folder(model, c, dict(name=name, n=len(chosen)))
+    chunks = {first: chosen[first : first + size] for first in range(0, len(chosen), size)}
+    paths = {first: folder and folder / f"{first:08}.npz" for first in chunks}
+    wanted = [i for first, chunk in chunks.items() if not (paths[first] and paths[first].is_file()) for i in chunk]
+    workers = dict(prefetch_factor=c.batch if c.workers else None)
+    stream = iter(loader(Prepared(source, c.resolution, view), wanted, c.workers, **workers) if wanted else [])
 
-    def run():
-        images, labels = zip(*waiting, strict=True)
+    def run(images):
         x = (torch.stack(images).to(device).float() / 255 - mean) / std                        # B 3 H W
         features = model(x)
         cls, patches = (features, x[:, 0, 0, :0]) if isinstance(features, torch.Tensor) else \
             (features.cls, features.patches.mean(1))                                           # B D each
-        found.append((cls.float().cpu(), patches.float().cpu(), torch.tensor(labels)))
-        waiting.clear()
+        return cls.float().cpu().numpy(), patches.float().cpu().numpy()
 
-    for image, label in tqdm(stream, total=len(chosen), desc="features", unit="img", leave=False, disable=None):
-        if label < 0:
-            unreadable.append(image)
-            continue
-        waiting.append((image, label))
-        if len(waiting) == c.batch:
-            run()
-    if waiting:
-        run()
+    def compute(chunk):
+        found, waiting, labels, unreadable = [], [], [], []
+        for image, label in (next(stream) for _ in chunk):
+            bar.update()
+            if label < 0:
+                unreadable.append(image)
+                continue
+            waiting.append(image)
+            labels.append(label)
+            if len(waiting) == c.batch:
+                found.append(run(waiting))
+                waiting.clear()
+        found += [run(waiting)] if waiting else []
+        cls, patches = map(np.concatenate, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
+        return dict(cls=cls, patches=patches, labels=np.array(labels, np.int64), unreadable=np.array(unreadable, str))
+
+    with tqdm(total=len(wanted), desc="features", unit="img", leave=False, disable=None) as bar:
+        kept_chunks = [kept(paths[first], lambda chunk=chunk: compute(chunk)) for first, chunk in chunks.items()]
+    unreadable = [error for chunk in kept_chunks for error in chunk["unreadable"].tolist()]
     for error in unreadable:
         print(f"skipped unreadable {error}")
-    if not found:
+    whole = [chunk for chunk in kept_chunks if len(chunk["labels"])]
+    if not whole:
         raise ValueError(f"--data: none of {len(chosen)} images could be read; the first: {unreadable[0]}")
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    return tuple(torch.from_numpy(np.concatenate([chunk[k] for chunk in whole])) for k in ("cls", "patches", "labels"))
 
 
 def open_splits(c):
@@ -151,12 +189,7 @@ def open_splits(c):
     stray = next((path for source in sources for path in getattr(source, "paths", []) if "/" not in path), None)
     if stray:
         raise ValueError(f"--data: {stray} lies in no class folder; folders in train and val name the classes")
-    return [(source, evenly(len(source), c.limit)) for source in sources]
-
-
-def evenly(n, limit):
-    """All of n indices, or `limit` of them, evenly spaced, so that folders sorted by class stay balanced."""
-    return range(n) if not limit or limit >= n else [i * n // limit for i in range(limit)]
+    return [(source, evenly(range(len(source)), c.limit)) for source in sources]
 
 # --------------------------------------------------------------------------------
 # Tasks: (train cls, patches, labels), (val ...), n classes, config -> {metric: percent}
@@ -188,11 +221,12 @@ def knn(train, val, n_classes, c, device, ks=(10, 20, 100, 200), temperature=0.0
 RATES = [a * 10.0 ** b for b in range(-5, -1) for a in (1, 2, 5)] + [0.1]  # times batch / 256
 
 
-def linear(train, val, n_classes, c, device):
+def linear(train, val, n_classes, c, device, tests=()):
     """
     A linear classifier on cls and mean patch, one for each learning rate, trained side by side; val picks the rate.
 
-    returns  top-1 of the best rate, in percent, and the rate
+    tests    (name, features, Variant) of other sets, which the rate that val picked is applied to
+    returns  top-1 of the best rate, in percent, and the rate; top-1 or mCE of the tests
 
     paper:   DINOv3 App. D: SGD, momentum 0.9, cosine to 0, 10 epochs; there on cls alone, 15 rates, 2 weight decays
     differs: input, rates and steps are the released code's; but features are extracted once, from centre crops, where
@@ -217,14 +251,80 @@ def linear(train, val, n_classes, c, device):
         with torch.no_grad():
             for value, v, gradient in zip((weight, bias), speed, gradients, strict=True):
                 value -= lr * v.mul_(0.9).add_(gradient)
-    with torch.no_grad():
-        logits = torch.addmm(bias, torch.cat(val[:2], dim=1).to(device), weight).unflatten(1, (R, n_classes))
-        top1 = (logits.argmax(-1) == val[2].to(device)[:, None]).float().mean(0) * 100         # rates
+
+    @torch.no_grad()
+    def logits(split):
+        return torch.addmm(bias, torch.cat(split[:2], dim=1).to(device), weight).unflatten(1, (R, n_classes))
+
+    top1 = (logits(val).argmax(-1) == val[2].to(device)[:, None]).float().mean(0) * 100        # rates
     best = top1.argmax().item()
-    return dict(top1=top1[best].item(), lr=RATES[best])
+    others = {name: variants.top1(logits(split)[:, best], split[2], variant) for name, split, variant in tests}
+    return dict(top1=top1[best].item(), lr=RATES[best], **variants.summary(others))
 
 
-TASKS = dict(knn=knn, linear=linear)
+def logreg(train, val, n_classes, c, device):
+    """
+    Logistic regression on cls as it is. A tenth of each class of train picks the penalty, then all of train is fitted.
+
+        min over w, b of  |w|^2 / 2 + C sum_i cross entropy_i,  C from 1e-6 to 1e5 in 45 steps
+
+    returns  top-1 and the mean over classes, in percent, and C;  raises ValueError without scikit-learn
+
+    paper:   DINOv3 App. D.7: Fine-S; there with tolerance 1e-12, too
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ValueError("logreg: scikit-learn is not installed; pip install -e .[eval]") from error
+    (x, y), (x_val, y_val) = ((split[0].double().numpy(), split[2].numpy()) for split in (train, val))
+    shuffled, held = np.random.default_rng(c.seed).permutation(len(y)), np.zeros(len(y), bool)
+    for k in range(n_classes):
+        mine = shuffled[y[shuffled] == k]
+        held[mine[: max(len(mine) // 10, 1) if len(mine) > 1 else 0]] = True
+    best, C, solver = -1.0, 0.0, dict(max_iter=1000, tol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 1000 iterations need not reach 1e-12
+        model = LogisticRegression(warm_start=True, **solver)  # each C starts at the optimum of the one before
+        for candidate in tqdm(10 ** np.linspace(-6, 5, 45), desc="logreg", unit="C", leave=False, disable=None):
+            score = model.set_params(C=candidate).fit(x[~held], y[~held]).score(x[held], y[held])
+            best, C = max((best, C), (score, candidate), key=lambda pair: pair[0])  # of equals the first
+        guess = LogisticRegression(C=C, **solver).fit(x, y).predict(x_val)
+    each = [100 * float((guess == k)[y_val == k].mean()) for k in range(n_classes) if (y_val == k).any()]
+    return dict(top1=100 * float((guess == y_val).mean()), mean_per_class=float(np.mean(each)), C=float(C))
+
+
+GLOBAL = dict(knn=knn, linear=linear, logreg=logreg)
+FITTED = dict.fromkeys(dense.SEGMENTATION, dense.segmentation) | dict.fromkeys(dense.DEPTH, dense.depth)
+TRACKING = dict.fromkeys(("tracking", "davis", "youtube-vos", "mose"), matching.tracking)
+MATCHING = TRACKING | dict.fromkeys(("keypoints", "spair"), matching.keypoints) | dict(geometry=matching.geometry)
+TASKS = GLOBAL | dict(retrieval=retrieval.retrieval) | FITTED | dict(discovery=dense.discovery) | MATCHING
+
+# --------------------------------------------------------------------------------
+# The program
+
+SIZE_NAMES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"
+PAPER = {  # (task, metric): the paper's tables 3, 14 and 15, by size; DAVIS with a short side of 960
+    ("linear", "top1_real"): (87.0, 88.0, 89.3, 90.2, 90.3, 90.4, 87.7, 88.7, 89.2, 89.4),
+    ("linear", "top1_imagenet-r"): (60.4, 68.8, 76.7, 88.1, 90.0, 91.1, 74.1, 74.1, 78.2, 82.4),
+    ("ade20k", "miou"): (47.0, 48.8, 51.8, 54.9, 54.8, 55.9, 42.7, 44.8, 46.3, 47.8),
+    ("cityscapes", "miou"): (None,) * 5 + (81.1,),
+    ("voc", "miou"): (None,) * 5 + (86.6,),
+    ("nyu", "rmse"): (0.403, 0.399, 0.373, 0.352, 0.352, 0.309, 0.448, 0.432, 0.420, 0.403),
+    ("kitti", "rmse"): (None,) * 5 + (2.346,),
+    ("davis", "j_and_f"): (72.7, 75.5, 77.2, 79.9, 79.3, 79.7),
+    ("spair", "recall"): (50.4, 55.2, 57.2, 61.2, 56.3, 58.7),
+}
+
+
+def beside(c, model, metrics):
+    """{paper_METRIC: what the paper has for a network of this size, with its own data, resolution and steps}"""
+    size = size_of(model.config) if c.weights != "pixels" else ""
+    found = {}
+    for (task, metric), values in PAPER.items():
+        known = dict(zip(SIZE_NAMES, values, strict=False)).get(size)
+        if task == c.task and metric in metrics and c.data != "shapes" and known is not None:
+            found[f"paper_{metric}"] = known
+    return found
 
 
 def evaluate(c):
@@ -232,27 +332,77 @@ def evaluate(c):
     start = time.perf_counter()
     if c.task not in TASKS:
         raise ValueError(f"--task {c.task or '(none)'}: choose one of {', '.join(TASKS)}")
-    for name, least in dict(batch=1, linear_batch=1, iterations=1, limit=0, resolution=0, workers=0).items():
+    for name, least in dict(batch=1, linear_batch=1, iterations=0, limit=0, shots=0, resolution=0, workers=0).items():
         if getattr(c, name) < least:
             raise ValueError(f"--{name} is {getattr(c, name)}; it must be at least {least}")
+    if c.tests and (c.task != "linear" or c.data == "shapes"):
+        raise ValueError(f"--tests: {c.task} on {c.data} has no use for it; write --task linear and --data IMAGENET")
     if not c.weights:
         raise ValueError("--weights is missing: a run's folder, a weights file, pixels, or untrained:SIZE")
     device = command_line.choose_device(c.device)
     model, normalisation = load_model(c.weights, c.size)
+    if c.task in GLOBAL:
+        metrics = measure_images(model.to(device), normalisation, c, device)
+    elif c.task == "retrieval":
+        def embed(name, source, chosen, view):
+            features = extract(model.to(device), normalisation, source, chosen, c, device, name, view or centre_crop)
+            return features[0], features[2]
+
+        metrics = retrieval.retrieval(embed, c)
+    else:
+        model = PixelPatches() if c.weights == "pixels" else model
+        patches = Patches(model, c, device, scattered=c.control and c.task not in FITTED)
+        metrics = TASKS[c.task](patches, c)
+    return dict(task=c.task, weights=c.weights, data=c.data, **metrics, **beside(c, model, metrics),
+                resolution=c.resolution, layers=c.layers, control=c.control, limit=c.limit, shots=c.shots, seed=c.seed,
+                seconds=round(time.perf_counter() - start, 1))
+
+
+def measure_images(model, normalisation, c, device):
+    """A task on class tokens. --control shuffles the labels of both splits, or tight classes could be guessed."""
     splits = open_splits(c)
-    sets = [extract(model.to(device), normalisation, source, chosen, c, device) for source, chosen in splits]
-    metrics = TASKS[c.task](*sets, len(splits[0][0].classes), c, device)
-    return dict(task=c.task, weights=c.weights, data=c.data, **metrics, resolution=c.resolution,
-                n_train=len(sets[0][0]), n_val=len(sets[1][0]), seconds=round(time.perf_counter() - start, 1))
+    train, val = (extract(model, normalisation, *split, c, device, name)
+                  for split, name in zip(splits, ("train", "val"), strict=True))
+    if c.control:
+        rng = np.random.default_rng(c.seed)
+        train, val = ((*x[:2], x[2][torch.from_numpy(rng.permutation(len(x[2])))]) for x in (train, val))
+    n_classes = len(splits[0][0].classes)
+    tests = []
+    for path in c.tests.split(",") if c.tests else []:
+        for name, variant in variants.open_variants(path, *(source for source, _ in splits)).items():
+            chosen = evenly(range(len(variant.source)), c.limit)
+            features = extract(model, normalisation, variant.source, chosen, c, device, f"{path} {name}")
+            tests.append((name, features, variant))
+    found = []
+    for rows in few(train[2], c) if c.shots else [slice(None)]:
+        part = [x[rows] for x in train]
+        found.append(GLOBAL[c.task](part, val, n_classes, c, device, *([tests] if c.task == "linear" else [])))
+    metrics = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    spread = {f"std_{name}": float(np.std([each[name] for each in found])) for name in metrics} if c.shots else {}
+    return dict(**metrics, **spread, chance=100 / n_classes, n_train=len(part[0]), n_val=len(val[0]))
+
+
+def few(labels, c):
+    """Rows of `shots` images of each class, five times."""
+    for k in range(TRIES):
+        order = torch.from_numpy(np.random.default_rng([c.seed, k]).permutation(len(labels)))
+        yield torch.cat([order[labels[order] == label][: c.shots] for label in labels.unique()])
 
 
 def configure(argv):
+    """The command line -> the config, with the task's own resolution and steps where none were given."""
     values, words = command_line.read_words(argv, command_line.types(EvaluateConfig()))
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     c = command_line.apply(EvaluateConfig(), values)
-    side = c.resolution or (80 if c.data == "shapes" else 224)
-    return command_line.replace(c, resolution=side)
+    kind, small = ("global" if c.task in (*GLOBAL, "retrieval") else TASKS.get(c.task)), c.data == "shapes"
+    photos = {"global": 224, dense.segmentation: 512, dense.depth: 480,
+              matching.keypoints: 1024}.get(kind, 480)
+    generated = {"global": 80, matching.tracking: 320, matching.keypoints: 320}.get(kind, 160)
+    side = c.resolution or (generated if small else photos)
+    steps = {"global": 12500, dense.segmentation: 40000, dense.depth: 38400}.get(kind, 0)
+    return command_line.replace(c, resolution=side, iterations=c.iterations or (
+        300 if small and kind != "global" else steps))
 
 
 def main(argv):
@@ -261,7 +411,7 @@ def main(argv):
         return
     result = evaluate(configure(argv))
     for name, value in result.items():
-        print(f"{name:12} {value:.2f}" if isinstance(value, float) else f"{name:12} {value}")
+        print(f"{name:14} {value:.3f}" if isinstance(value, float) else f"{name:14} {value}")
     print(json.dumps(result))
 
 

@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate
 from data import open_source
-from evaluate import RATES, EvaluateConfig, centre_crop, evenly, extract, knn, linear
+from evaluate import RATES, EvaluateConfig, centre_crop, extract, knn, linear
+from features import evenly
 from model import SIZES, ViT, initialise
 from weights import save_backbone
 
@@ -185,7 +186,7 @@ def test_extract_of_nothing():
     (10, 1, [0]), (7, 6, [0, 1, 2, 3, 4, 5]),
 ])
 def test_evenly(n, limit, wanted):
-    assert list(evenly(n, limit)) == wanted
+    assert evenly(range(n), limit) == wanted
 
 
 @pytest.mark.parametrize("height, width", [(300, 400), (401, 256), (256, 256), (1000, 320), (3, 5), (1, 1), (1, 300)])

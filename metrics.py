@@ -1,0 +1,143 @@
+"""
+The numbers that the evaluations report, each a function of predictions and truth alone.
+
+    confusion, segmentation_scores   mIoU, mean and overall accuracy                       DINOv3 App. D.1
+    depth_scores                     RMSE, relative error, delta, of one image             Eigen et al. 2014
+    region, boundary                 J and F of one object in one frame                    Perazzi et al. 2016
+    box_overlap                      IoU of boxes; CorLoc counts those of at least 0.5     Deselaers et al. 2010
+    average_precision                of revisited Oxford and Paris, and its three levels   Radenovic et al. 2018
+    global_average_precision         one ranking of all queries by confidence              Met: Ypsilantis et al. 2021
+    corruption_error                 mCE, relative to AlexNet                              Hendrycks and Dietterich 2019
+
+Truth that is to be left out never enters: labels of 255, depths out of range, junk images.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IGNORE = 255     # the label of pixels that count for nothing
+TOLERANCE = 0.008  # of a boundary's place, as a share of the image's diagonal
+LEVELS = dict(  # of revisited Oxford and Paris: (positive, ignored)
+    easy=(("easy",), ("junk", "hard")), medium=(("easy", "hard"), ("junk",)), hard=(("hard",), ("junk", "easy")))
+ALEXNET = dict(  # top-1 errors in percent at severities 1 to 5: the unit of mCE
+    gaussian_noise=(69.528, 82.542, 93.554, 98.138, 99.452), shot_noise=(71.224, 85.108, 93.574, 98.182, 99.146),
+    impulse_noise=(78.374, 89.808, 94.87, 98.72, 99.548), defocus_blur=(65.624, 73.202, 85.036, 91.364, 94.714),
+    glass_blur=(64.308, 75.054, 88.806, 91.622, 93.344), motion_blur=(58.43, 70.048, 82.108, 89.75, 92.638),
+    zoom_blur=(70.008, 76.992, 80.784, 84.198, 87.198), snow=(71.726, 88.392, 86.468, 91.87, 94.952),
+    frost=(61.39, 79.734, 88.79, 89.942, 93.43), fog=(67.474, 76.05, 84.378, 87.26, 94.5),
+    brightness=(45.14, 48.502, 54.048, 62.166, 72.44), contrast=(64.548, 76.15, 88.874, 97.76, 99.27),
+    elastic_transform=(52.596, 70.116, 55.686, 64.076, 80.554), pixelate=(52.218, 54.62, 73.728, 87.092, 91.262),
+    jpeg_compression=(51.002, 54.718, 57.294, 65.458, 74.778))
+
+# --------------------------------------------------------------------------------
+# Segmentation, depth
+
+
+def confusion(predicted, truth, n_classes):
+    """Pixels of each truth (rows) that were taken for each class:  n_classes n_classes;  255 in truth is left out."""
+    counted = truth != IGNORE
+    pairs = truth[counted].long() * n_classes + predicted[counted].long()
+    return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+
+
+def segmentation_scores(counts):
+    """Of the confusion summed over all images, in percent; a class that is neither there nor predicted is left out."""
+    counts = counts.double()
+    hit, truth = counts.diagonal(), counts.sum(1)
+    iou = hit / (truth + counts.sum(0) - hit)                                                  # NaN: left out
+    return dict(miou=100 * iou.nanmean().item(), mean_accuracy=100 * (hit / truth).nanmean().item(),
+                accuracy=100 * (hit.sum() / counts.sum()).item())
+
+
+def depth_scores(predicted, truth):
+    """Of one image; both 1-dim, metres, of valid pixels only. The data set's score is the mean over its images."""
+    ratio, logs = torch.maximum(truth / predicted, predicted / truth), truth.log() - predicted.log()
+    error = truth - predicted
+    return dict(rmse=error.square().mean().sqrt().item(), abs_rel=(error.abs() / truth).mean().item(),
+                sq_rel=(error.square() / truth).mean().item(), rmse_log=logs.square().mean().sqrt().item(),
+                log10=(logs.abs() / math.log(10)).mean().item(), mae=error.abs().mean().item(),
+                silog=100 * logs.var(unbiased=False).sqrt().item(),
+                **{f"delta{i}": (ratio < 1.25**i).float().mean().item() for i in (1, 2, 3)})
+
+# --------------------------------------------------------------------------------
+# Masks and boxes
+
+
+def region(predicted, truth):
+    """J: intersection over union of two masks, H W bool; 1 where neither shows the object."""
+    union = (predicted | truth).sum().item()
+    return (predicted & truth).sum().item() / union if union else 1.0
+
+
+def outline(mask):
+    """H W bool -> where the pixel differs from the one to its right, below it, or diagonally between."""
+    below, right = torch.cat([mask[1:], mask[-1:]]), torch.cat([mask[:, 1:], mask[:, -1:]], 1)
+    return (mask ^ below) | (mask ^ right) | (mask ^ torch.cat([right[1:], right[-1:]]))
+
+
+def boundary(predicted, truth):
+    """
+    F: harmonic mean of the shares of each mask's outline that lie near the other's. Near is within a disk of
+    ceil(0.008 diagonals) pixels. Neither has an outline: 1; one of them has none: 0.
+    """
+    radius = math.ceil(TOLERANCE * math.hypot(*truth.shape))
+    steps = torch.arange(-radius, radius + 1, device=truth.device)
+    disk = (steps[:, None] ** 2 + steps**2 <= radius**2).float()[None, None]
+    lines = torch.stack([outline(predicted), outline(truth)])[:, None].float()                 # 2 1 H W
+    n_predicted, n_truth = lines.sum((1, 2, 3)).tolist()
+    if not n_predicted or not n_truth:
+        return float(n_predicted == n_truth)
+    near = F.conv2d(lines, disk, padding=radius) > 0.5
+    precision = (lines[0] * near[1]).sum().item() / n_predicted
+    recall = (lines[1] * near[0]).sum().item() / n_truth
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def box_overlap(box, boxes):
+    """IoU of one box with each of n:  4 and n 4, left, top, right, bottom -> n"""
+    box, boxes = np.asarray(box, float), np.asarray(boxes, float).reshape(-1, 4)
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])              # n 2
+    shared = sides.clip(0).prod(1)
+    return shared / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - shared)
+
+# --------------------------------------------------------------------------------
+# Rankings
+
+
+def average_precision(ranked, positive, ignored=()):
+    """
+    Area under precision over recall, by trapezoids, of one query. None if it has no positive.
+
+        r_j = place of the j-th positive in the ranking without the ignored, all from 0;  n positives
+        AP = sum_j (p0 + p1) / 2n,  p0 = j / r_j (1 if r_j = 0),  p1 = (j + 1) / (r_j + 1)
+
+    ranked  indices of the data base, best first
+    """
+    positive, ignored = set(map(int, positive)), set(map(int, ignored))
+    kept = [i for i in map(int, ranked) if i not in ignored]
+    places = [r for r, i in enumerate(kept) if i in positive]
+    terms = ((j / r if r else 1.0) + (j + 1) / (r + 1) for j, r in enumerate(places))
+    return sum(terms) / (2 * len(positive)) if positive else None
+
+
+def global_average_precision(confidence, right, known):
+    """
+    All queries in one ranking by confidence:  1/M sum_i precision(i) right(i),  M = known queries, i by rank.
+
+    right  n bool: the answer is the truth    known  n bool: there is a right answer; the others only distract
+    """
+    right, order = np.asarray(right, bool), np.argsort(-np.asarray(confidence, float), kind="stable")
+    hits = right[order]
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    return float((precision * hits).sum() / max(np.asarray(known, bool).sum(), 1))
+
+
+def corruption_error(errors):
+    """mCE in percent: errors, {corruption: top-1 errors in percent at severities 1 to 5}, over AlexNet's, averaged."""
+    odd = sorted(errors.keys() - ALEXNET.keys()) + [name for name, each in errors.items() if len(each) != 5]
+    if odd or not errors:
+        raise ValueError(f"corruption_error: {odd[:1] or 'nothing'}; wanted 5 errors for each of {', '.join(ALEXNET)}")
+    return 100 * float(np.mean([sum(each) / sum(ALEXNET[name]) for name, each in errors.items()]))

@@ -1,0 +1,217 @@
+"""matching.py: an oracle tracks and matches, noise does not; propagation against plain loops; the sets' layouts."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import matching
+from evaluate import EvaluateConfig
+from features import Patches, PixelPatches, fitted
+
+CPU = torch.device("cpu")
+
+
+class Oracle:
+    """Patches whose features are feature(source, i); or noise."""
+    device, whole = CPU, partial(fitted, side=48, patch=16)
+
+    def __init__(self, feature, noise=False):
+        self.feature, self.noise = feature, noise
+
+    def __call__(self, name, source, views_of):
+        maps = [self.feature(source, i).astype(np.float16) for i in range(len(source))]
+        rng = np.random.default_rng(0)
+        return [[rng.normal(size=m.shape).astype(np.float16) if self.noise else m] for m in maps]
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+# --------------------------------------------------------------------------------
+# Tracking
+
+
+def propagate_by_hand(maps, first):
+    """Patch by patch, over all patches of the context that lie within the circle."""
+    h, w, _ = maps[0].shape
+    unit = [m.astype(np.float64) / np.linalg.norm(m.astype(np.float64), axis=-1, keepdims=True) for m in maps]
+    shares, out = [first], []
+    for t in range(1, len(maps)):
+        frames = [0, *range(max(1, t - matching.CONTEXT), t)]
+        now = np.zeros_like(first)
+        for i in range(h):
+            for j in range(w):
+                near = [(float(unit[t][i, j] @ unit[s][y, x]), s, y, x) for s in frames for y in range(h)
+                        for x in range(w) if (y - i) ** 2 + (x - j) ** 2 <= matching.RADIUS**2]
+                best = sorted(near, reverse=True)[: matching.VOTERS]
+                weights = np.exp([cosine / matching.TEMPERATURE for cosine, *_ in best])
+                for weight, (_, s, y, x) in zip(weights / weights.sum(), best, strict=True):
+                    now[:, i, j] += weight * shares[s][:, y, x]
+        shares.append(now)
+        out.append(now)
+    return out
+
+
+@pytest.mark.parametrize("context, radius", [(7, 12), (2, 2)])
+def test_propagation_is_the_loop(context, radius, monkeypatch):
+    monkeypatch.setattr(matching, "CONTEXT", context)
+    monkeypatch.setattr(matching, "RADIUS", radius)
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(5, 6, 4)).astype(np.float16) for _ in range(5)]
+    first = np.eye(3)[rng.integers(0, 3, (5, 6))].transpose(2, 0, 1)
+    ours = list(matching.propagate(maps, torch.tensor(first).float(), CPU))
+    for found, exact in zip(ours, propagate_by_hand(maps, first), strict=True):
+        np.testing.assert_allclose(found.numpy(), exact, atol=1e-5)
+        np.testing.assert_allclose(found.sum(0).numpy(), 1, atol=1e-5)
+
+
+def test_to_pixels_stretches_every_object():
+    """An object whose shares are small everywhere still wins where they are largest."""
+    shares = torch.tensor([[[0.9, 0.8]], [[0.1, 0.2]]])
+    assert matching.to_pixels(shares, (1, 2)).tolist() == [[0, 1]]
+    assert matching.to_pixels(torch.ones(2, 1, 1), (2, 2)).tolist() == [[0, 0], [0, 0]]  # nothing to tell them apart
+
+
+def test_oracle_tracks():
+    def colours(clip, i):
+        return np.eye(8)[clip.truth(i)]
+
+    c = EvaluateConfig(task="tracking", resolution=32, limit=2)
+    found, lost = (matching.tracking(Oracle(colours, noise), c) for noise in (False, True))
+    assert found["j"] > 97 and found["f"] > 97 and lost["j"] < found["chance_j"]
+    assert found["j_and_f"] == pytest.approx((found["j"] + found["f"]) / 2)
+
+
+def davis(root, n=4, top="480p"):
+    for name in "dog", "cat":
+        for i in range(n):
+            mask = np.zeros((40, 60), np.uint8)
+            mask[10:30, 5 + 2 * i : 25 + 2 * i] = 1
+            write(root / f"JPEGImages/{top}/{name}/{i:05}.jpg", np.repeat(mask[..., None] * 200, 3, 2))
+            write(root / f"Annotations/{top}/{name}/{i:05}.png", mask)
+    return EvaluateConfig(task="davis", data=str(root), resolution=32)
+
+
+@pytest.mark.parametrize("top", ["480p", "."])
+def test_davis_folder(top, tmp_path):
+    c = davis(tmp_path, top=top)
+    found = matching.tracking(Patches(PixelPatches(), replace(c, workers=0), CPU), c)
+    assert found["n_objects"] == 2 and found["chance_j"] == pytest.approx(100 * np.mean([18 / 22, 16 / 24]))
+    (tmp_path / "ImageSets/2017").mkdir(parents=True)
+    (tmp_path / "ImageSets/2017/val.txt").write_text("dog\n")
+    assert [clip.name for clip in matching.open_videos(c)] == ["dog"]
+    (tmp_path / f"Annotations/{top}/dog/00000.png").unlink()
+    (clip,) = matching.open_videos(c)
+    assert len(clip) == 3 and clip.truth(0).sum() == 400                      # nothing is seen before the first truth
+
+
+def test_a_fifth_of_youtube_vos(tmp_path):
+    """Drawn from train, since nobody has the truth of val; the same fifth every time."""
+    for name in "abcdefghij":
+        for kind, end in ("JPEGImages", "jpg"), ("Annotations", "png"):
+            write(tmp_path / f"train/{kind}/{name}/00000.{end}", np.ones((20, 20), np.uint8))
+    c = EvaluateConfig(task="youtube-vos", data=str(tmp_path))
+    drawn = [[clip.name for clip in matching.open_videos(replace(c, seed=seed))] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 2
+
+
+def test_two_frames_are_too_few(tmp_path):
+    c = davis(tmp_path, 2)
+    with pytest.raises(ValueError, match="no video of .* has an object in its first frame and three frames"):
+        matching.tracking(Patches(PixelPatches(), replace(c, workers=0), CPU), c)
+
+# --------------------------------------------------------------------------------
+# Geometry
+
+
+@pytest.fixture
+def scan(tmp_path):
+    """Three views of a wall, from cameras that are 10 cm and some degrees apart."""
+    K = np.array([[60.0, 0, 32], [0, 60, 24], [0, 0, 1]])
+    np.savetxt(tmp_path / "camera-intrinsics.txt", K)
+    for i in range(3):
+        angle = 0.05 * i
+        pose = np.eye(4)
+        sine, cosine = np.sin(angle), np.cos(angle)
+        pose[:3, :3] = [[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]]
+        pose[:3, 3] = 0.1 * i, 0, 0
+        v, u = np.mgrid[:48, :64] + 0.5
+        rays = np.stack([(u - 32) / 60, (v - 24) / 60, np.ones_like(u)], -1)
+        depth = (2 - pose[2, 3]) / (rays @ pose[:3, :3].T)[..., 2]               # of the plane z = 2
+        depth[:4] = 0
+        write(tmp_path / f"f{i}.color.jpg", np.zeros((48, 64, 3), np.uint8))
+        write(tmp_path / f"f{i}.depth.png", np.rint(depth * 1000).astype(np.uint16))
+        np.savetxt(tmp_path / f"f{i}.pose.txt", pose)
+    return EvaluateConfig(task="geometry", data=str(tmp_path))
+
+
+def test_points_lie_on_the_wall(scan):
+    views = matching.Scan(scan)
+    for i in range(3):
+        points = views.points(i, (24, 32))
+        assert points[:2].isnan().all() and (points[3:, :, 2] - 2).abs().max() < 0.02
+
+
+def test_oracle_matches_views(scan):
+    """Features that name the place in the world."""
+    waves = np.random.default_rng(0).normal(size=(3, 64)) * 3
+
+    def place(views, i):
+        phase = views.points(i, (12, 16)).nan_to_num(0).numpy() @ waves
+        return np.concatenate([np.sin(phase), np.cos(phase)], -1)
+
+    found, lost = (matching.geometry(Oracle(place, noise), scan) for noise in (False, True))
+    assert found["recall_10cm"] > 90 and found["recall_20cm"] > 97 and lost["recall_20cm"] < 20
+    assert found["n_pairs"] == 2
+    exact = np.mean([found[f"recall_{cm}cm"] for cm in (5, 10, 20)])
+    assert found["recall"] == pytest.approx(exact)
+
+
+def test_one_view_is_no_pair(tmp_path):
+    with pytest.raises(ValueError, match="has 0 images NAME.color.jpg; geometry wants two or more"):
+        matching.Scan(EvaluateConfig(task="geometry", data=str(tmp_path)))
+
+# --------------------------------------------------------------------------------
+# Keypoints
+
+
+def test_oracle_finds_keypoints():
+    """The feature of a patch is how near it lies to each keypoint of each object of its frame."""
+    c = EvaluateConfig(task="keypoints", resolution=96, limit=6)
+    pairs, load = matching.shapes_pairs(c)
+    assert len(pairs) >= 6 and all(pair["a"][0] == pair["b"][0] for pair in pairs)
+    assert torch.equal(load((2, 1)), torch.from_numpy(matching.video(2, 96)[1].image).permute(2, 0, 1))
+
+    def nearness(things, i):
+        (index, frame), (y, x) = things.names[i], np.mgrid[:48, :48] * 2 + 1
+        points = matching.video(index, 96)[frame].keypoints[..., :2].reshape(-1, 2)
+        return np.stack([np.exp(-((x - px) ** 2 + (y - py) ** 2) / 8) for px, py in points] + [0 * x + 1e-3], -1)
+
+    found, lost = (matching.keypoints(Oracle(nearness, noise), c) for noise in (False, True))
+    assert found["recall"] > 85 > 25 > lost["recall"]
+
+
+def test_spair_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for name in "one", "two":
+        write(tmp_path / f"JPEGImages/cat/{name}.png", image)
+    points = [[10.0, 10.0], [50.0, 30.0]]
+    note = dict(category="cat", src_imname="one.png", trg_imname="two.png", src_kps=points, trg_kps=points,
+                src_imsize=[60, 40, 3], trg_imsize=[60, 40, 3], trg_bndbox=[0, 0, 59, 39])
+    (tmp_path / "PairAnnotation/test").mkdir(parents=True)
+    (tmp_path / "PairAnnotation/test/1.json").write_text(json.dumps(note))
+    c = EvaluateConfig(task="spair", data=str(tmp_path), resolution=240, workers=0)
+    found = matching.keypoints(Patches(PixelPatches(), c, CPU), c)
+    assert found == dict(recall=100.0, n_pairs=1, n_keypoints=2)                  # an image matches itself
+
+
+def test_squared_pads_with_white():
+    (found,) = matching.squared(torch.zeros(3, 20, 40, dtype=torch.uint8), 32)
+    assert found.shape == (3, 32, 32) and found[:, :14].max() < 5 and found[:, 18:].min() > 250

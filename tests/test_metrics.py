@@ -1,0 +1,157 @@
+"""metrics.py against scikit-learn, scipy and plain loops, on random predictions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_dilation, distance_transform_edt
+from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score, mean_squared_error, recall_score
+
+import metrics
+from metrics import IGNORE
+
+
+def labels(seed, shape=(3, 40, 50), n=7):
+    """Predictions and truths that agree half of the time; class 5 is nowhere, some truth is ignored."""
+    rng = np.random.default_rng(seed)
+    truth = rng.choice([0, 1, 2, 3, 4, 6], shape)
+    found = np.where(rng.random(shape) < 0.5, truth, rng.choice([0, 1, 2, 3, 4, 6], shape))
+    truth = np.where(rng.random(shape) < 0.2, IGNORE, truth)
+    return torch.tensor(found), torch.tensor(truth), n
+
+
+def test_segmentation_scores_are_scikit_learns():
+    found, truth, n = labels(0)
+    counts = sum(metrics.confusion(a, b, n) for a, b in zip(found, truth, strict=True))
+    ours, (y, p) = metrics.segmentation_scores(counts), (x[truth != IGNORE].numpy() for x in (truth, found))
+    there = [0, 1, 2, 3, 4, 6]
+    exact = dict(miou=jaccard_score(y, p, labels=there, average="macro"), accuracy=accuracy_score(y, p),
+                 mean_accuracy=recall_score(y, p, labels=there, average="macro"))
+    assert ours == pytest.approx({name: 100 * value for name, value in exact.items()}, rel=1e-12)
+    assert counts.sum() == (truth != IGNORE).sum()
+
+
+def test_a_class_that_is_only_predicted_counts():
+    counts = metrics.confusion(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, IGNORE]), 4)
+    assert metrics.segmentation_scores(counts)["miou"] == pytest.approx(100 * (1 + 1 / 2 + 0) / 3)
+
+
+def test_depth_scores_are_the_loops():
+    rng = np.random.default_rng(0)
+    truth, found = rng.uniform(0.5, 10, 500), rng.uniform(0.5, 10, 500)
+    pairs, n = list(zip(truth.tolist(), found.tolist(), strict=True)), 500
+    logs = [math.log(t) - math.log(f) for t, f in pairs]
+    exact = dict(
+        rmse=mean_squared_error(truth, found) ** 0.5, abs_rel=sum(abs(t - f) / t for t, f in pairs) / n,
+        sq_rel=sum((t - f) ** 2 / t for t, f in pairs) / n, rmse_log=(sum(e * e for e in logs) / n) ** 0.5,
+        log10=sum(abs(math.log10(t) - math.log10(f)) for t, f in pairs) / n, mae=sum(abs(t - f) for t, f in pairs) / n,
+        silog=100 * math.sqrt(sum(e * e for e in logs) / n - (sum(logs) / n) ** 2),
+        **{f"delta{i}": sum(max(t / f, f / t) < 1.25**i for t, f in pairs) / n for i in (1, 2, 3)})
+    ours = metrics.depth_scores(torch.tensor(found), torch.tensor(truth))
+    assert ours == pytest.approx(exact, rel=1e-6)
+
+
+def blobs(seed, shape=(120, 90)):
+    noise = np.random.default_rng(seed).random((2, *shape))
+    return [torch.tensor(binary_dilation(x > 0.999, iterations=9)) for x in noise]
+
+
+def edge(mask):
+    """Pixel by pixel: it differs from its right, lower, or lower right neighbour."""
+    H, W = mask.shape
+
+    def differs(y, x):
+        return any(mask[y, x] != mask[min(y + dy, H - 1), min(x + dx, W - 1)] for dy, dx in ((0, 1), (1, 0), (1, 1)))
+
+    return np.array([[differs(y, x) for x in range(W)] for y in range(H)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_region_and_boundary(seed):
+    found, truth = blobs(seed)
+    assert metrics.region(found, truth) == pytest.approx(jaccard_score(truth.flatten(), found.flatten()), rel=1e-12)
+    lines, radius = [edge(x.numpy()) for x in (found, truth)], math.ceil(0.008 * math.hypot(120, 90))
+    near = [distance_transform_edt(~line) <= radius for line in lines]
+    precision, recall = near[1][lines[0]].mean(), near[0][lines[1]].mean()
+    exact = 2 * precision * recall / (precision + recall)
+    assert 0.05 < exact < 0.95 and metrics.boundary(found, truth) == pytest.approx(exact, rel=1e-9)
+
+
+def test_region_and_boundary_of_nothing():
+    empty, found = torch.zeros(20, 20, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
+    found[5:9, 5:9] = True
+    assert metrics.region(empty, empty) == metrics.boundary(empty, empty) == 1
+    assert metrics.region(found, empty) == metrics.boundary(found, empty) == metrics.boundary(empty, found) == 0
+    assert metrics.region(found, found) == metrics.boundary(found, found) == 1
+
+
+def test_box_overlap_counts_pixels():
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.integers(0, 20, (30, 2, 2)), axis=1).reshape(30, 4) + (0, 0, 1, 1)
+
+    def filled(box):
+        out = np.zeros((25, 25), bool)
+        out[box[1] : box[3], box[0] : box[2]] = True
+        return out
+
+    ours = metrics.box_overlap(corners[0], corners[1:])
+    exact = [jaccard_score(filled(corners[0]).ravel(), filled(box).ravel()) for box in corners[1:]]
+    np.testing.assert_allclose(ours, exact, rtol=1e-12)
+    assert ours.max() > 0 and metrics.box_overlap((0, 0, 2, 2), (0, 0, 1, 2)).tolist() == [0.5]
+
+# --------------------------------------------------------------------------------
+# Rankings
+
+
+def area_by_hand(ranked, positive, ignored):
+    """Trapezoids under precision over recall, walking down the ranking."""
+    hits, seen, area, before = 0, 0, 0.0, 1.0
+    for i in ranked:
+        if i in ignored:
+            continue
+        seen += 1
+        hits += i in positive
+        precision = hits / seen
+        if i in positive:
+            area += (before + precision) / 2 / len(positive)
+        before = precision
+    return area
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("level", metrics.LEVELS)
+def test_average_precision_with_junk(seed, level):
+    rng = np.random.default_rng(seed)
+    ranked = rng.permutation(50)
+    truth = dict(zip(("easy", "hard", "junk"), np.split(rng.permutation(50)[:21], (8, 16)), strict=True))
+    positive, ignored = (np.concatenate([truth[name] for name in names]) for names in metrics.LEVELS[level])
+    ours = metrics.average_precision(ranked, positive, ignored)
+    assert ours == pytest.approx(area_by_hand(ranked.tolist(), set(positive), set(ignored)), rel=1e-12)
+    assert 0 < ours < 1
+    first = np.concatenate([ignored, positive, np.setdiff1d(ranked, np.concatenate([ignored, positive]))])
+    assert metrics.average_precision(first, positive, ignored) == 1                    # what is ignored costs nothing
+
+
+def test_average_precision_of_a_query_without_positives():
+    assert metrics.average_precision([0, 1, 2], [], [1]) is None
+
+
+def test_global_average_precision():
+    """It is scikit-learn's average precision, over the known queries in place of the right ones."""
+    rng = np.random.default_rng(0)
+    confidence, right, known = rng.random(300), rng.random(300) < 0.4, rng.random(300) < 0.7
+    right &= known
+    exact = average_precision_score(right, confidence) * right.sum() / known.sum()
+    assert metrics.global_average_precision(confidence, right, known) == pytest.approx(exact, rel=1e-12)
+    assert metrics.global_average_precision([3, 2, 1], [1, 1, 0], [1, 1, 0]) == 1
+
+
+def test_corruption_error():
+    """AlexNet itself has 100; severities are summed before they are divided, corruptions averaged after."""
+    assert metrics.corruption_error({name: list(each) for name, each in metrics.ALEXNET.items()}) == pytest.approx(100)
+    errors = {name: np.random.default_rng(i).uniform(0, 100, 5).tolist() for i, name in enumerate(("fog", "snow"))}
+    exact = np.mean([np.sum(errors[name]) / np.sum(metrics.ALEXNET[name]) for name in errors])
+    assert metrics.corruption_error(errors) == pytest.approx(100 * exact)
+    with pytest.raises(ValueError, match="rain.*wanted 5 errors for each of gaussian_noise"):
+        metrics.corruption_error(dict(rain=[1, 2, 3, 4, 5]))
