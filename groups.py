@@ -41,7 +41,7 @@ def make_plan(c, ranks, counts, measure):
         raise ValueError(f"--students {c.students}: {sum(counts.values())} ranks, for a batch of {c.batch}; there are "
                          f"{S} ranks, and those of each student must divide the batch")
     firsts = np.cumsum([0, *counts.values()]).tolist()
-    return [(first, n, [name]) for first, (name, n) in zip(firsts, counts.items(), strict=False)]
+    return [(first, n, [name]) for first, (name, n) in zip(firsts[:-1], counts.items(), strict=True)]
 
 
 def assign(seconds, n_ranks, batch):

@@ -51,7 +51,8 @@ def test_revisited_is_the_loop_over_queries():
         exact = []
         for query, truth in zip(queries, truths, strict=True):
             good, bad = ({int(i) for name in names for i in truth[name]} for names in (positive, ignored))
-            ranks = [i for i in sorted(range(40), key=lambda i: -float(images[i] @ query)) if i not in bad]  # noqa: B023
+            order = (images @ query).argsort(descending=True, stable=True).tolist()
+            ranks = [i for i in order if i not in bad]
             area, hits, before = 0, 0, 1.0
             for n, i in enumerate(ranks, 1):
                 hits += i in good

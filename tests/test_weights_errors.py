@@ -173,7 +173,10 @@ def test_a_pth_of_foreign_bytes(tmp_path, content):
     fails(tmp_path / "x.pth", "is no plain checkpoint")
 
 
-@pytest.mark.parametrize("content", [b"\n<!DOCTYPE html><title>403</title>", b"version https://git-lfs.github.com/spec/v1"])
+PAGE, POINTER = b"\n<!DOCTYPE html><title>403</title>", b"version https://git-lfs.github.com/spec/v1"
+
+
+@pytest.mark.parametrize("content", [PAGE, POINTER])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_a_page_in_place_of_a_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
