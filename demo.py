@@ -49,7 +49,8 @@ def train_or_resume():
 
 def measure():
     """(name, k-NN top-1, linear top-1) of each of ROWS, in percent; features are extracted once."""
-    c, device, scores = evaluate.configure(["--iterations", "1000", "--device", "cpu"]), torch.device("cpu"), []
+    c = evaluate.configure(["--task", "knn", "--iterations", "1000", "--device", "cpu"])
+    device, scores = torch.device("cpu"), []
     splits = evaluate.open_splits(c)
     for name, weights in ROWS:
         model, normalisation = evaluate.load_model(weights, "")

@@ -12,6 +12,7 @@ This file alone imports the extension. Dimension letters: see the top of model.p
 """
 
 import importlib.util
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 BUILT = importlib.util.find_spec("nanodino_C") is not None
 if BUILT:
     try:
-        import nanodino_C  # noqa: F401  registers torch.ops.nanodino.*
+        import nanodino_C  # registers torch.ops.nanodino.*
     except ImportError as error:  # built, but for another torch: fail here and now
         raise ImportError(f"ops: csrc is built but broken ({error}); python setup.py build_ext --inplace") from error
 OPS = "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_attention"
@@ -49,7 +50,11 @@ def describe(device):
         return "PyTorch (csrc not built)"
     if mode == "off":
         return "PyTorch (--kernels off)"
-    return "csrc" if have("sinkhorn_pass", device) else f"PyTorch (csrc not built for {device.type})"
+    if not have("sinkhorn_pass", device):
+        return f"PyTorch (csrc not built for {device.type})"
+    built = Path(nanodino_C.__file__).stat().st_mtime
+    stale = any(path.stat().st_mtime > built for path in Path(__file__).with_name("csrc").glob("*"))
+    return "csrc, as it was built before its last change: run python setup.py build_ext --inplace" if stale else "csrc"
 
 # --------------------------------------------------------------------------------
 # Sinkhorn-Knopp and the cross-entropies of its assignments

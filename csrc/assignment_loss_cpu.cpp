@@ -19,7 +19,7 @@ Alone:  g++ -std=c++20 -O3 -march=native -fopenmp -DALONE csrc/assignment_loss_c
 #include "vector.h"
 
 static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-static constexpr float LOW = -1e9f;  // below any logit, and 2^-126 times it is still nothing
+static constexpr float LOW = -1e9f;  // below any logit; finite, as 0 times it is to be 0
 
 static constexpr int64_t BLOCK = 64 * LANES;  // sums of sums: float32 loses less than in one long sum
 
@@ -91,6 +91,7 @@ static void run(float* losses, X* grad, const X* student, const X* teacher, cons
     for (int64_t k = 0; k < P; k++) u[k] = k < K ? (float)(log_u[k] * LOG2E) : LOW;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t b = 0; b < B; b++) {
+        const NoSubnormals here;
         float *q = rows + this_thread() * (T * (P + LANES) + 2 * P), *sums = q + T * P, *a = sums + T * LANES;
         float *p = a + P, shift;
         for (int64_t t = 0; t < T; t++)

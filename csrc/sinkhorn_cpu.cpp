@@ -21,13 +21,13 @@ Alone:  g++ -std=c++20 -O3 -march=native -fopenmp -DALONE csrc/sinkhorn_cpu.cpp 
 #include "vector.h"
 
 static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-static constexpr float LOW = -1e9f;  // below any logit, and 2^-126 times it is still nothing
+static constexpr float LOW = -1e9f;  // below any logit; finite, as 0 times it is to be 0
 
 static constexpr int64_t BLOCK = 64 * LANES;  // sums of sums: float32 loses less than in one long sum
 
 // whole vectors, and an odd number of them: rows a multiple of 4096 bytes apart would fight for the same lines of L1
 static int64_t padded(int64_t K) { return ((K + LANES - 1) / LANES | 1) * LANES; }
-static int64_t n_chunks(int64_t n) { return std::min<int64_t>(16, (n + 7) / 8); }
+static int64_t n_chunks(int64_t n) { return std::min<int64_t>(16, (n + 15) / 16); }
 
 template <typename T> static inline vec load_row(const T* x, int64_t k, int64_t K) {
     return k + LANES <= K ? load(x + k) : load(x + k, K - k, 0.f);
@@ -117,6 +117,7 @@ static void run_pass(float* log_r, const T* x, const float* log_u, float* scratc
     for (int64_t k = 0; k < P; k++) u[k] = log_u && k < K ? (float)(log_u[k] * LOG2E) : LOW;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const NoSubnormals here;
         int64_t b = chunk * n / chunks, last = (chunk + 1) * n / chunks;
         float *r = sums + chunk * P, *p = panels + this_thread() * 4 * P;
         if (!log_u) {
@@ -150,6 +151,7 @@ static void run_targets(Q* q, const T* x, const float* log_u, float* scratch, in
     for (int64_t k = 0; k < P; k++) u[k] = k < K ? (float)(log_u[k] * LOG2E) : LOW;
 #pragma omp parallel for num_threads(threads)
     for (int64_t b = 0; b < n; b++) {
+        const NoSubnormals here;
         float *p = panels + this_thread() * P, total;
         if (std::is_same_v<Q, float> && K % LANES == 0) p = (float*)(q + b * K);
         exponentials<1>(p, &total, x + b * K, u, K, P, scale, 0.f);

@@ -11,6 +11,9 @@ static inline int this_thread() { return omp_get_thread_num(); }
 #else
 static inline int this_thread() { return 0; }
 #endif
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
 
 constexpr int LANES = 16;
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -19,9 +22,19 @@ typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 
 struct bf16 { uint16_t bits; };
 
+// Numbers below 2^-126 take a hundred cycles each; a thread that holds this takes them for zero.
+struct NoSubnormals {
+#ifdef __SSE__
+    const unsigned before = _mm_getcsr();
+    NoSubnormals() { _mm_setcsr(before | 0x8040); }
+    ~NoSubnormals() { _mm_setcsr(before); }
+#else
+    NoSubnormals() {}
+#endif
+};
+
 static inline vec splat(float v) { return vec{} + v; }
 #ifdef __AVX512F__  // what GCC 12 does not find by itself
-#include <immintrin.h>
 static inline vec max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }  // b where one is NaN
 static inline vec min(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline ivec widen(hvec h) { return (ivec)_mm512_cvtepu16_epi32((__m256i)h); }
@@ -69,18 +82,25 @@ static inline float largest(vec v) {
     return v[0];
 }
 
-// 2^z to 1.5e-7, for z in [-126, 126]; beyond, the value at the end; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
+// 2^z to 1.5e-7, 0 below 2^-126; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
 static inline vec exp2(vec z) {
-    z = max(splat(-126.f), min(splat(126.f), z));
-    vec shifted = z + 12582912.f;  // 1.5 x 2^23: the low bits of the sum hold z rounded to an integer
-    vec f = z - (shifted - 12582912.f);
+#ifdef __AVX512DQ__
+    vec f = (vec)_mm512_reduce_ps((__m512)z, 0), n = z - f;  // what rounding to an integer takes away; 0 of infinities
+#else
+    z = max(splat(-127.f), min(splat(127.f), z));            // beyond: the value at 2^127
+    vec n = (z + 12582912.f) - 12582912.f, f = z - n;        // 1.5 x 2^23 leaves no place for fractions
+#endif
     vec p = splat(0.001327647129073739f);
     p = p * f + 0.009675540961325169f;
     p = p * f + 0.05550713092088699f;
     p = p * f + 0.24022120237350464f;
     p = p * f + 0.6931469440460205f;
     p = p * f + 1.0000001192092896f;
-    return (vec)((ivec)p + ((ivec)shifted << 23));
+#ifdef __AVX512DQ__
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return n < -126.f ? vec{} : (vec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
+#endif
 }
 
 // ln v to 2e-7, for normal positive v, else NaN: the series of atanh, mantissa in [2/3, 4/3)

@@ -76,6 +76,12 @@ def test_extreme_logits(n, K, device):
     assert torch.allclose(q.double(), (x.double() / 0.04 + exact).softmax(-1), atol=3e-4)     # measured: 6e-5
 
 
+def test_subnormal_numbers_stay_what_they_are():
+    """The kernels take them for zero, for speed; what the caller computes afterwards must not."""
+    ops.sinkhorn_targets(normal(40, 2000), 0.01, torch.zeros(2000))
+    assert (torch.full((4,), 2e-38) / 4 > 0).all()
+
+
 @on_devices
 def test_rows_far_below_all_others(device):
     """No column has its largest logit in row 3: its sum over scaled columns underflows without a shift."""

@@ -83,6 +83,15 @@ def test_the_switch():
         ops.use_kernels("auto")
 
 
+@needs_build
+def test_a_build_older_than_its_sources_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    assert ops.describe(torch.device("cpu")) == "csrc"
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/new.cu").touch()
+    assert "run python setup.py build_ext --inplace" in ops.describe(torch.device("cpu"))
+
+
 def test_built_but_broken_fails_at_import(tmp_path):
     (tmp_path / "nanodino_C.py").write_text("raise ImportError('undefined symbol')")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import ops"
