@@ -3,9 +3,9 @@ Distil a frozen teacher into many students at once.
 
     python distill.py --teacher runs/tiny --students tiny_half,convnext_micro --out runs/small      in turn, one device
     torchrun --nproc-per-node 8 distill.py --teacher runs/7b --students s,b,l --data PHOTOS --out runs/family
-    torchrun --nproc-per-node 8 distill.py --teacher runs/7b --students s:1,convnext_t:2,l:5 --data PHOTOS --out runs/f
     python distill.py --teacher vitl16.pth --mode features --students s --data PHOTOS --out runs/s  without its heads
     python distill.py --out runs/small --resume --students tiny_half,tiny                           with other students
+    python distill.py --teacher runs/tiny --students tiny --lr 1e-3 --cache DIR --out runs/slow     its words from disk
 
     DistillConfig, RECIPES, STUDENTS    every number                                               DINOv3 §5.2
     make_teacher, teacher_says          the teacher, on 1/S of the batch; what of it travels
@@ -18,6 +18,7 @@ OUT/NAME is a student's run: teacher.safetensors there is its average. Dimension
 import json
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,14 @@ from tqdm import tqdm
 
 import config as command_line
 import train
+from cache import Cached, folder_of
 from checkpoint import load_checkpoint, load_teacher, open_checkpoint, save_checkpoint
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader, open_source
 from groups import clock, make_group, make_plan, share, wait
 from losses import assignments
 from model import SIZES, Noise, ViTConfig, set_std
-from train import Ranks, TrainConfig, schedule
+from train import TrainConfig, schedule
 from weights import commit, identify, load_backbone
 
 # --------------------------------------------------------------------------------
@@ -54,6 +56,7 @@ class DistillConfig(TrainConfig):
     mode: str = "heads"            # heads: the losses of pretraining; features: cosine and smooth L1 through adapters
     cooldown: int = 250_000        # last steps, in which the learning rate falls from lr to lr_end, a cosine
     momentum: float = 0.994        # of the average of each student, which is what is saved to be used
+    cache: str = ""                # folder: what the teacher says is kept there, for runs over the same batches
     joined: int = 0                # step of the run at which a student's own first step was
 
     @property
@@ -192,12 +195,12 @@ class Student:
         if done:
             load_checkpoint(c, self.networks, self.ema, self.optimizer, ranks.group)
 
-    def learn(self, teacher, batch, noise, source):
+    def learn(self, teacher, batch, noise, source, meters=False):
         """One step; returns its numbers, 0-dim. One that is not finite raises ValueError first, on all its ranks."""
         c, t = self.c, self.step
         train.set_schedules(self.optimizer, self.lr[t], self.weight_decay[t], t < c.freeze_last_layer)
         with autocast(c, batch):
-            terms, weights = (head_terms if c.mode == "heads" else feature_terms)(self, teacher, batch, noise)
+            terms, weights, health = (head_terms if c.mode == "heads" else feature_terms)(self, teacher, batch, noise)
         loss = sum(weights[name] * term for name, term in terms.items())
         means = self.ranks.mean(torch.stack([loss, *terms.values()]).detach())
         row = dict(zip(("loss", *terms), means, strict=True))
@@ -209,7 +212,7 @@ class Student:
         self.optimizer.zero_grad(set_to_none=True)
         train.update_ema(self.ema, self.networks, self.momentum[t])
         self.step += 1
-        return row | self.norms | dict(lr=self.lr[t])
+        return row | self.norms | dict(lr=self.lr[t]) | (health() if meters else {})
 
     def save(self):
         train.check_norms(self.step, self.norms)
@@ -230,7 +233,7 @@ def make_student(c, width):
 
 
 def head_terms(student, teacher, batch, noise):
-    """The terms of pretraining and their weights; prototypes balanced within the group.    paper: §5.2"""
+    """The terms of pretraining, weights, what tells its meters; prototypes balanced in the group.    paper: §5.2"""
     c, group, targets = student.c, student.ranks.group, {}
     for name, part in dict(dino="cls", ibot="patches").items():
         logits = teacher[f"{name}_head"].last_layer(batch[part])                             # rows K
@@ -238,7 +241,8 @@ def head_terms(student, teacher, batch, noise):
     targets["dino"] = targets["dino"].unflatten(0, (2, -1))                                  # G B K
     networks = dict(student.networks.items()) | dict(backbone=seen(student.networks["backbone"], c))
     unmasked = batch | dict(masks=None)  # as released: iBOT's patches are drawn, but the student sees them
-    return train.loss_terms(c, networks, unmasked, targets, noise, group)[0], train.term_weights(c)
+    terms, cls = train.loss_terms(c, networks, unmasked, targets, noise, group)
+    return terms, train.term_weights(c), partial(train.health, c, targets, cls)
 
 
 def feature_terms(student, teacher, batch, noise):
@@ -249,34 +253,29 @@ def feature_terms(student, teacher, batch, noise):
         x, target = student.networks[f"{name}_adapter"](x).float(), batch[name].float()      # rows D of the teacher
         terms |= {f"{name}_cosine": 1 - F.cosine_similarity(x, target, dim=-1).mean(),
                   f"{name}_l1": F.smooth_l1_loss(x, target)}
-    return terms, dict.fromkeys(terms, 1.0)
+    cls = features.cls.detach().float()
+
+    def health():  # the meter of train.health that needs no prototypes
+        return dict(cls_rank=torch.distributions.Categorical(torch.linalg.svdvals(cls)).perplexity().item())
+    return terms, dict.fromkeys(terms, 1.0), health
 
 
 def autocast(c, batch):
     return torch.autocast(batch["global_crops"].device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
 # --------------------------------------------------------------------------------
-# Before the first step
+# The loop
 
 
-def time_parts(c, ranks, names, teacher, source):
-    """Seconds for an image of the teacher, and of each student's training, on one rank while all ranks do the same."""
-    n = min(-(-c.batch * len(names) // ranks.count // c.koleo_group) * c.koleo_group, c.batch)  # about a slice
-    alone, noise = Ranks(0, 1, ranks.device, None), Noise(c.seed, 0, 0, n, c.group, c.drop_path, c.rope_rescale)
-    batch = train.on_device(c, ranks, Batches(c, source, 0, n, ranks.device.type == "cpu")[0], {})
-    batch, seconds = batch | teacher_says(c, teacher, batch), {}
-    for name in ("teacher", *names):
-        student = name != "teacher" and Student(replace(c, size=name), alone, teacher["backbone"].config.width)
-        for _ in range(3):  # the last one counts
-            wait(ranks)
-            start = clock(ranks)
-            if student:
-                student.step = 0
-                student.learn(teacher, batch, noise, source)
-            else:
-                teacher_says(c, teacher, batch)
-            seconds[name] = ranks.mean(torch.tensor((clock(ranks) - start) / n, device=ranks.device)).item()
-    return seconds
+def step_to_time(c, teacher, source, name, ranks, n):
+    """() -> a step of n images on each rank: of the teacher, or of a student's training, three of them at most."""
+    noise = Noise(c.seed, 0, ranks.rank * n, n, c.group, c.drop_path, c.rope_rescale)
+    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n, ranks.device.type == "cpu")[0], {})
+    batch |= teacher_says(c, teacher, batch)
+    if name == "teacher":
+        return partial(teacher_says, c, teacher, batch)
+    student = Student(replace(c, size=name, steps=max(c.steps, 3)), ranks, teacher["backbone"].config.width)
+    return partial(student.learn, teacher, batch, noise, source)
 
 
 def standing(c, name):
@@ -287,9 +286,6 @@ def standing(c, name):
     done = open_checkpoint(out)[1]
     return done, done + train.saved_config(out, DistillConfig).joined
 
-# --------------------------------------------------------------------------------
-# The loop
-
 
 def distill(c, ranks):
     """Trains all students; returns whether all have all their steps.    paper: §5.2, Fig. 12"""
@@ -297,28 +293,27 @@ def distill(c, ranks):
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks")
     found = {name: standing(c, name) for name in read_students(c.students)}
     done, start = {name: own for name, (own, _) in found.items()}, max(at for _, at in found.values())
-    names = [name for name in found if done[name] < c.steps]
-    if not names:
+    counts = {name: n for name, n in read_students(c.students).items() if done[name] < c.steps}
+    if not counts:
         raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
     source, teacher = open_source(c.data, c.n_shapes, c.seed), make_teacher(c, ranks)
-    counts = {name: n for name, n in read_students(c.students).items() if name in names}
-    plan = make_plan(c, ranks, counts, lambda: time_parts(c, ranks, names, teacher, source))
+    samples = c.batch // ranks.count
+    here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
+    batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
+    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))
     group, keep, mine = make_group(c, ranks, plan)
     own = {name: replace(c, size=name, out=str(Path(c.out, name)), joined=start - done[name]) for name in mine}
     students = [Student(own[name], group, teacher["backbone"].config.width, done[name]) for name in mine]
-    end, samples = start + c.steps - min(done[name] for name in names), c.batch // ranks.count
+    end = start + c.steps - min(done[name] for name in counts)
     wait(ranks)  # all have read what stands in OUT
     for student in students if group.main else []:
         train.open_log(student.c, student.step)
     if ranks.main:
         Path(c.out).mkdir(parents=True, exist_ok=True)
         Path(c.out, "config.json").write_text(json.dumps(asdict(c) | dict(commit=commit()), indent=1))
-        for first, n, at in plan:
-            print(f"ranks {first} to {first + n - 1}: {' and '.join(at)}, {c.batch // n} images each")
         print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
               f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
-    batches = Batches(c, source, ranks.rank * samples, samples, colour_here=ranks.device.type == "cpu")
-    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = iter(loader(batches, range(start, end), c.workers, pin_memory=ranks.device.type == "cuda"))
     interrupt, unreadable, failed, before, logged = train.Interrupt(), {}, [], time.perf_counter(), start
     bar = tqdm(total=end, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True)
@@ -346,9 +341,16 @@ def distill(c, ranks):
             break
 
         # the teacher sees this rank's part of the batch; then all groups get theirs
-        batch = train.on_device(c, ranks, next(stream), unreadable)
+        batch = next(stream)
+        path = batch.pop("path", None)
+        batch = train.on_device(c, ranks, batch, unreadable)
         t0 = clock(ranks, logs)
-        batch |= teacher_says(c, teacher, batch)
+        if "cls" not in batch:
+            batch |= teacher_says(c, teacher, batch)
+            if c.cache:
+                batches.keep(path, batch)
+        if c.cache and ranks.main and step == start:
+            print(batches.describe(batch), flush=True)
         t1 = clock(ranks, logs)
         batch, received = (batch, 0) if plan[0][1] == ranks.count else share(c, ranks, batch, keep)
         row = dict(ms_teacher=1000 * (t1 - t0), ms_share=1000 * (clock(ranks, logs) - t1), gathered_bytes=received)
@@ -358,10 +360,9 @@ def distill(c, ranks):
         # each group trains its students
         noise = Noise(c.seed, step, keep.start, keep.stop - keep.start, c.group, c.drop_path, c.rope_rescale)
         for student in list(students):
-            t0 = clock(ranks, logs)
-            numbers = attempt(student, student.learn, teacher, batch, noise, source)
+            t0, last = clock(ranks, logs), student.step == c.steps - 1
+            numbers = attempt(student, student.learn, teacher, batch, noise, source, logs or last)
             t1 = clock(ranks, logs)
-            last = student.step == c.steps
             if numbers and group.main and (logs or last):
                 row |= {name: float(x) for name, x in numbers.items()} | dict(
                     ms_student=1000 * (t1 - t0), images_per_s=c.batch * (step + 1 - logged) / (t1 - before))

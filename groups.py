@@ -2,6 +2,7 @@
 Ranks in groups, one for each student: who trains what, and what travels between them.
 
     make_plan, assign   ranks for each student, so that all need the same time     DINOv3 §5.2
+    fit, expected       what a step of each costs, on any number of ranks
     make_group          this rank's group, and what it keeps of the batch
     share               the all-gather of images and of what the teacher says      DINOv3 §5.2, Fig. 12
 
@@ -21,22 +22,22 @@ from train import Ranks
 # Plan
 
 
-def make_plan(c, ranks, counts, measure):
+def make_plan(c, ranks, counts, prepare):
     """
     [(first rank, ranks, names)] of the groups. A rank in no group runs the teacher alone.
 
     counts   {name: ranks}, as the user says; all 0 = as the times say, or all students in turn on all ranks, if there
              are fewer ranks than students
-    measure  () -> {"teacher" or name: seconds for an image, on one rank}
+    prepare  ("teacher" or name, ranks, images on each) -> () -> a step of these ranks, to be timed
     """
     S, names = ranks.count, list(counts)
     if not any(counts.values()):
         if S < len(names) or len(names) == 1:
             return [(0, S, names)]
-        seconds = measure()
-        counts = assign(seconds, S, c.batch)
+        costs = fit(c, ranks, names, prepare)
+        counts = assign(costs, S, c.batch)
         if ranks.main:
-            print(describe(seconds, counts, S, c.batch), flush=True)
+            print(describe(costs, counts, S, c.batch), flush=True)
     if sum(counts.values()) > S or any(c.batch % n for n in counts.values()):
         raise ValueError(f"--students {c.students}: {sum(counts.values())} ranks, for a batch of {c.batch}; there are "
                          f"{S} ranks, and those of each student must divide the batch")
@@ -44,27 +45,54 @@ def make_plan(c, ranks, counts, measure):
     return [(first, n, [name]) for first, (name, n) in zip(firsts[:-1], counts.items(), strict=True)]
 
 
-def assign(seconds, n_ranks, batch):
+def fit(c, ranks, names, prepare):
     """
-    Ranks for each student, so that the slowest is as fast as can be: again and again the slowest gets the next number
-    that divides the batch, until too few are left.
+    {"teacher" or name: its cost}: seconds for an image, for a step, and for a step if it is sharded. The first two from
+    two sizes of the batch on one rank, while all ranks do the same; the last from all ranks together.
     """
-    counts = {name: 1 for name in seconds if name != "teacher"}
-    while True:
-        slowest = max(counts, key=lambda name: seconds[name] / counts[name])
-        more = next((n for n in range(counts[slowest] + 1, n_ranks + 1) if batch % n == 0), n_ranks + 1)
-        if sum(counts.values()) - counts[slowest] + more > n_ranks:
+    def fastest(step):
+        times = []
+        for _ in range(3):  # the first warms up
+            start = clock(ranks)
+            step()
+            times.append(clock(ranks) - start)
+        return min(times)
+    alone, costs = Ranks(0, 1, ranks.device, None), {}
+    n = max(c.batch * len(names) // (2 * ranks.count * c.koleo_group), 1) * c.koleo_group  # about half a slice
+    for name in ("teacher", *names):
+        times = [fastest(prepare(name, on, images)) for on, images in ((alone, n), (alone, 2 * n), (ranks, n))]
+        small, large, sharded = ranks.mean(torch.tensor(times, device=ranks.device)).tolist()
+        image = min(max((large - small) / n, 0), small / n)
+        costs[name] = image, small - n * image, max(sharded - small, 0)
+    return costs
+
+
+def expected(cost, batch, n_ranks):
+    """Seconds of a step: B/N C, plus what does not shrink with the slice.    paper: §5.2 has the first term alone"""
+    image, step, sharding = cost
+    return batch / n_ranks * image + step + sharding * (n_ranks > 1)
+
+
+def assign(costs, n_ranks, batch):
+    """
+    Ranks for each student, so that the slowest is as fast as can be: the shortest time in which all of them are done,
+    if each has the fewest ranks, a divisor of the batch, that keep to it.
+    """
+    divisors = [n for n in range(1, n_ranks + 1) if batch % n == 0]
+    times = {name: {n: expected(cost, batch, n) for n in divisors} for name, cost in costs.items() if name != "teacher"}
+    for limit in sorted(t for each in times.values() for t in each.values()):
+        counts = {name: next((n for n in divisors if t[n] <= limit), n_ranks + 1) for name, t in times.items()}
+        if sum(counts.values()) <= n_ranks:
             return counts
-        counts[slowest] = more
 
 
-def describe(seconds, counts, n_ranks, batch):
+def describe(costs, counts, n_ranks, batch):
     """
     The times to expect, in words.    paper: §5.2: a step takes B/N_T C_T + max over students of B/N_S C_S
 
     idle  share of a step in which a rank waits for the slowest group, mean over all ranks
     """
-    ms = {name: 1000 * batch / n * seconds[name] for name, n in (counts | dict(teacher=n_ranks)).items()}
+    ms = {name: 1000 * expected(costs[name], batch, n) for name, n in (counts | dict(teacher=n_ranks)).items()}
     slowest = max(ms[name] for name in counts)
     idle = (slowest - sum(n * ms[name] for name, n in counts.items()) / n_ranks) / (ms["teacher"] + slowest)
     students = ", ".join(f"{name}:{n} {ms[name]:.0f} ms" for name, n in counts.items())
@@ -76,6 +104,8 @@ def make_group(c, ranks, plan):
     """This rank's group as Ranks, the samples of the global batch that the rank keeps, the group's students."""
     found = Ranks(0, 1, ranks.device, None), slice(0, 0), []
     for first, n, names in plan:
+        if ranks.main:
+            print(f"ranks {first} to {first + n - 1}: {' and '.join(names)}, {c.batch // n} images each")
         group = ranks.group if n == ranks.count else dist.new_group(list(range(first, first + n)))  # all ranks call it
         if first <= ranks.rank < first + n:
             own, b = ranks.rank - first, c.batch // n

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ import distill
 import train
 from convnext import ConvNeXt
 from data import Batches, open_source
-from model import ViT, ViTConfig, build
+from model import SIZES, Noise, ViT, ViTConfig, build
 from weights import load_backbone, save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -65,12 +66,14 @@ def test_two_students_on_four_ranks_learn_as_if_alone(teacher, pair, tmp_path):
     out = tmp_path / "four"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", "distill.py", "--teacher", str(teacher), *SHORT, "--out", str(out),
-               "--students", "tiny_half:2,convnext_micro:2", "--stop_after", "3"]
+               "--students", "tiny_half:2,convnext_micro:2", "--stop_after", "3", "--cache", str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     images, masked = 3 * (2 * 32 * 32 + 2 * 16 * 16), 4 + 8  # a crop of 16 patches is masked by 0.3, one by 0.5
     received = 4 * (8 * (images + 2 * 16) + 4 * masked * 16) + 8 * (2 * 16 + 8)
     assert f"gathers {received:,} bytes on each rank" in done.stdout
+    assert done.stdout.count("the cache takes 4,096 bytes for each step, 16,384 for the run") == 1
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 4 * 3  # each rank its part
     distill.main(["--out", str(out), "--resume", "--students", PAIR])  # the last step on one process
     for name in BOTH:
         assert rows(out / name)[0]["gathered_bytes"] == received
@@ -132,6 +135,16 @@ def test_what_is_saved_is_the_average(teacher, tmp_path):
     saved = load_backbone(tmp_path / "run/tiny_half").state_dict()
     assert all(torch.equal(saved[key], start[key]) for key in start)
 
+
+def test_meters_are_those_of_train_and_only_of_logged_steps(teacher, tmp_path, monkeypatch):
+    seen, real = [], train.health
+    monkeypatch.setattr(train, "health", lambda *args: seen.append(real(*args)) or seen[-1])
+    found = run(teacher, tmp_path / "run", "--log_every", "2", students="tiny_half")["tiny_half"]
+    assert [row["step"] for row in found] == [0, 2, 3] and len(seen) == 3
+    for row, meters in zip(found, seen, strict=True):
+        assert meters.keys() == {"dino_entropy", "prototypes_used", "cls_rank"}
+        assert {name: row[name] for name in meters} == pytest.approx(meters, rel=1e-5)  # six digits are written
+
 # --------------------------------------------------------------------------------
 # Stops
 
@@ -140,9 +153,9 @@ def test_one_student_that_is_not_finite_stops_alone(teacher, pair, tmp_path, mon
     real = distill.head_terms
 
     def poisoned(student, *args):
-        terms, weights = real(student, *args)
+        terms, *rest = real(student, *args)
         bad = student.c.size == "tiny_half" and student.step == 2
-        return (terms | dict(ibot=terms["ibot"] * float("nan")) if bad else terms), weights
+        return (terms | dict(ibot=terms["ibot"] * float("nan")) if bad else terms), *rest
     monkeypatch.setattr(distill, "head_terms", poisoned)
     with pytest.raises(ValueError, match="tiny_half: step 2, rank 0: loss is nan, ibot is nan.*--resume goes on"):
         run(teacher, tmp_path / "run", "--save_every", "1")
@@ -156,7 +169,7 @@ def test_one_student_that_is_not_finite_stops_alone(teacher, pair, tmp_path, mon
 
 def test_a_run_ends_when_no_student_is_left(teacher, tmp_path, monkeypatch):
     endless = torch.tensor(torch.inf, requires_grad=True)
-    monkeypatch.setattr(distill, "head_terms", lambda *args: (dict(a=endless), dict(a=1)))
+    monkeypatch.setattr(distill, "head_terms", lambda *args: (dict(a=endless), dict(a=1), dict))
     with pytest.raises(ValueError, match="tiny_half: .*loss is inf"):
         run(teacher, tmp_path / "run", "--steps", "1000", students="tiny_half")
 
@@ -175,7 +188,21 @@ def test_features_of_any_weights(tmp_path, kind, layout):
     for name, found in run(path, tmp_path / "run", *words).items():
         assert found[-1]["loss"] < 0.8 * found[0]["loss"], name
         assert {"cls_cosine", "cls_l1", "patches_cosine", "patches_l1", "grad_norm_patches_adapter"} <= found[0].keys()
+        assert 1 <= found[0]["cls_rank"] <= 16
         assert load_backbone(tmp_path / "run" / name).config.mean == config.mean
+
+
+def test_rank_of_a_student_of_features(teacher):
+    """exp of the entropy of the singular values of its class tokens"""
+    c = distill.configure(["--teacher", str(teacher), "--mode", "features", "--students", "tiny_half", *SHORT])
+    ranks = train.Ranks(0, 1, torch.device("cpu"), None)
+    networks, batch = distill.make_teacher(c, ranks), Batches(c, open_source("shapes", 24), 0, 8)[0]
+    batch |= distill.teacher_says(c, networks, batch)
+    student, noise = distill.Student(replace(c, size="tiny_half"), ranks, SIZES["tiny"].width), Noise(0, 0, 0, 8, 2)
+    found = distill.feature_terms(student, networks, batch, noise)[2]()["cls_rank"]
+    spectrum = np.linalg.svd(student.networks["backbone"](batch["global_crops"]).cls.double().detach().numpy())[1]
+    p = spectrum / spectrum.sum()
+    assert found == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
 
 
 def test_a_convnext_sees_whole_patches_and_speaks_of_the_teachers_grid():
@@ -197,6 +224,18 @@ def test_learning_rate_stays_and_then_cools_down(teacher, tmp_path):
     assert lr == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.775, 0.325, 0.1])
     paper = distill.RECIPES["paper"]
     assert (paper.steps - paper.cooldown, paper.cooldown, paper.batch) == (1_000_000, 250_000, 1920)  # §5.2
+
+
+def test_steps_to_time(teacher, tmp_path):
+    """three of each, were the run to have one"""
+    c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", *SHORT, "--out", str(tmp_path / "x")])
+    c, ranks = replace(c, steps=1, cooldown=0), train.Ranks(0, 1, torch.device("cpu"), None)
+    args = distill.make_teacher(c, ranks), open_source("shapes", 24)
+    said = distill.step_to_time(c, *args, "teacher", ranks, 16)()
+    assert len(said["cls"]) == 2 * 16
+    step = distill.step_to_time(c, *args, "tiny_half", ranks, 16)
+    first, _, third = (step() for _ in range(3))
+    assert third["loss"] != first["loss"] and "cls_rank" not in third
 
 
 def test_layers_of_a_convnext():

@@ -8,7 +8,7 @@ import torch
 
 import groups
 from data import Batches, open_source
-from groups import assign, describe, make_group, make_plan, share
+from groups import assign, describe, fit, make_group, make_plan, share
 from train import Ranks, TrainConfig
 
 CONFIG = TrainConfig(batch=12, group=3, global_size=32, local_size=16, n_local=2, patch_size=8, precision="fp32")
@@ -22,32 +22,70 @@ def on(rank, count):
 
 
 @pytest.mark.parametrize("n_ranks, batch", [(3, 12), (8, 48), (8, 6), (12, 60), (16, 7)])
-@pytest.mark.parametrize("costs", [(1, 1, 1), (1, 2, 5), (9, 1, 1)])
+@pytest.mark.parametrize("costs", [
+    ((1, 0, 0), (1, 0, 0), (1, 0, 0)), ((1, 0, 0), (2, 0, 0), (5, 0, 0)), ((9, 0, 0), (1, 3, 0), (1, 0, 0)),
+    ((1, 5, 20), (1, 2, 90), (3, 0, 7)),  # sharding may cost more than it saves
+])
 def test_assign_is_the_best_of_all(n_ranks, batch, costs):
-    seconds = dict(zip("abc", costs, strict=True)) | dict(teacher=100)
+    def slowest(plan):
+        return max(batch / n * image + step + (sharding if n > 1 else 0)
+                   for (image, step, sharding), n in zip(costs, plan, strict=True))
     divisors = [n for n in range(1, n_ranks + 1) if batch % n == 0]
     possible = [p for p in itertools.product(divisors, repeat=3) if sum(p) <= n_ranks]
-    best = min(max(cost / n for cost, n in zip(costs, p, strict=True)) for p in possible)
-    found = assign(seconds, n_ranks, batch)
-    assert tuple(found.values()) in possible
-    assert max(seconds[name] / n for name, n in found.items()) == best
+    found = assign(dict(zip("abc", costs, strict=True)) | dict(teacher=(100, 0, 0)), n_ranks, batch)
+    assert list(found) == list("abc") and tuple(found.values()) in possible
+    assert slowest(found.values()) == min(slowest(plan) for plan in possible)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """timed(seconds) -> a step that takes them, by a clock that is never late; the first call takes twice as long"""
+    now = [0.0]
+    monkeypatch.setattr(groups, "clock", lambda ranks: now[0])
+
+    def make(seconds):
+        calls = iter([2, 1, 1.5])
+        return lambda: now.__setitem__(0, now[0] + next(calls) * seconds)
+    return make
+
+
+@pytest.mark.parametrize("batch, images", [(48, 12), (12, 3)])
+def test_fit_finds_what_an_image_a_step_and_sharding_cost(timed, batch, images):
+    """two students on four ranks: a slice is batch / 2, half of it is measured in whole sets of KoLeo"""
+    truth, asked = dict(teacher=(0.25, 0.0, 0.0), a=(0.5, 2.0, 4.0), b=(0.125, 3.0, 0.0)), []
+
+    def prepare(name, ranks, n):
+        asked.append((ranks.count, n))
+        image, step, sharding = truth[name]
+        return timed(image * n + step + sharding * (ranks.count > 1))
+    ranks = on(0, 4)
+    ranks.mean = lambda x: x
+    assert fit(replace(CONFIG, batch=batch, koleo_group=3), ranks, ["a", "b"], prepare) == truth
+    assert asked == [(1, images), (1, 2 * images), (4, images)] * 3
+
+
+def test_fit_of_a_noisy_clock_is_never_negative(timed):
+    times = iter([3.0, 2.0, 1.0, 1.0, 9.0, 2.0])
+    costs = fit(CONFIG, on(0, 1), ["a"], lambda *_: timed(next(times)))
+    assert costs == dict(teacher=(0.0, 3.0, 0.0), a=(1 / 16, 0.0, 1.0))
 
 
 def test_describe_counts_idle_ranks():
-    """B = 8 on 4 ranks: teacher 2 x 10 ms; a 8/3 x 30 = 80 ms, b 8 x 5 = 40 ms: one rank of 4 waits 40 of 100 ms"""
-    said = describe(dict(teacher=0.01, a=0.03, b=0.005), dict(a=3, b=1), 4, 8)
+    """B = 8 on 4 ranks: teacher 2 x 10 ms; a 8/3 x 24 + 10 + 6 = 80 ms, b 8 x 5 = 40 ms: one of 4 waits 40 of 100 ms"""
+    said = describe(dict(teacher=(0.01, 0, 0), a=(0.024, 0.01, 0.006), b=(0.005, 0, 0.1)), dict(a=3, b=1), 4, 8)
     assert said == ("plan: teacher on all 4 ranks 20 ms, then a:3 80 ms, b:1 40 ms; a step 100 ms, in which ranks idle "
                     "10 % on average")
 
 
-def test_plans(capsys):
-    def plan(n_ranks, never=None, **counts):
-        return make_plan(replace(CONFIG, batch=12), on(0, n_ranks), counts, never)
+def test_plans(capsys, monkeypatch):
+    def plan(n_ranks, **counts):
+        return make_plan(CONFIG, on(0, n_ranks), counts, None)
     assert plan(1, a=0, b=0) == [(0, 1, ["a", "b"])]                       # in turn
     assert plan(4, a=0) == [(0, 4, ["a"])]
     assert plan(2, a=0, b=0, c=0) == [(0, 2, ["a", "b", "c"])]
     assert plan(4, a=1, b=2) == [(0, 1, ["a"]), (1, 2, ["b"])]             # the last rank runs the teacher alone
-    assert plan(4, lambda: dict(teacher=1, a=1, b=3), a=0, b=0) == [(0, 1, ["a"]), (1, 3, ["b"])]
+    monkeypatch.setattr(groups, "fit", lambda *_: dict(teacher=(1, 0, 0), a=(1, 0, 0), b=(3, 0, 0)))
+    assert plan(4, a=0, b=0) == [(0, 1, ["a"]), (1, 3, ["b"])]
     assert "a:1 12000 ms, b:3 12000 ms; a step 15000 ms, in which ranks idle 0 %" in capsys.readouterr().out
 
 
