@@ -17,6 +17,7 @@ A task is (patches, config) -> {metric: number}. Dimension letters: see the top 
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from operator import attrgetter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,8 +31,10 @@ from tqdm import tqdm
 
 import shapes
 from features import (
+    GENERATED,
     SHOWN,
     Pairs,
+    Scenes,
     evenly,
     folders,
     generated,
@@ -40,6 +43,7 @@ from features import (
     nearest,
     paired,
     save_pictures,
+    scene,
     shades,
     starts,
     windows,
@@ -87,18 +91,23 @@ class Recipe:
     dropout: float = 0.0
 
 
+def peak(recipe, c):
+    return c.lr or recipe.lr * (10 if c.iterations < FEW else 1)
+
+
 def fit(maps, truths, n_out, loss_of, recipe, c, device):
     """
     A linear head, trained on random batches of views.
 
-    maps    h w D float16 each    truths  H W each    loss_of  (list of n_out h w, list of H W) -> scalar
+    maps     h w D float16 each    truths  H W each: of both only a batch is in memory
+    loss_of  (list of n_out h w, list of H W) -> scalars, whose sum is the loss; one at a time is in memory
+
     paper:  DINOv3 App. D.1, D.2; there every step sees new crops, flips and colours of the images and three learning
             rates are tried; here the features are computed once, from the images as they are
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(c.seed)
-        head = LinearHead(maps[0].shape[2], n_out, recipe.dropout).to(device)
-        lr = c.lr or recipe.lr * (10 if c.iterations < FEW else 1)
+        head, lr = LinearHead(maps[0].shape[2], n_out, recipe.dropout).to(device), peak(recipe, c)
         optimizer = torch.optim.AdamW(head.parameters(), lr, (0.9, recipe.beta2), weight_decay=recipe.weight_decay)
         order, warmup = [], max(round(recipe.warmup * c.iterations), 1)
         for step in tqdm(range(c.iterations), desc="head", unit="it", leave=False, disable=None):
@@ -108,9 +117,11 @@ def fit(maps, truths, n_out, loss_of, recipe, c, device):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((step + 1) / warmup, 1) * (1 + math.cos(math.pi * step / c.iterations)) / 2
             out = head([torch.from_numpy(maps[i]).to(device).float() for i in rows])
-            loss = loss_of(out, [torch.from_numpy(truths[i]).to(device) for i in rows])
+            leaves = [logits.detach().requires_grad_() for logits in out]
+            for part in loss_of(leaves, [torch.from_numpy(truths[i]).to(device) for i in rows]):
+                part.backward()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(out, [leaf.grad for leaf in leaves])
             nn.utils.clip_grad_norm_(head.parameters(), recipe.clip)
             optimizer.step()
     return head.eval()
@@ -144,6 +155,9 @@ def read_labels(path, labels):
             raise ValueError(f"{path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
         truth = np.asarray(file).astype(np.int64)
     out = (truth == labels.void) | (truth == IGNORE) | (truth < labels.first)
+    top = int(truth[~out].max(initial=0))
+    if labels.n_classes and top >= labels.first + labels.n_classes:
+        raise ValueError(f"{path} has label {top}; wanted {labels.n_classes} classes from {labels.first} on")
     return np.where(out, IGNORE, truth - labels.first).astype(np.uint8)
 
 
@@ -181,9 +195,10 @@ def voc_pairs(c, _, split):
 
 def segmentation_loss(out, truths):
     """Cross entropy, summed over the pixels that count, over the number of all pixels, as the released code has it."""
-    total = sum(F.cross_entropy(enlarge(logits, truth.shape)[None], truth[None].long(), ignore_index=IGNORE,
-                                reduction="sum") for logits, truth in zip(out, truths, strict=True))
-    return total / sum(truth.numel() for truth in truths)
+    n = sum(truth.numel() for truth in truths)
+    for logits, truth in zip(out, truths, strict=True):
+        logits = enlarge(logits, truth.shape)[None]
+        yield F.cross_entropy(logits, truth[None].long(), ignore_index=IGNORE, reduction="sum") / n
 
 
 @torch.no_grad()
@@ -200,21 +215,24 @@ def label_map(head, maps, size, side, device):
     return enlarge(total / visits, size).argmax(0)
 
 
+def truth_windows(i, source, order, side):
+    """The truth of image order[i], in the windows of image i -> list of side side"""
+    H, W = source.image(i).shape[1:]
+    scale = side / min(H, W)
+    H, W = max(side, round(H * scale)), max(side, round(W * scale))
+    truth = nearest(source.truth(order[i]), (H, W))
+    return [truth[y : y + side, x : x + side] for y in starts(H, side) for x in starts(W, side)]
+
+
 def segmentation(patches, c):
     """paper: DINOv3 Tab. 3, ADE20k: short side 512, windows of 512; the head sees the same windows in training"""
     train, val, n_classes = open_segmentation(c)
     cut, side, device = partial(windows, side=c.resolution), c.resolution, patches.device
-    maps, truths = patches("train", train, cut), []
-    for i, other in enumerate(others(len(train), c)):
-        H, W = train.image(i).shape[1:]
-        scale = side / min(H, W)
-        size = max(side, round(H * scale)), max(side, round(W * scale))
-        truth = nearest(train.truth(other), size)
-        truths += [truth[y : y + side, x : x + side] for y in starts(size[0], side) for x in starts(size[1], side)]
-    truths = [np.ascontiguousarray(truth) for truth in truths]
-    maps = [m for views in maps for m in views]
+    maps = patches("train", train, cut).views
+    truth_of = partial(truth_windows, source=train, order=others(len(train), c), side=side)
+    truths = patches.keep("train truths", truth_of, len(train)).views
     head = fit(maps, truths, n_classes, segmentation_loss, SEGMENTATION_RECIPE, c, device)
-    seen = np.bincount(np.concatenate([truth.ravel() for truth in truths]), minlength=256)[:n_classes]
+    seen = sum(np.bincount(truth.ravel(), minlength=256) for truth in truths)[:n_classes]
     counts, constant, shown = 0, 0, []
     for i, views in enumerate(patches("val", val, cut)):
         truth = torch.from_numpy(val.truth(i)).to(device)
@@ -225,7 +243,7 @@ def segmentation(patches, c):
             shown.append([val.image(i), hues(truth.cpu()), hues(found.cpu())])
     save_pictures(c, shown)
     return dict(**segmentation_scores(counts), chance_miou=segmentation_scores(constant)["miou"], n_classes=n_classes,
-                n_train=len(train), n_val=len(val), iterations=c.iterations)
+                n_train=len(train), n_val=len(val), iterations=c.iterations, lr=peak(SEGMENTATION_RECIPE, c))
 
 # --------------------------------------------------------------------------------
 # Depth
@@ -301,7 +319,7 @@ def depth_loss(out, truths, top):
         found = enlarge(decode(logits, top)[None], truth.shape)[0]
         g.append((found[known] + 1e-3).log() - (truth[known] + 1e-3).log())
     g = torch.cat(g)
-    return (g.var() + 0.15 * g.mean() ** 2 + 1e-12).sqrt()
+    yield (g.var() + 0.15 * g.mean() ** 2 + 1e-12).sqrt()
 
 
 def scored_pixels(truth, form):
@@ -311,16 +329,24 @@ def scored_pixels(truth, form):
     return torch.from_numpy(inside & (truth > NEAREST) & (truth < form.top))
 
 
+def truth_at(i, source, order, sizes):
+    return [nearest(source.truth(order[i]), sizes[i])]
+
+
 def depth(patches, c):
     """paper: DINOv3 Tab. 3, NYU: the whole image, and at test the mean of it and its mirror image"""
     train, val, form = open_depth(c)
-    maps = patches("train", train, patches.whole)
-    truths, device = [], patches.device
-    for views, other in zip(maps, others(len(train), c), strict=True):
-        h, w = views[0].shape[:2]
-        truths.append(nearest(train.truth(other), (16 * h, 16 * w)))
-    known = np.concatenate([truth[(truth > 0) & (truth <= form.top)] for truth in truths])
-    head = fit([m for m, in maps], truths, BINS, partial(depth_loss, top=form.top), DEPTH_RECIPE, c, device)
+    device, maps = patches.device, patches("train", train, patches.whole).views
+    sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
+    truth_of = partial(truth_at, source=train, order=others(len(train), c), sizes=sizes)
+    truths = patches.keep("train truths", truth_of, len(train)).views
+    total = count = 0
+    for truth in truths:
+        known = truth[(truth > 0) & (truth <= form.top)]
+        total, count = total + known.sum(dtype=np.float64), count + known.size
+    if not count:
+        raise ValueError(f"depth: no train image has a known depth below {form.top} m")
+    head = fit(maps, truths, BINS, partial(depth_loss, top=form.top), DEPTH_RECIPE, c, device)
     scores, constant, shown = [], [], []
     for i, views in enumerate(patches("val", val, partial(patches.whole, mirrored=True))):
         truth = val.truth(i)
@@ -333,18 +359,20 @@ def depth(patches, c):
             raise ValueError(f"depth: val image {i} has no known depth below {form.top} m; leave it out")
         there = torch.from_numpy(truth)[counted]
         scores.append(depth_scores(found[counted], there))
-        constant.append(depth_scores(torch.full_like(there, float(known.mean())), there)["rmse"])
+        constant.append(depth_scores(torch.full_like(there, float(total / count)), there)["rmse"])
         if c.out and i < SHOWN:
             shown.append([val.image(i), shades(truth, form.top), shades(found.numpy(), form.top)])
     save_pictures(c, shown)
     return dict(**{name: float(np.mean([score[name] for score in scores])) for name in scores[0]},
-                chance_rmse=float(np.mean(constant)), n_train=len(train), n_val=len(val), iterations=c.iterations)
+                chance_rmse=float(np.mean(constant)), n_train=len(train), n_val=len(val), iterations=c.iterations,
+                lr=peak(DEPTH_RECIPE, c))
 
 # --------------------------------------------------------------------------------
 # Object discovery
 
 THRESHOLDS = [i / 20 for i in range(9)]  # of the cosine from which on two patches are joined; the best one is reported
 FAINT = 1e-5                             # weight of all other pairs
+THUMB = 48                               # pixels a side, to choose scenes by
 
 
 def scene_boxes(scene):
@@ -372,10 +400,20 @@ def read_boxes(path):
     return np.array(found, float).reshape(-1, 4) - (1, 1, 0, 0)
 
 
+def small_objects(c):
+    """Scenes in which no object's box takes half the image: in others the whole image would be a right answer."""
+    numbers = (i for i in count() if 0 < largest_share(scene_boxes(scene(i, THUMB, 1001))) < 0.45)
+    return Scenes(list(islice(numbers, c.limit or GENERATED[1])), 1001, c.resolution, scene_boxes)
+
+
+def largest_share(boxes):
+    return max(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist(), default=0) / THUMB**2
+
+
 def open_discovery(c):
     """VOC: JPEGImages/*.jpg, Annotations/*.xml, those of ImageSets/Main/trainval.txt;  DAVIS: every frame"""
     if c.data == "shapes":
-        return generated(c, scene_boxes)[1]
+        return small_objects(c)
     images, truths = (folders(c, f"{name}/480p", name) for name in ("JPEGImages", "Annotations"))
     files, listed = [path for path in truths.rglob("*") if path.suffix in (".xml", ".png")], Path(c.data, VOC_LIST)
     if listed.is_file():

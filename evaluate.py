@@ -3,50 +3,60 @@ Measure frozen features.
 
     python evaluate.py --task knn --weights runs/tiny                             on the generated `shapes`
     python evaluate.py --task linear --weights runs/s --data PHOTOS               PHOTOS/train/CLASS, PHOTOS/val/CLASS
+    python evaluate.py --task logreg --weights runs/s --data pets:DOWNLOADS       or cub, cars, ...: see finegrained.py
     python evaluate.py --task knn --weights pixels --data PHOTOS                  floor: 16x16 pixels as features
     python evaluate.py --task knn --weights untrained:s --data PHOTOS             floor: the network before training
     python evaluate.py --task knn --weights runs/s --data PHOTOS --control        floor: shuffled labels
+    torchrun --nproc-per-node 8 evaluate.py --task ade20k --weights runs/s --data ADE      features from 8 GPUs
 
-    extract    images -> features, once, in order                  resize 256, crop 224, as everyone does
+    Embedder   images -> features, once, in order                  resize 256, crop 224, as everyone does
     knn        weighted vote of the nearest training images        DINOv3 Tab. 1; Wu et al. 2018
     linear     logistic regression by SGD, many rates at once      DINOv3 App. D
-    logreg     logistic regression, to its optimum                 DINOv3 App. D.7
+    logreg     logistic regression, to its optimum; voc07: of several classes, 11-point mAP     see logreg.py
     retrieval  ranks by cosine; revisited Oxford and Paris, AmsterTime, or any folders of classes; mAP
     segmentation, ade20k, cityscapes, voc, camvid; depth, nyu, kitti; discovery     see dense.py
     tracking, davis, youtube-vos, mose; geometry; keypoints, spair                  see matching.py
+    navi                                                                            see navi.py
 
 Prints a table, and last one line of JSON. Dimension letters: see the top of model.py.
 """
 
 import json
+import signal
+import sys
 import time
-import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import config as command_line
 import dense
+import finegrained
 import matching
+import navi
 import retrieval
 import variants
-from data import loader, open_source, resize
-from features import Patches, PixelPatches, chunk_folder, evenly, kept
+from chunks import ALONE, Computed, Folder, Job, index, leading, make, read, serve, start_ranks
+from convnext import CONVNEXT_SIZES, ConvNeXt
+from data import open_source, resize
+from features import Patches, PixelPatches, evenly
 from layouts import size_of
+from logreg import logreg, voc07
 from model import SIZES, ViT, build
-from weights import load_backbone
+from weights import identify, load_backbone
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     task: str = ""             # knn, linear, logreg, segmentation, ...: all that the text above names
     weights: str = ""          # a run's folder, a weights file, pixels, or untrained:SIZE
-    data: str = "shapes"       # a folder in the layout that the task's set has, or shapes
+    data: str = "shapes"       # a folder in the layout that the task's set has, NAME:PATH of finegrained.py, or shapes
     size: str = ""             # s, b, convnext_t, ...: stop if the weights are of another
     resolution: int = 0        # pixels: the square's side, dense tasks: the short side; 0 = the task's, see `configure`
     layers: str = ""           # dense tasks: blocks, 0-based, as in 3,5, side by side; empty = the last
@@ -62,10 +72,12 @@ class EvaluateConfig:
     ignore: int = 255          # segmentation: a label that counts for nothing, beside 255
     shots: int = 0             # knn, linear, logreg: images of each class to train on, drawn 5 times; 0 = all, once
     tests: str = ""            # linear: more sets to score, as in imagenet-r,imagenet-a,real.json; see variants.py
-    cache: str = ""            # folder to keep features in: the next run reads them, one that was cut short goes on
+    cache: str = ""            # folder that keeps features, to read or to go on with; empty = TMPDIR, while this runs
     out: str = ""              # dense tasks: folder for a picture of image, truth and prediction
 
+UNTRAINED = SIZES | CONVNEXT_SIZES
 TRIES = 5                      # draws of --shots
+ROWS = 256                     # images whose class tokens lie in one file, or as many more as fill the last batch
 
 # --------------------------------------------------------------------------------
 # Features
@@ -84,30 +96,17 @@ def load_model(weights, size):
         return Pixels(), (SIZES["s"].mean, SIZES["s"].std)
     if weights.startswith("untrained:"):
         name = weights.partition(":")[2]
-        if name not in SIZES:
-            raise ValueError(f"--weights {weights}: unknown size {name!r}; choose one of {', '.join(SIZES)}")
-        vit = build(lambda: ViT(SIZES[name])).eval()
+        if name not in UNTRAINED:
+            raise ValueError(f"--weights {weights}: unknown size {name!r}; choose one of {', '.join(UNTRAINED)}")
+        model = build(lambda: (ViT if name in SIZES else ConvNeXt)(UNTRAINED[name])).eval()
     else:
-        vit = load_backbone(weights, size or None)
-    return vit, (vit.config.mean, vit.config.std)
+        model = load_backbone(weights, size or None)
+    return model, (model.config.mean, model.config.std)
 
 
-class Prepared(Dataset):
-    """
-    source[i] as the network wants it: short side to 256/224 of the resolution, centre crop; uint8, and its label.
-    An image that cannot be read comes as its error.
-    """
-    def __init__(self, source, resolution, view):
-        self.source, self.resolution, self.view = source, resolution, view
-
-    def __getitem__(self, i):
-        try:
-            return self.view(self.source.load(i), self.resolution), self.source.label(i)
-        except OSError as error:
-            return str(error), -1
-
-    def __len__(self):
-        return len(self.source)
+def labelled(i, source, side, view):
+    """An image as the network wants it, C H W uint8, and its label."""
+    return view(source.load(i), side), source.label(i)
 
 
 def centre_crop(image, side):
@@ -119,62 +118,75 @@ def centre_crop(image, side):
     return image[:, top : top + side, left : left + side]
 
 
-@torch.no_grad()
-def extract(model, normalisation, source, chosen, c, device, name="", view=centre_crop):
+class Embedder:
     """
-    Features of the chosen images, in float32 on the host, in order.
+    embedder(source, chosen, name, view)    view  C H W uint8, resolution -> what the network sees
+    returns  cls  n D,  mean patch  n D (pixels: no columns),  labels  n,  of the chosen images in order, on the host;
+             unreadable images are left out, and named
 
-    name     of the split, in --cache
-    returns  cls  n D,  mean patch  n D (pixels: no columns),  labels  n;  unreadable images are left out, and named
+    The features of 256 images are a file: see chunks.py. name  of the split, in --cache
     """
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in normalisation)
-    chosen, size = list(chosen), -(-1024 // c.batch) * c.batch
-    folder = chunk_folder(model, c, dict(name=name, n=len(chosen)))
-    chunks = {first: chosen[first : first + size] for first in range(0, len(chosen), size)}
-    paths = {first: folder and folder / f"{first:08}.npz" for first in chunks}
-    wanted = [i for first, chunk in chunks.items() if not (paths[first] and paths[first].is_file()) for i in chunk]
-    workers = dict(prefetch_factor=c.batch if c.workers else None)
-    stream = iter(loader(Prepared(source, c.resolution, view), wanted, c.workers, **workers) if wanted else [])
+    def __init__(self, model, normalisation, c, device, ranks=ALONE):
+        self.model, self.c, self.device, self.ranks = model.to(device), c, device, ranks
+        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in normalisation)
 
-    def run(images):
-        x = (torch.stack(images).to(device).float() / 255 - mean) / std                        # B 3 H W
-        features = model(x)
+    def __call__(self, source, chosen, name="", view=centre_crop):
+        c, chosen = self.c, list(chosen)
+        size = -(-ROWS // c.batch) * c.batch
+        folder = Folder(self.model, c, dict(name=name, n=len(chosen), size=size))
+        dataset = Computed(partial(labelled, source=source, side=c.resolution, view=view))
+        job = Job(folder, name or "features", dataset, folder.chunks(chosen, size), Embedder.pack)
+        make([job], self, c, self.ranks)
+        files = [index(path) for path in job.chunks]
+        unreadable = [error for file in files for error in json.loads(read(*file["unreadable"]).tobytes())]
+        for error in unreadable:
+            print(f"skipped unreadable {error}")
+        whole = [file for file in files if read(*file["labels"]).size]
+        if not whole:
+            raise ValueError(f"--data: none of {len(chosen)} images could be read; the first: {unreadable[0]}")
+        return tuple(torch.from_numpy(np.concatenate([read(*file[name]) for file in whole]))
+                     for name in ("cls", "patches", "labels"))
+
+    @torch.no_grad()
+    def run(self, images):
+        x = (torch.stack(images).to(self.device).float() / 255 - self.mean) / self.std         # B 3 H W
+        features = self.model(x)
         cls, patches = (features, x[:, 0, 0, :0]) if isinstance(features, torch.Tensor) else \
             (features.cls, features.patches.mean(1))                                           # B D each
         return cls.float().cpu().numpy(), patches.float().cpu().numpy()
 
-    def compute(chunk):
+    def pack(self, images):
         found, waiting, labels, unreadable = [], [], [], []
-        for image, label in (next(stream) for _ in chunk):
-            bar.update()
-            if label < 0:
-                unreadable.append(image)
+        for item in images:
+            if isinstance(item, ValueError):
+                raise item
+            if isinstance(item, OSError):
+                unreadable.append(str(item))
                 continue
-            waiting.append(image)
-            labels.append(label)
-            if len(waiting) == c.batch:
-                found.append(run(waiting))
+            waiting.append(item[0])
+            labels.append(item[1])
+            if len(waiting) == self.c.batch:
+                found.append(self.run(waiting))
                 waiting.clear()
-        found += [run(waiting)] if waiting else []
+        found += [self.run(waiting)] if waiting else []
         cls, patches = map(np.concatenate, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
-        return dict(cls=cls, patches=patches, labels=np.array(labels, np.int64), unreadable=np.array(unreadable, str))
+        return dict(cls=cls, patches=patches, labels=np.array(labels, np.int64),
+                    unreadable=np.frombuffer(json.dumps(unreadable).encode(), np.uint8))
 
-    with tqdm(total=len(wanted), desc="features", unit="img", leave=False, disable=None) as bar:
-        kept_chunks = [kept(paths[first], lambda chunk=chunk: compute(chunk)) for first, chunk in chunks.items()]
-    unreadable = [error for chunk in kept_chunks for error in chunk["unreadable"].tolist()]
-    for error in unreadable:
-        print(f"skipped unreadable {error}")
-    whole = [chunk for chunk in kept_chunks if len(chunk["labels"])]
-    if not whole:
-        raise ValueError(f"--data: none of {len(chosen)} images could be read; the first: {unreadable[0]}")
-    return tuple(torch.from_numpy(np.concatenate([chunk[k] for chunk in whole])) for k in ("cls", "patches", "labels"))
+
+def extract(model, normalisation, source, chosen, c, device):
+    """What an Embedder returns, by one process."""
+    return Embedder(model, normalisation, c, device)(source, chosen)
 
 
 def open_splits(c):
     """Train and val sources with the same classes, and the images to take of each."""
+    name, colon, root = c.data.partition(":")
     if c.data == "shapes":
         n_train, n_val = (c.limit, c.limit) if c.limit else (2000, 500)
         sources = open_source("shapes", n_train, seed=1000), open_source("shapes", n_val, seed=1001)
+    elif colon and name in finegrained.NAMES:
+        sources = finegrained.open_known(name, root)
     else:
         for split in ("train", "val"):
             if not Path(c.data, split).is_dir():
@@ -262,57 +274,34 @@ def linear(train, val, n_classes, c, device, tests=()):
     return dict(top1=top1[best].item(), lr=RATES[best], **variants.summary(others))
 
 
-def logreg(train, val, n_classes, c, device):
-    """
-    Logistic regression on cls as it is. A tenth of each class of train picks the penalty, then all of train is fitted.
-
-        min over w, b of  |w|^2 / 2 + C sum_i cross entropy_i,  C from 1e-6 to 1e5 in 45 steps
-
-    returns  top-1 and the mean over classes, in percent, and C;  raises ValueError without scikit-learn
-
-    paper:   DINOv3 App. D.7: Fine-S; there with tolerance 1e-12, too
-    """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ValueError("logreg: scikit-learn is not installed; pip install -e .[eval]") from error
-    (x, y), (x_val, y_val) = ((split[0].double().numpy(), split[2].numpy()) for split in (train, val))
-    shuffled, held = np.random.default_rng(c.seed).permutation(len(y)), np.zeros(len(y), bool)
-    for k in range(n_classes):
-        mine = shuffled[y[shuffled] == k]
-        held[mine[: max(len(mine) // 10, 1) if len(mine) > 1 else 0]] = True
-    best, C, solver = -1.0, 0.0, dict(max_iter=1000, tol=1e-12)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 1000 iterations need not reach 1e-12
-        model = LogisticRegression(warm_start=True, **solver)  # each C starts at the optimum of the one before
-        for candidate in tqdm(10 ** np.linspace(-6, 5, 45), desc="logreg", unit="C", leave=False, disable=None):
-            score = model.set_params(C=candidate).fit(x[~held], y[~held]).score(x[held], y[held])
-            best, C = max((best, C), (score, candidate), key=lambda pair: pair[0])  # of equals the first
-        guess = LogisticRegression(C=C, **solver).fit(x, y).predict(x_val)
-    each = [100 * float((guess == k)[y_val == k].mean()) for k in range(n_classes) if (y_val == k).any()]
-    return dict(top1=100 * float((guess == y_val).mean()), mean_per_class=float(np.mean(each)), C=float(C))
-
-
 GLOBAL = dict(knn=knn, linear=linear, logreg=logreg)
 FITTED = dict.fromkeys(dense.SEGMENTATION, dense.segmentation) | dict.fromkeys(dense.DEPTH, dense.depth)
 TRACKING = dict.fromkeys(("tracking", "davis", "youtube-vos", "mose"), matching.tracking)
-MATCHING = TRACKING | dict.fromkeys(("keypoints", "spair"), matching.keypoints) | dict(geometry=matching.geometry)
-TASKS = GLOBAL | dict(retrieval=retrieval.retrieval) | FITTED | dict(discovery=dense.discovery) | MATCHING
+MATCHING = TRACKING | dict.fromkeys(("keypoints", "spair"), matching.keypoints) | dict(
+    geometry=matching.geometry, navi=navi.navi)
+CHOOSING = dict(retrieval=retrieval.retrieval, voc07=voc07)  # on class tokens of images that they choose
+TASKS = GLOBAL | CHOOSING | FITTED | dict(discovery=dense.discovery) | MATCHING
 
 # --------------------------------------------------------------------------------
 # The program
 
+SIDES = {  # --resolution where none is given: of photos, of shapes
+    "global": (224, 80), dense.segmentation: (512, 160), dense.depth: (480, 160), dense.discovery: (480, 160),
+    matching.keypoints: (1024, 480), navi.navi: (512, 512)}
 SIZE_NAMES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"
 NO_CONVNEXT = [None] * 4
-PAPER = {  # (task, metric): the paper's tables 3, 14 and 15, by size; DAVIS with a short side of 960
+PAPER = {  # (task, metric): the paper's tables 3, 14, 15 and 22, by size; DAVIS with a short side of 960
     ("linear", "top1_real"): (87.0, 88.0, 89.3, 90.2, 90.3, 90.4, 87.7, 88.7, 89.2, 89.4),
     ("linear", "top1_imagenet-r"): (60.4, 68.8, 76.7, 88.1, 90.0, 91.1, 74.1, 74.1, 78.2, 82.4),
+    ("linear", "top1_objectnet"): (50.9, 54.6, 64.1, 74.8, 78.6, 79.0, 58.7, 58.7, 61.3, 65.2),
+    ("voc07", "map"): (*[None] * 5, 88.2, *NO_CONVNEXT),
     ("ade20k", "miou"): (47.0, 48.8, 51.8, 54.9, 54.8, 55.9, 42.7, 44.8, 46.3, 47.8),
     ("cityscapes", "miou"): (*[None] * 5, 81.1, *NO_CONVNEXT),
     ("voc", "miou"): (*[None] * 5, 86.6, *NO_CONVNEXT),
     ("nyu", "rmse"): (0.403, 0.399, 0.373, 0.352, 0.352, 0.309, 0.448, 0.432, 0.420, 0.403),
     ("kitti", "rmse"): (*[None] * 5, 2.346, *NO_CONVNEXT),
     ("davis", "j_and_f"): (72.7, 75.5, 77.2, 79.9, 79.3, 79.7, *NO_CONVNEXT),
+    ("navi", "recall"): (56.3, 57.1, 58.8, 62.3, 63.3, 64.4, *NO_CONVNEXT),
     ("spair", "recall"): (50.4, 55.2, 57.2, 61.2, 56.3, 58.7, *NO_CONVNEXT),
 }
 
@@ -340,30 +329,49 @@ def evaluate(c):
         raise ValueError(f"--tests: {c.task} on {c.data} has no use for it; write --task linear and --data IMAGENET")
     if not c.weights:
         raise ValueError("--weights is missing: a run's folder, a weights file, pixels, or untrained:SIZE")
-    device = command_line.choose_device(c.device)
-    model, normalisation = load_model(c.weights, c.size)
+    ranks, device = start_ranks(c.device)
+    with redirect_stdout(None if ranks.rank else sys.stdout):
+        model, normalisation = load_model(c.weights, c.size)
+    if c.task in GLOBAL | CHOOSING:
+        worker = Embedder(model, normalisation, c, device, ranks)
+    else:
+        scattered = c.control and c.task not in FITTED
+        worker = Patches(PixelPatches() if c.weights == "pixels" else model, c, device, scattered, ranks)
+    if ranks.rank:
+        return serve(worker, c, ranks)
+    with leading(ranks):
+        metrics = measure(worker, c, device)
+    return dict(task=c.task, weights=c.weights, data=c.data, **metrics, **beside(c, model, metrics), **settings(c),
+                ranks=ranks.count, seconds=round(time.perf_counter() - start, 1))
+
+
+def settings(c):
+    """The options that the task has read, beside those that its metrics name."""
+    names = ["resolution", "batch", "limit", "control", "seed"]
+    names += ["shots"] if c.task in GLOBAL else ["layers"] if c.task not in CHOOSING else []
+    names += dict.fromkeys(dense.SEGMENTATION, ["ignore"]).get(c.task, [])
+    names += ["iterations", "linear_batch"] if c.task == "linear" else []
+    return {name: getattr(c, name) for name in names}
+
+
+def measure(worker, c, device):
     if c.task in GLOBAL:
-        metrics = measure_images(model.to(device), normalisation, c, device)
-    elif c.task == "retrieval":
-        def embed(name, source, chosen, view):
-            features = extract(model.to(device), normalisation, source, chosen, c, device, name, view or centre_crop)
+        return measure_images(worker, c, device)
+    if c.task in CHOOSING:
+        def embed(name, source, chosen, view=None):
+            features = worker(source, chosen, name, view or centre_crop)
             return features[0], features[2]
 
-        metrics = retrieval.retrieval(embed, c)
-    else:
-        model = PixelPatches() if c.weights == "pixels" else model
-        patches = Patches(model, c, device, scattered=c.control and c.task not in FITTED)
-        metrics = TASKS[c.task](patches, c)
-    return dict(task=c.task, weights=c.weights, data=c.data, **metrics, **beside(c, model, metrics),
-                resolution=c.resolution, layers=c.layers, control=c.control, limit=c.limit, shots=c.shots, seed=c.seed,
-                seconds=round(time.perf_counter() - start, 1))
+        return CHOOSING[c.task](embed, c)
+    if c.task in TRACKING:
+        worker.coming = [(clip.name, clip, worker.whole) for clip in matching.open_videos(c)]
+    return TASKS[c.task](worker, c)
 
 
-def measure_images(model, normalisation, c, device):
+def measure_images(embedder, c, device):
     """A task on class tokens. --control shuffles the labels of both splits, or tight classes could be guessed."""
     splits = open_splits(c)
-    train, val = (extract(model, normalisation, *split, c, device, name)
-                  for split, name in zip(splits, ("train", "val"), strict=True))
+    train, val = (embedder(*split, name) for split, name in zip(splits, ("train", "val"), strict=True))
     if c.control:
         rng = np.random.default_rng(c.seed)
         train, val = ((*x[:2], x[2][torch.from_numpy(rng.permutation(len(x[2])))]) for x in (train, val))
@@ -372,8 +380,7 @@ def measure_images(model, normalisation, c, device):
     for path in c.tests.split(",") if c.tests else []:
         for name, variant in variants.open_variants(path, *(source for source, _ in splits)).items():
             chosen = evenly(range(len(variant.source)), c.limit)
-            features = extract(model, normalisation, variant.source, chosen, c, device, f"{path} {name}")
-            tests.append((name, features, variant))
+            tests.append((name, embedder(variant.source, chosen, f"{path} {name}"), variant))
     found = []
     for rows in few(train[2], c) if c.shots else [slice(None)]:
         part = [x[rows] for x in train]
@@ -390,17 +397,25 @@ def few(labels, c):
         yield torch.cat([order[labels[order] == label][: c.shots] for label in labels.unique()])
 
 
+def in_patches(side, weights):
+    """The next side of whole patches of the network that --weights names; of a file only the shapes are read."""
+    name = weights.partition(":")[2]
+    if weights in ("", "pixels") or weights.startswith("untrained:"):
+        patch = UNTRAINED[name].patch_size if name in UNTRAINED else 16
+    else:
+        patch = identify(weights).config.patch_size
+    return -(-side // patch) * patch
+
+
 def configure(argv):
     """The command line -> the config, with the task's own resolution and steps where none were given."""
     values, words = command_line.read_words(argv, command_line.types(EvaluateConfig()))
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     c = command_line.apply(EvaluateConfig(), values)
-    kind, small = ("global" if c.task in (*GLOBAL, "retrieval") else TASKS.get(c.task)), c.data == "shapes"
-    photos = {"global": 224, dense.segmentation: 512, dense.depth: 480,
-              matching.keypoints: 1024}.get(kind, 480)
-    generated = {"global": 80, matching.tracking: 320, matching.keypoints: 320}.get(kind, 160)
-    side = c.resolution or (generated if small else photos)
+    kind, small = ("global" if c.task in GLOBAL | CHOOSING else TASKS.get(c.task)), c.data == "shapes"
+    photos, generated = SIDES.get(kind, (480, 480))
+    side = c.resolution or in_patches(generated if small else photos, c.weights)
     steps = {"global": 12500, dense.segmentation: 40000, dense.depth: 38400}.get(kind, 0)
     return command_line.replace(c, resolution=side, iterations=c.iterations or (
         300 if small and kind != "global" else steps))
@@ -411,10 +426,13 @@ def main(argv):
         print(__doc__.strip(), command_line.describe(EvaluateConfig()), sep="\n\n")
         return
     result = evaluate(configure(argv))
+    if result is None:  # a rank that served
+        return
     for name, value in result.items():
         print(f"{name:14} {value:.3f}" if isinstance(value, float) else f"{name:14} {value}")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun's, too: temporary folders go as after Ctrl-C
     command_line.run(main)

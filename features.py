@@ -2,19 +2,17 @@
 Frozen features of patches, for the evaluations in dense.py and matching.py.
 
     Pairs, Scenes    images with their truth: files, or the generated `shapes`
-    Patches          images -> maps of features; kept on disk in chunks, so that what was cut short goes on
+    Patches          images -> maps of features, on disk: see chunks.py
     windows, fitted  an image -> the views that the network sees
     save_pictures    image, truth and prediction side by side
 
 Dimension letters: see the top of model.py.
 """
 
-import hashlib
-import json
 import math
-import os
 import zlib
 from functools import lru_cache, partial
+from itertools import dropwhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import shapes
+from chunks import ALONE, Computed, Folder, Job, Stored, make, named
 from convnext import resize_map
-from data import EXTENSIONS, loader, read_image, resize
+from data import EXTENSIONS, read_image, resize
 from metrics import IGNORE
 from model import SIZES, Features
 
@@ -60,19 +57,19 @@ class Pairs:
 
 
 class Scenes:
-    """The generated scenes of one seed, and which part of each is the truth."""
+    """Generated scenes of one seed, by their numbers, and which part of each is the truth."""
 
-    def __init__(self, n, seed, side, read):
-        self.n, self.seed, self.side, self.read = n, seed, side, read
+    def __init__(self, numbers, seed, side, read):
+        self.numbers, self.seed, self.side, self.read = numbers, seed, side, read
 
     def __len__(self):
-        return self.n
+        return len(self.numbers)
 
     def image(self, i):
-        return torch.from_numpy(scene(i, self.side, self.seed).image).permute(2, 0, 1)
+        return torch.from_numpy(scene(self.numbers[i], self.side, self.seed).image).permute(2, 0, 1)
 
     def truth(self, i):
-        return self.read(scene(i, self.side, self.seed))
+        return self.read(scene(self.numbers[i], self.side, self.seed))
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +80,7 @@ def scene(i, side, seed):
 def generated(c, read):
     """Scenes to train on and scenes to measure on, as large as the network sees them."""
     counts = (c.limit, c.limit) if c.limit else GENERATED
-    return [Scenes(n, seed, c.resolution, read) for n, seed in zip(counts, (1000, 1001), strict=True)]
+    return [Scenes(range(n), seed, c.resolution, read) for n, seed in zip(counts, (1000, 1001), strict=True)]
 
 
 def evenly(items, limit):
@@ -127,51 +124,18 @@ class PixelPatches(nn.Module):
         return Features(patches.mean(1), patches[:, :0], patches, tuple(x.shape[2:]))
 
 
-class Viewed(Dataset):
-    def __init__(self, source, views_of):
-        self.source, self.views_of = source, views_of
-
-    def __getitem__(self, i):
-        return self.views_of(self.source.image(i))
-
-
-def kept(path, compute):
-    """compute() -> {name: array}, and the same from the file `path` ever after; None keeps nothing."""
-    if path and path.is_file():
-        with np.load(path) as file:
-            return dict(file)
-    found = compute()
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
-        with new.open("wb") as file:
-            np.savez(file, **found)
-        new.replace(path)  # whole or not at all: the next run trusts it
-    return found
-
-
-def chunk_folder(model, c, about):
-    """Where features are kept: a folder for each network and everything that they depend on; None without --cache."""
-    if not c.cache:
-        return None
-    digest = hashlib.sha1(repr(getattr(model, "config", "")).encode())
-    for name, x in model.state_dict().items():
-        digest.update(name.encode() + x.flatten()[:1024].float().cpu().numpy().tobytes())
-    about = about | dict(data=str(c.data), resolution=c.resolution, layers=c.layers, limit=c.limit)
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    return Path(c.cache, digest.hexdigest()[:16])
-
-
 class Patches:
     """
     patches(name, source, views_of)    source  len, image(i) -> C H W uint8    views_of  image -> list of C H W uint8
-    returns  for each image the maps of its views, h w D float16, after the final norm; layers lie side by side in D
+    returns  Stored: for each image the maps of its views, h w D float16, after the final norm; layers lie side by side
+             in D. Raises ValueError for an image that cannot be read
 
     scattered  every patch of an image elsewhere in it: the control of tasks that train nothing
+    coming     calls to come, in their order: ranks share out as many sources at once as there are ranks
 
-    A ConvNeXt's map is resized to patches of 16 pixels. In --cache the features of 64 images are a file.
+    A ConvNeXt's map is resized to patches of 16 pixels. The features of 64 images are a file.
     """
-    def __init__(self, model, c, device, scattered=False):
+    def __init__(self, model, c, device, scattered=False, ranks=ALONE):
         self.model, self.c, self.device, self.scattered, config = model.to(device), c, device, scattered, model.config
         if c.resolution < 1 or c.resolution % config.patch_size:
             raise ValueError(f"--resolution {c.resolution}: write whole patches, a multiple of {config.patch_size}")
@@ -180,6 +144,7 @@ class Patches:
         self.layers = [int(layer) for layer in c.layers.split(",")] if c.layers else []
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (config.mean, config.std))
         self.whole = partial(fitted, side=c.resolution, patch=config.patch_size)
+        self.ranks, self.coming, self.ready = ranks, [], {}
 
     @torch.no_grad()
     def run(self, views):
@@ -205,34 +170,43 @@ class Patches:
         return found + self.run(waiting)
 
     def __call__(self, name, source, views_of):
-        about = dict(task=self.c.task, name=name, n=len(source), views=views_of.func.__name__, more=views_of.keywords)
-        folder = chunk_folder(self.model, self.c, about | dict(scattered=self.scattered))
-        chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-        paths = [folder and folder / f"{chunk[0]:08}.npz" for chunk in chunks]
-        wanted = [i for chunk, path in zip(chunks, paths, strict=True) if not (path and path.is_file()) for i in chunk]
-        stream, found = iter(loader(Viewed(source, views_of), wanted, self.c.workers) if wanted else []), []
-        with tqdm(total=len(source), desc=name, unit="img", leave=False, disable=None) as bar:
-            for chunk, path in zip(chunks, paths, strict=True):
-                found += unpack(kept(path, lambda chunk=chunk: self.pack([next(stream) for _ in chunk])))
-                bar.update(len(chunk))
-        return found
+        if name not in self.ready:
+            self.coming = list(dropwhile(lambda call: call[0] != name, self.coming))
+            calls = self.coming[: self.ranks.count] or [(name, source, views_of)]
+            jobs = [self.job(name, partial(views_at, source=source, views_of=views_of), len(source), Patches.pack,
+                             views=views_of.func.__name__, more=views_of.keywords, scattered=self.scattered)
+                    for name, source, views_of in calls]
+            make(jobs, self, self.c, self.ranks)
+            self.ready |= {job.name: Stored(job) for job in jobs}
+        return self.ready.pop(name)
+
+    def keep(self, name, arrays_of, n):
+        """Stored as features are: arrays_of(i) -> [array] of n images, such as truths, of the seed and the control."""
+        c = self.c
+        job = self.job(name, arrays_of, n, Patches.as_is, control=c.control, seed=c.seed, ignore=c.ignore)
+        make([job], self, c, self.ranks)
+        return Stored(job)
+
+    def job(self, name, function, n, compute, **about):
+        folder = Folder(self.model, self.c, about | dict(task=self.c.task, name=name, n=n))
+        return Job(folder, name, Computed(function), folder.chunks(range(n), CHUNK), compute)
 
     def pack(self, images):
-        maps = self.maps(view for views in images for view in views)
-        return dict(counts=np.array([len(views) for views in images]), grids=np.array([m.shape[:2] for m in maps]),
-                    patches=np.concatenate([m.reshape(-1, m.shape[2]) for m in maps]))
+        names, views = zip(*named(images), strict=True)
+        return dict(zip(names, self.maps(views), strict=True))
+
+    def as_is(self, images):
+        return dict(named(images))
+
+
+def views_at(i, source, views_of):
+    return views_of(source.image(i))
 
 
 def scatter(map):
     """The patches of h w D in an order that is drawn from themselves: batches and chunks do not matter."""
     rng = np.random.default_rng(zlib.crc32(map.tobytes()))
     return rng.permutation(map.reshape(-1, map.shape[2])).reshape(map.shape)
-
-
-def unpack(chunk):
-    patches = np.split(chunk["patches"], chunk["grids"].prod(1).cumsum()[:-1])
-    maps = iter([x.reshape(*grid, -1) for x, grid in zip(patches, chunk["grids"].tolist(), strict=True)])
-    return [[next(maps) for _ in range(count)] for count in chunk["counts"]]
 
 
 def scaled(image, side):
@@ -242,9 +216,9 @@ def scaled(image, side):
 
 
 def fitted(image, side, patch, mirrored=False):
-    """The whole image as one view: its short side becomes `side`, the other the nearest number of whole patches."""
-    scale = side / min(image.shape[1:]) / patch
-    view = resize(image, *(max(round(x * scale), side // patch) * patch for x in image.shape[1:]))
+    """The whole image as one view: its short side becomes `side`, the other is rounded up to whole patches."""
+    short = min(image.shape[1:])
+    view = resize(image, *(-(-x * side // (short * patch)) * patch for x in image.shape[1:]))
     return [view, view.flip(2)] if mirrored else [view]
 
 
@@ -285,7 +259,7 @@ def shades(depths, top):
     return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
 
 
-def save_pictures(c, rows):
+def save_pictures(c, rows, shown="image, truth, prediction"):
     """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png"""
     if not rows:
         return
@@ -294,4 +268,4 @@ def save_pictures(c, rows):
     sheet = torch.cat([torch.cat([F.pad(tile, (0, 4, 0, 4), value=255) for tile in row], 2) for row in tiles], 1)
     Path(c.out).mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(Path(c.out, f"{c.task}.png"))
-    print(f"wrote {Path(c.out, f'{c.task}.png')}: image, truth, prediction")
+    print(f"wrote {Path(c.out, f'{c.task}.png')}: {shown}")

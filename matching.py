@@ -7,8 +7,9 @@ Match frozen patch features, without training anything. evaluate.py is the comma
     python evaluate.py --task spair --weights runs/s --data SPair-71k               JPEGImages/, PairAnnotation/test
 
     tracking     the first frame's masks carried through a video; J&F           DINOv3 Tab. 5, App. D.5
-    geometry     the same point in two views of a scene; recall                 DINOv3 §6.1.3, after Probe3D
+    geometry     the same point in two views of a scene; recall; see navi.py    DINOv3 §6.1.3, after Probe3D
     keypoints    the same part of two things of a kind, in shapes of a thing at two times; recall   DINOv3 App. D.3
+    connected    two views side by side, with what was matched, as --out draws them
 
 A task is (patches, config) -> {metric: number}. Dimension letters: see the top of model.py.
 """
@@ -21,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import shapes
 from data import read_image, resize
-from features import SHOWN, evenly, folders, hues, images_below, save_pictures
+from features import SHOWN, evenly, folders, hues, images_below, save_pictures, scaled
 from metrics import IGNORE, boundary, region
 
 VIDEOS = 20          # of shapes, 8 frames each
@@ -37,7 +38,10 @@ VAL_LIST = "ImageSets/2017/val.txt"
 MATCHES = 1000       # most similar pairs of points of two views that are scored
 METRES = 0.05, 0.1, 0.2  # a match is right if it is at most that far from the truth
 PAIRS = 60           # videos of shapes whose objects are looked for
+OF_CLASS = 200       # pairs of a class of SPair
 NEAR = 0.1           # a keypoint is right if it is at most this share of the object's longer side away
+LINES = 30           # matches that a picture shows
+MATCHED = "two views; a match is green if it is right, red if not"
 
 # --------------------------------------------------------------------------------
 # Videos
@@ -126,12 +130,13 @@ def propagate(maps, first, device):
 
         p(patch) = sum over them of softmax(cosine / 0.2) p(neighbour)
 
-    maps   h w D for each frame    first  n_objects h w, of the first frame, sums to 1
+    maps    h w D for each frame, each looked at once    first  n_objects h w, of the first frame, sums to 1
     yields  n_objects h w for each frame after the first
 
-    paper:  DINOv3 App. D.5, the row 7, 12, circle, 5, 0.2 of its 18; which row its tables have, it does not say
+    paper:   DINOv3 App. D.5, the row 7, 12, circle, 5, 0.2 of its 18; which row its tables have, it does not say
+    differs: 5 vote, where the paper lets all vote that are as similar as the fifth
     """
-    h, w = maps[0].shape[:2]
+    h, w = first.shape[1:]
     allowed, objects = near(h, w, RADIUS, device), first.flatten(1).T                          # P P,  P n_objects
     unit = (F.normalize(torch.from_numpy(m).to(device).float().flatten(0, 1), dim=1) for m in maps)  # P D each
     seen = [(next(unit), objects)]  # the first, then the latest
@@ -161,11 +166,11 @@ def tracking(patches, c):
     for clip in open_videos(c):
         start = torch.from_numpy(clip.truth(0).astype(np.int64))
         ids = [k for k in start.unique().tolist() if k]
-        maps = [m for m, in patches(clip.name, clip, patches.whole)]
+        maps = patches(clip.name, clip, patches.whole)
         labels = torch.stack([start == k for k in [0, *ids]]).float()[None]                    # 1 n_objects H W
-        first = F.interpolate(labels, maps[0].shape[:2], mode="nearest-exact")[0].to(patches.device)
+        first = F.interpolate(labels, maps[0][0].shape[:2], mode="nearest-exact")[0].to(patches.device)
         per_object, fixed = {k: [] for k in ids}, {k: [] for k in ids}
-        for i, shares in enumerate(propagate(maps, first, patches.device), 1):
+        for i, shares in enumerate(propagate((m for m, in maps), first, patches.device), 1):
             truth = clip.truth(i)
             if truth is None or i == len(clip) - 1:
                 continue
@@ -191,16 +196,21 @@ def tracking(patches, c):
 
 class Scan:
     """
-    Views of a scene whose cameras are known: NAME.color.jpg, NAME.depth.png in millimetres (0 = not known),
+    Views of a scene whose cameras are known: NAME.color.jpg, NAME.depth.png in millimetres (0, 65535 = not known),
     NAME.pose.txt 4x4 from camera to world in metres, and one camera-intrinsics.txt, 3x3, for pixels of the depths.
     """
     def __init__(self, c):
-        root = Path(c.data)
+        root, self.name = Path(c.data), "views"
         self.names = evenly(sorted(str(path)[:-10] for path in root.rglob("*.color.*")), c.limit)
         if len(self.names) < 2 or not (root / "camera-intrinsics.txt").is_file():
             raise ValueError(f"--data: {c.data} has {len(self.names)} images NAME.color.jpg; {c.task} wants two or "
                              "more, each with NAME.depth.png and NAME.pose.txt, and camera-intrinsics.txt")
+        missing = [name + end for name in self.names for end in (".depth.png", ".pose.txt")
+                   if not Path(name + end).is_file()]
+        if missing:
+            raise ValueError(f"--data: {missing[0]} is not there; every NAME.color.jpg wants one beside it")
         self.intrinsics = np.loadtxt(root / "camera-intrinsics.txt")
+        self.pairs = [(i, i + 1) for i in range(len(self.names) - 1)]
 
     def __len__(self):
         return len(self.names)
@@ -211,14 +221,18 @@ class Scan:
     def points(self, i, grid):
         """Which point of the world the middle of each cell of the grid sees:  h w 3, metres; NaN: depth not known"""
         with Image.open(self.names[i] + ".depth.png") as file:
-            depth = np.asarray(file).astype(np.float64) / 1000
+            depth = np.asarray(file).astype(np.float64)
         (H, W), (h, w) = depth.shape, grid
         v, u = np.meshgrid((np.arange(h) + 0.5) * H / h, (np.arange(w) + 0.5) * W / w, indexing="ij")
         z = depth[v.astype(int), u.astype(int)]
-        rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(self.intrinsics).T        # h w 3
+        z[(z == 0) | (z == 65535)] = np.nan
         pose = np.loadtxt(self.names[i] + ".pose.txt")
-        world = rays * np.where(z > 0, z, np.nan)[..., None] @ pose[:3, :3].T + pose[:3, 3]
-        return torch.from_numpy(world).float()
+        return torch.from_numpy(unproject(z / 1000, v, u, self.intrinsics) @ pose[:3, :3].T + pose[:3, 3]).float()
+
+
+def unproject(z, v, u, intrinsics):
+    """Depths h w at rows v and columns u, in pixels -> h w 3 in the camera's metres: right, down, ahead"""
+    return np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T * z[..., None]
 
 
 def nearest_points(x, y):
@@ -228,30 +242,58 @@ def nearest_points(x, y):
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
+def known_points(m, points, device):
+    """h w D, enlarged 4 times, where points(grid) knows the place -> features n D, metres n 3, row and column n 2"""
+    x = torch.from_numpy(m).to(device).float().permute(2, 0, 1)[None]                          # 1 D h w
+    x = F.interpolate(x, scale_factor=4, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    points = points(grid=x.shape[:2]).to(device)
+    known = points.isfinite().all(2)
+    return x[known], points[known], (known.nonzero().cpu() + 0.5) / torch.tensor(x.shape[:2])
+
+
 @torch.no_grad()
+def match_views(patches, c, views, metres):
+    """
+    The 1000 most similar matches of each pair of views: which share is off by at most so many metres.
+
+    views    len, image(i) -> C H W uint8, points(i, grid) -> h w 3, name, pairs of indices
+    returns  recall at each distance, and their mean; ceiling: that mean if each of these points had been matched to
+             the nearest that the other view has; all in percent
+    """
+    maps, errors, least, rows = patches(views.name, views, patches.whole), [], [], []
+    shown = evenly(range(len(views.pairs)), SHOWN)
+    for k, pair in enumerate(views.pairs):
+        (a, at, start), (b, bt, end) = (
+            known_points(maps[i][0], partial(views.points, i), patches.device) for i in pair)
+        if not (len(a) and len(b)):
+            print(f"skipped pair {k}: one of its views has no point whose place is known")
+            continue
+        cosine, match = nearest_points(a, b)
+        best = cosine.topk(min(MATCHES, len(cosine))).indices                                  # n
+        match = match[best]
+        errors.append((at[best] - bt[match]).norm(dim=1).cpu())
+        least.append(torch.cdist(at[best], bt, compute_mode="donot_use_mm_for_euclid_dist").amin(1).cpu())
+        if c.out and k in shown:
+            start, end = start[best.cpu()], end[match.cpu()]
+            few = apart(start, LINES)
+            rows.append([connected(*map(views.image, pair), start[few], end[few], errors[-1][few] <= metres[1])])
+    save_pictures(c, rows, MATCHED)
+    if not errors:
+        raise ValueError(f"--data: no pair of views in {c.data} has a point whose place is known in both")
+    n_pairs, errors, least = len(errors), torch.cat(errors), torch.cat(least)
+    recalls = {f"recall_{round(100 * far)}cm": 100 * (errors <= far).float().mean().item() for far in metres}
+    ceiling = [100 * (least <= far).float().mean().item() for far in metres]
+    return dict(recall=sum(recalls.values()) / len(metres), **recalls, ceiling=sum(ceiling) / len(metres),
+                n_pairs=n_pairs, matches=len(errors))
+
+
 def geometry(patches, c):
     """
-    The 1000 best matches of each two neighbouring views: which share is off by at most 5, 10, 20 cm in the world.
+    Each two neighbouring views of a scan: the 1000 best matches, at 5, 10, 20 cm.
 
-    paper:   DINOv3 App. D.3 has objects, NAVI, and 1, 2, 5 cm; features enlarged 4 times, 1000 matches, as here
+    paper:   DINOv3 App. D.3 has objects, at 1, 2, 5 cm: see navi.py
     """
-    scan, errors = Scan(c), []
-    views = []
-    for i, (m,) in enumerate(patches("views", scan, patches.whole)):
-        x = torch.from_numpy(m).to(patches.device).float().permute(2, 0, 1)[None]              # 1 D h w
-        x = F.interpolate(x, scale_factor=4, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
-        points = scan.points(i, x.shape[:2]).to(patches.device)
-        known = points.isfinite().all(2)
-        views.append((x[known], points[known]))                                                # n D,  n 3
-        if len(views) > 1:
-            (a, at), (b, bt) = views[-2:]
-            cosine, match = nearest_points(a, b)
-            best = cosine.topk(min(MATCHES, len(cosine))).indices
-            errors.append((at[best] - bt[match[best]]).norm(dim=1).cpu())
-            views = views[-1:]
-    errors = torch.cat(errors)
-    recalls = {f"recall_{round(100 * far)}cm": 100 * (errors <= far).float().mean().item() for far in METRES}
-    return dict(recall=sum(recalls.values()) / len(METRES), **recalls, n_pairs=len(scan) - 1, matches=len(errors))
+    return match_views(patches, c, Scan(c), METRES)
 
 # --------------------------------------------------------------------------------
 # Keypoints
@@ -289,13 +331,16 @@ def frame_image(name, side):
 
 
 def spair_pairs(c):
-    """SPair-71k: JPEGImages/CLASS/*.jpg, PairAnnotation/test/*.json"""
-    folder, pairs = folders(c, "PairAnnotation/test"), []
-    for path in evenly(sorted(folder.glob("*.json")), c.limit):
-        x = json.loads(path.read_text())
+    """SPair-71k: JPEGImages/CLASS/*.jpg, PairAnnotation/test/*.json; up to 200 pairs of each class, drawn."""
+    notes, pairs, rng = {}, [], np.random.default_rng(c.seed)
+    for path in sorted(folders(c, "PairAnnotation/test").glob("*.json")):
+        note = json.loads(path.read_text())
+        notes.setdefault(note["category"], []).append(note)
+    drawn = [each[k] for each in notes.values() for k in sorted(rng.permutation(len(each))[:OF_CLASS])]
+    for x in evenly(drawn, c.limit):
         left, top, right, bottom = x["trg_bndbox"]
         kind, sides = x["category"], [max(x[f"{which}_imsize"][:2]) for which in ("src", "trg")]
-        at, bt = (np.array(x[f"{which}_kps"], float) for which in ("src", "trg"))
+        at, bt = (np.array(x[f"{which}_kps"], float) for which in ("src", "trg"))  # what both images show
         pairs.append(dict(a=f"{kind}/{x['src_imname']}", b=f"{kind}/{x['trg_imname']}", at=at, bt=bt, kind=kind,
                           box=max(right - left, bottom - top), sides=sides))
     return pairs, partial(image_in, folder=folders(c, "JPEGImages"))
@@ -315,26 +360,63 @@ def squared(image, side):
 @torch.no_grad()
 def keypoints(patches, c):
     """
-    Each keypoint's feature, bilinear among patches, is looked for in the other image; the patch of the largest cosine
-    is the answer. Right is at most 0.1 of the box's longer side away; percent, mean over the classes.
+    Each keypoint's feature, bilinear among patches of unit length, is looked for in the other image; the patch of the
+    largest cosine is the answer. Right is at most 0.1 of the box's longer side away; percent, mean over the classes.
 
     paper:   DINOv3 App. D.3, SPair
-    differs: a patch stands for its middle, where Probe3D takes its corner
+    differs: a patch stands for its middle, where Probe3D takes its corner for answers and the grid's outermost middles
+             for the image's edges; which pairs of a class are drawn
     """
     pairs, load = shapes_pairs(c) if c.data == "shapes" else spair_pairs(c)
     if not pairs:
         raise ValueError(f"--data: {c.data} has no pair of images with keypoints; see the top of matching.py")
-    things = Things(pairs, load)
-    maps = patches("things", things, partial(squared, side=c.resolution))
-    found, place = {}, {name: i for i, name in enumerate(things.names)}
-    for pair in pairs:
+    things, see = Things(pairs, load), partial(squared, side=c.resolution)
+    maps, found, rows = patches(f"things {c.seed}", things, see), {}, []
+    place, shown = {name: i for i, name in enumerate(things.names)}, evenly(range(len(pairs)), SHOWN)
+    for k, pair in enumerate(pairs):
         a, b = (torch.from_numpy(maps[place[pair[key]]][0]).to(patches.device).float() for key in "ab")  # h w D
-        at = torch.as_tensor(pair["at"] / pair["sides"][0] * 2 - 1, device=a.device, dtype=torch.float32)
-        asked = F.grid_sample(a.permute(2, 0, 1)[None], at[None, None], padding_mode="border", align_corners=False)
+        start = torch.as_tensor(pair["at"] / pair["sides"][0], device=a.device, dtype=torch.float32)
+        a = F.normalize(a, dim=2).permute(2, 0, 1)[None]
+        asked = F.grid_sample(a, start[None, None] * 2 - 1, padding_mode="border", align_corners=False)
         _, match = nearest_points(asked[0, :, 0].T, b.flatten(0, 1))
         h, w = b.shape[:2]
-        answer = torch.stack([(match % w + 0.5) / w, (match // w + 0.5) / h], 1).cpu().numpy() * pair["sides"][1]
-        right = np.hypot(*(answer - pair["bt"]).T) <= NEAR * pair["box"]
+        end = torch.stack([(match % w + 0.5) / w, (match // w + 0.5) / h], 1).cpu()
+        right = np.hypot(*(end.numpy() * pair["sides"][1] - pair["bt"]).T) <= NEAR * pair["box"]
         found.setdefault(pair["kind"], []).extend(right.tolist())
+        if c.out and k in shown:
+            images = [see(things.image(place[pair[key]]))[0] for key in "ab"]
+            rows.append([connected(*images, start.cpu().flip(1), end.flip(1), right)])
+    save_pictures(c, rows, MATCHED)
     recalls = [100 * float(np.mean(right)) for right in found.values()]
     return dict(recall=float(np.mean(recalls)), n_pairs=len(pairs), n_keypoints=sum(map(len, found.values())))
+
+# --------------------------------------------------------------------------------
+# Pictures
+
+
+def apart(points, count, least=0.06):
+    """Of n 2 points, each that lies at least so far from those taken before it: up to `count` indices"""
+    chosen = []
+    for k, point in enumerate(points):
+        if len(chosen) < count and all((point - points[chosen]).norm(dim=1) >= least):
+            chosen.append(k)
+    return chosen
+
+
+def connected(a, b, start, end, right, side=400):
+    """
+    Two views side by side, and a line for each match: green if it is right, red if not.
+
+    a, b   C H W uint8, of one shape    start, end  n 2, row and column as shares of the sides    right  n bool
+    returns  C side 2W uint8
+    """
+    a, b = (scaled(view, 2 * side) for view in (a, b))  # twice as large as asked, so that lines get smooth
+    H, W = a.shape[1:]
+    sheet = Image.fromarray((torch.cat([a, b], 2) * 0.8).to(torch.uint8).permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(sheet, "RGBA")
+    for (y0, x0), (y1, x1), fine in zip(start.tolist(), end.tolist(), right.tolist(), strict=True):
+        ends, colour = ((x0 * W, y0 * H), (x1 * W + W, y1 * H)), (70, 230, 120) if fine else (255, 70, 60)
+        pen.line(ends, fill=(*colour, 170), width=4)
+        for x, y in ends:
+            pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour, outline=(0, 0, 0, 160), width=2)
+    return resize(torch.from_numpy(np.array(sheet)).permute(2, 0, 1), H // 2, W)

@@ -6,6 +6,7 @@ The numbers that the evaluations report, each a function of predictions and trut
     region, boundary                 J and F of one object in one frame                    Perazzi et al. 2016
     box_overlap                      IoU of boxes; CorLoc counts those of at least 0.5     Deselaers et al. 2010
     average_precision                of revisited Oxford and Paris, and its three levels   Radenovic et al. 2018
+    eleven_point_precision           of VOC2007's classes                                  Everingham et al. 2010
     global_average_precision         one ranking of all queries by confidence              Met: Ypsilantis et al. 2021
     corruption_error                 mCE, relative to AlexNet                              Hendrycks and Dietterich 2019
 
@@ -121,6 +122,22 @@ def average_precision(ranked, positive, ignored=()):
     places = [r for r, i in enumerate(kept) if i in positive]
     terms = ((j / r if r else 1.0) + (j + 1) / (r + 1) for j, r in enumerate(places))
     return sum(terms) / (2 * len(positive)) if positive else None
+
+
+def eleven_point_precision(scores, positive, counted):
+    """
+    Mean over r = 0, 0.1 ... 1 of the largest precision at a recall of at least r. None if there is no positive.
+
+    scores   n, larger is surer; equal ones are taken together
+    positive, counted  n bool; what is not counted is as if it were not there
+    """
+    scores, positive = (np.asarray(x)[np.asarray(counted, bool)] for x in (scores, np.asarray(positive, bool)))
+    order = np.argsort(-scores, kind="stable")
+    last = np.diff(scores[order], append=np.nan) != 0                                          # of equal scores
+    hits, n = positive[order].cumsum(), int(positive.sum())
+    precision = hits / np.arange(1, len(hits) + 1)
+    at_least = [10 * hits >= k * n for k in range(11)]                                         # exact, as 0.3 is not
+    return float(np.mean([precision[last & enough].max() for enough in at_least])) if n else None
 
 
 def global_average_precision(confidence, right, known):

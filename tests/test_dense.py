@@ -34,6 +34,15 @@ class Source:
         return self.truths[i]
 
 
+class Listed(list):
+    """What Stored is, in memory."""
+    views = property(lambda self: Row(m for each in self for m in each))
+
+
+class Row(list):
+    shapes = property(lambda self: [m.shape for m in self])
+
+
 class Oracle:
     """Patches whose features are feature(truth), a patch for each pixel; or noise."""
     device, whole = CPU, partial(fitted, side=16, patch=16)
@@ -48,7 +57,10 @@ class Oracle:
             m = self.feature(source.truth(i)).astype(np.float16)
             m = np.random.default_rng([i, name == "val"]).normal(size=m.shape).astype(np.float16) if self.noise else m
             found.append([m, m[:, ::-1].copy()] if mirrored else [m])
-        return found
+        return Listed(found)
+
+    def keep(self, name, arrays_of, n):
+        return Listed(arrays_of(i) for i in range(n))
 
 
 def one_hot(truth, n=5):
@@ -104,7 +116,9 @@ def test_segmentation_loss_counts_ignored_pixels():
     truth[0] = IGNORE
     log = torch.log_softmax(out, 0)
     exact = -sum(log[truth[y, x], y, x] for y in range(1, 6) for x in range(6)) / 36
-    assert dense.segmentation_loss([out], [torch.tensor(truth)]) == pytest.approx(exact.item(), rel=1e-6)
+    assert sum(dense.segmentation_loss([out], [torch.tensor(truth)])) == pytest.approx(exact.item(), rel=1e-6)
+    twice = sum(dense.segmentation_loss([out, 0 * out], [torch.tensor(truth)] * 2))
+    assert twice == pytest.approx((exact.item() + 30 / 36 * np.log(4)) / 2, rel=1e-6)
 
 
 def test_head_is_norm_then_linear():
@@ -171,6 +185,10 @@ def test_a_photo_is_no_annotation(tmp_path):
     write(tmp_path / "a.png", photo())
     with pytest.raises(ValueError, match="a.png has mode RGB; wanted class numbers"):
         dense.read_labels(tmp_path / "a.png", dense.Labels())
+    write(tmp_path / "b.png", np.full((4, 5), 150, np.uint8))
+    assert dense.read_labels(tmp_path / "b.png", dense.Labels(150, first=1)).max() == 149
+    with pytest.raises(ValueError, match="b.png has label 150; wanted 150 classes from 0 on"):
+        dense.read_labels(tmp_path / "b.png", dense.Labels(150))
 
 # --------------------------------------------------------------------------------
 # Object discovery
@@ -226,3 +244,11 @@ def test_boxes_of_voc_and_davis(tmp_path):
     write(davis / "Annotations/480p/dog/00000.png", mask)
     found = dense.open_discovery(EvaluateConfig(task="discovery", data=str(davis)))
     assert found.truth(0).tolist() == [[2, 3, 10, 20], [59, 39, 60, 40]]
+
+
+def test_the_whole_image_finds_no_object_of_shapes():
+    source = dense.open_discovery(EvaluateConfig(task="discovery", resolution=96, limit=4))
+    assert len(source) == 4 and source.image(0).shape == (3, 96, 96)
+    for i in range(4):
+        boxes = source.truth(i)
+        assert len(boxes) and dense.box_overlap((0, 0, 96, 96), boxes).max() < 0.5

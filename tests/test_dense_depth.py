@@ -31,7 +31,7 @@ def test_loss_is_the_equation_on_known_pixels():
     g = [math.log(d + 1e-3) - math.log(t + 1e-3) for d, t in pairs if 0 < t <= 10]
     mean = sum(g) / len(g)
     exact = math.sqrt(sum((v - mean) ** 2 for v in g) / (len(g) - 1) + 0.15 * mean**2)
-    ours = dense.depth_loss([logits], [torch.tensor(truth)], 10.0)
+    ours, = dense.depth_loss([logits], [torch.tensor(truth)], 10.0)
     assert len(g) < 20 and ours.item() == pytest.approx(exact, rel=1e-6)
 
 
@@ -87,6 +87,10 @@ def test_lower_middle_is_kittis_crop():
 def test_images_without_depth_are_named(monkeypatch):
     rooms = Source([np.full((16, 16), 3, np.float32)] * 4), Source([np.zeros((16, 16), np.float32)])
     monkeypatch.setattr(dense, "open_depth", lambda c: (*rooms, dense.Depths()))
+    oracle = Oracle(lambda truth: np.eye(9)[truth[::16, ::16].astype(int)])
+    c = EvaluateConfig(task="depth", resolution=16, iterations=2)
     with pytest.raises(ValueError, match="val image 0 has no known depth below 10.0 m; leave it out"):
-        dense.depth(Oracle(lambda truth: np.eye(9)[truth[::16, ::16].astype(int)]),
-                    EvaluateConfig(task="depth", resolution=16, iterations=2))
+        dense.depth(oracle, c)
+    monkeypatch.setattr(dense, "open_depth", lambda c: (*rooms[::-1], dense.Depths()))
+    with pytest.raises(ValueError, match="no train image has a known depth below 10.0 m"):
+        dense.depth(oracle, c)

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,10 @@ from sklearn.metrics import recall_score
 from test_evaluate import problem, run
 
 import evaluate
+from convnext import ConvNeXt, ConvNeXtConfig
 from evaluate import EvaluateConfig, logreg
 from model import SIZES
+from weights import save_backbone
 
 CPU = torch.device("cpu")
 
@@ -73,13 +76,43 @@ def test_control_is_at_chance(task, metric, words, tmp_path, monkeypatch, capsys
 
 def test_cached_features_are_the_same_and_images_are_read_once(tmp_path, monkeypatch, capsys):
     words = ["--task", "knn", "--weights", "untrained:tiny", "--limit", 30, "--cache", tmp_path, "--batch", 8]
+    monkeypatch.setattr(evaluate, "ROWS", 20)
     first = run(capsys, *words)
-    assert len(list(tmp_path.glob("*/*.npz"))) == 2
-    monkeypatch.setattr(evaluate.Prepared, "__getitem__", lambda self, i: 1 / 0)
-    second = run(capsys, *words)
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    words[1] = "linear"                                                                # has no other features
-    assert run(capsys, *words, "--iterations", 5)["n_train"] == 30
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 4                            # of 24 and 6 images, twice
+    with monkeypatch.context() as only:
+        only.setattr(evaluate, "labelled", lambda *args, **more: 1 / 0)
+        second = run(capsys, *words)
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+        words[1] = "linear"                                                            # has no other features
+        assert run(capsys, *words, "--iterations", 5)["n_train"] == 30
+    words[1], words[-1] = "knn", 10                                                    # files of other images
+    assert run(capsys, *words)["n_train"] == 30
+
+
+@pytest.mark.parametrize("task, named", [
+    ("knn", {"shots"}), ("linear", {"shots", "iterations", "linear_batch", "lr"}), ("retrieval", set()),
+    ("segmentation", {"layers", "iterations", "lr", "ignore"}), ("depth", {"layers", "iterations", "lr"}),
+    ("tracking", {"layers"})])
+def test_settings_are_those_that_the_task_reads(task, named, capsys):
+    found = run(capsys, "--task", task, "--weights", "pixels", "--limit", 6, "--resolution", 64, "--iterations", 2)
+    always = {"resolution", "batch", "limit", "control", "seed", "ranks"}
+    options = {field.name for field in fields(EvaluateConfig)} - {"task", "weights", "data"} | {"ranks"}
+    assert found.keys() & options == always | named
+    assert (found["batch"], found["ranks"], found.get("iterations", 2)) == (64, 1, 2)
+
+
+def test_a_default_side_is_whole_patches(tmp_path, capsys):
+    """80 pixels for a ViT, 96 for a ConvNeXt, whose patches have 32; of a run, read off its file."""
+    def side(*words):
+        return evaluate.configure(list(words)).resolution
+
+    knn = "--task", "knn", "--weights"
+    assert side(*knn, "pixels") == side(*knn, "untrained:s") == side("--task", "knn") == 80
+    assert side(*knn, "untrained:convnext_t") == 96 and side(*knn, "untrained:convnext_t", "--resolution", "64") == 64
+    save_backbone(ConvNeXt(ConvNeXtConfig((1, 1, 1, 1), (8, 8, 8, 8))), tmp_path / "teacher.safetensors", "nano")
+    assert side(*knn, str(tmp_path)) == 96 and side("--task", "depth", "--weights", str(tmp_path)) == 160
+    assert run(capsys, *knn, tmp_path, "--limit", 12)["resolution"] == 96
+    assert run(capsys, *knn, "untrained:convnext_t", "--limit", 2)["n_val"] == 2
 
 
 def test_few_shots(capsys):
@@ -112,7 +145,7 @@ def test_every_task_runs_on_shapes(task, tmp_path, capsys):
     words += ["--resolution", 64, "--iterations", 3, "--out", tmp_path, "--seed", 1]
     found = run(capsys, *words)
     assert np.isfinite(found[WANTED[task]]) and (found["task"], found["seed"]) == (task, 1)
-    assert (tmp_path / f"{task}.png").is_file() == (task not in ("retrieval", "logreg", "keypoints", "spair"))
+    assert (tmp_path / f"{task}.png").is_file() == (task not in ("retrieval", "logreg"))
     json.dumps(found, allow_nan=False)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import features
+from chunks import Folder, Ranks
 from convnext import ConvNeXt, ConvNeXtConfig
 from evaluate import EvaluateConfig
 from features import Patches, PixelPatches, Scenes, fitted, nearest
@@ -87,7 +88,7 @@ def test_cache_is_taken_up_where_it_ended(tmp_path, monkeypatch):
     exact = Patches(VIT, C, CPU)("val", plain, patches.whole)
     patches("val", photos, patches.whole)
     files = sorted(tmp_path.glob("*/*"))
-    assert [file.name for file in files] == ["00000000.npz", "00000003.npz", "00000006.npz"]
+    assert [file.name for file in files] == [f"{k:08}.safetensors" for k in (0, 3, 6)]
     files[1].unlink()                                                     # as if the run had been stopped
     photos.reads.clear()
     found = patches("val", photos, patches.whole)
@@ -99,9 +100,36 @@ def test_cache_is_taken_up_where_it_ended(tmp_path, monkeypatch):
 def test_cache_knows_what_features_depend_on(change, tmp_path):
     c = replace(C, cache=str(tmp_path))
     other = initialise(ViT(replace(SIZES["tiny"], depth=2)), 1)
-    folders = {features.chunk_folder(*args) for args in (
+    folders = {Folder(*args).path for args in (
         (VIT, c, {}), (VIT, replace(c, **change), {}), (other, c, {}), (VIT, c, dict(n=1)))}
-    assert len(folders) == 4 and features.chunk_folder(VIT, C, {}) is None
+    assert len(folders) == 4 and Folder(VIT, c, {}).path in folders
+
+
+@pytest.mark.parametrize("change", [dict(control=True), dict(seed=1), dict(ignore=3)])
+def test_cache_knows_what_truths_depend_on(change, tmp_path):
+    """Features are those of any seed, and of a head's control, too."""
+    c, photos = replace(C, cache=str(tmp_path)), Photos(2)
+    for k, config in enumerate((c, replace(c, **change))):
+        patches = Patches(VIT, config, CPU)
+        patches("train", photos, patches.whole)
+        truths = patches.keep("truths", lambda i, k=k: [np.full((2, 3), 10 * k + i, np.float32)], 2)
+        assert [x[0].tolist() for x in truths] == [[[10 * k + i] * 3] * 2 for i in range(2)]
+    assert photos.reads == [0, 1]
+
+
+def test_what_comes_next_is_made_by_all_ranks_at_once(monkeypatch):
+    made = []
+
+    def make(jobs, worker, c, ranks):
+        made.append([job.name for job in jobs])
+        features_of(jobs, worker, c, Ranks())
+
+    features_of = features.make
+    monkeypatch.setattr(features, "make", make)
+    patches, clips = Patches(VIT, C, CPU, ranks=Ranks(0, 2)), {name: Photos(n) for n, name in enumerate("abcde", 1)}
+    patches.coming = [(name, clip, patches.whole) for name, clip in clips.items()]
+    assert [len(patches(name, clips[name], patches.whole)) for name in "abced"] == [1, 2, 3, 5, 4]
+    assert made == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_scattered_patches_are_the_same_ones_elsewhere():
@@ -119,7 +147,7 @@ def test_nearest_picks_values():
 
 
 def test_scenes_and_pictures(tmp_path, capsys):
-    scenes = Scenes(2, 1, 32, lambda scene: scene.semantic)
+    scenes = Scenes(range(2), 1, 32, lambda scene: scene.semantic)
     assert scenes.image(0).shape == (3, 32, 32) and scenes.truth(1).shape == (32, 32) and len(scenes) == 2
     labels = torch.from_numpy(scenes.truth(0))
     c = replace(C, out=str(tmp_path / "new"))

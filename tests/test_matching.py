@@ -1,6 +1,5 @@
-"""matching.py: an oracle tracks and matches, noise does not; propagation against plain loops; the sets' layouts."""
+"""matching.py: an oracle tracks and matches views, noise does not; tracking against plain loops; the sets' layouts."""
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -78,6 +77,52 @@ def test_to_pixels_stretches_every_object():
     assert matching.to_pixels(torch.ones(2, 1, 1), (2, 2)).tolist() == [[0, 0], [0, 0]]  # nothing to tell them apart
 
 
+def tracked_by_hand(maps, masks):
+    """J of each object of the first frame, in the frames between first and last that have a truth."""
+    h, w, _ = maps[0].shape
+    H, W = masks[0].shape
+    ids = sorted(set(masks[0].flat) - {0, 255})
+    places = [[int((i + 0.5) * H / h), int((j + 0.5) * W / w)] for i in range(h) for j in range(w)]
+    first = np.array([masks[0][y, x] in ([k] if k else [0, 255]) for k in [0, *ids] for y, x in places], float)
+    scores = {k: [] for k in ids}
+    for t, shares in enumerate(propagate_by_hand(maps, first.reshape(-1, h, w)), 1):
+        rows, columns = ([min(max((i + 0.5) * n / N - 0.5, 0), n - 1) for i in range(N)] for n, N in ((h, H), (w, W)))
+        large = np.zeros((len(shares), H, W))
+        for i, y in enumerate(rows):
+            for j, x in enumerate(columns):
+                for a in range(h):
+                    for b in range(w):
+                        large[:, i, j] += max(1 - abs(a - y), 0) * max(1 - abs(b - x), 0) * shares[:, a, b]
+        for x in large:
+            x[...] = (x - x.min()) / (x.max() - x.min())
+        found = np.array([0, *ids])[large.argmax(0)]
+        for k in ids if masks[t] is not None and t < len(maps) - 1 else []:
+            either = (found == k) | (masks[t] == k)
+            scores[k].append(((found == k) & (masks[t] == k)).sum() / either.sum() if either.any() else 1)
+    return [100 * np.mean(score) for score in scores.values()]
+
+
+def test_tracking_is_the_loop(tmp_path):
+    """Objects 1 and 3 of the first frame, one of them void in part; 2 comes later; the third frame has no truth."""
+    rng, masks = np.random.default_rng(0), []
+    for i in range(6):
+        mask = np.zeros((18, 26), np.uint8)
+        mask[3:12, 2 + i : 9 + i], mask[8:16, 15:23 - i], mask[2:4, :5] = 1, 3, 255
+        mask[14:, :4] = 2 if i else 0
+        masks.append(mask)
+        write(tmp_path / f"JPEGImages/480p/a/{i}.jpg", np.zeros((18, 26, 3), np.uint8))
+        if i != 2:
+            write(tmp_path / f"Annotations/480p/a/{i}.png", mask)
+    seen = [mask.clip(max=3)[np.ix_([2, 6, 11, 15], [2, 6, 10, 15, 19, 23])] for mask in masks]
+    maps = [(np.eye(4)[x] + 0.3 * rng.normal(size=(4, 6, 4))).astype(np.float16) for x in seen]
+    masks[2] = None
+    c = EvaluateConfig(task="davis", data=str(tmp_path))
+    found = matching.tracking(Oracle(lambda clip, i: maps[i]), c)
+    exact = tracked_by_hand(maps, masks)
+    assert found["n_objects"] == len(exact) == 2 and 10 < found["j"] < 90
+    assert found["j"] == pytest.approx(np.mean(exact), abs=1e-9)
+
+
 def test_oracle_tracks():
     def colours(clip, i):
         return np.eye(8)[clip.truth(i)]
@@ -144,7 +189,7 @@ def scan(tmp_path):
         v, u = np.mgrid[:48, :64] + 0.5
         rays = np.stack([(u - 32) / 60, (v - 24) / 60, np.ones_like(u)], -1)
         depth = (2 - pose[2, 3]) / (rays @ pose[:3, :3].T)[..., 2]               # of the plane z = 2
-        depth[:4] = 0
+        depth[:2], depth[2:4] = 0, 65.535                                        # not known
         write(tmp_path / f"f{i}.color.jpg", np.zeros((48, 64, 3), np.uint8))
         write(tmp_path / f"f{i}.depth.png", np.rint(depth * 1000).astype(np.uint16))
         np.savetxt(tmp_path / f"f{i}.pose.txt", pose)
@@ -158,7 +203,7 @@ def test_points_lie_on_the_wall(scan):
         assert points[:2].isnan().all() and (points[3:, :, 2] - 2).abs().max() < 0.02
 
 
-def test_oracle_matches_views(scan):
+def test_oracle_matches_views(scan, tmp_path):
     """Features that name the place in the world."""
     waves = np.random.default_rng(0).normal(size=(3, 64)) * 3
 
@@ -166,8 +211,14 @@ def test_oracle_matches_views(scan):
         phase = views.points(i, (12, 16)).nan_to_num(0).numpy() @ waves
         return np.concatenate([np.sin(phase), np.cos(phase)], -1)
 
+    scan = replace(scan, out=str(tmp_path / "out"))
     found, lost = (matching.geometry(Oracle(place, noise), scan) for noise in (False, True))
-    assert found["recall_10cm"] > 90 and found["recall_20cm"] > 97 and lost["recall_20cm"] < 20
+    assert found["recall_10cm"] > 90 and found["recall_20cm"] > 97 and lost["recall_20cm"] < 20 < 90 < lost["ceiling"]
+    with Image.open(tmp_path / "out/geometry.png") as file:
+        lines = np.asarray(file).astype(int)
+    assert lines.shape == (2 * 404, 1067 + 4, 3)                                 # 4:3 twice, of 400 rows; two pairs
+    red, green = ((lines[..., k] - lines[..., 1 - k] > 100).sum() for k in (0, 1))
+    assert red > 500 > 5 * green                                                 # of noise, which came last
     assert found["n_pairs"] == 2
     exact = np.mean([found[f"recall_{cm}cm"] for cm in (5, 10, 20)])
     assert found["recall"] == pytest.approx(exact)
@@ -177,41 +228,8 @@ def test_one_view_is_no_pair(tmp_path):
     with pytest.raises(ValueError, match="has 0 images NAME.color.jpg; geometry wants two or more"):
         matching.Scan(EvaluateConfig(task="geometry", data=str(tmp_path)))
 
-# --------------------------------------------------------------------------------
-# Keypoints
 
-
-def test_oracle_finds_keypoints():
-    """The feature of a patch is how near it lies to each keypoint of each object of its frame."""
-    c = EvaluateConfig(task="keypoints", resolution=96, limit=6)
-    pairs, load = matching.shapes_pairs(c)
-    assert len(pairs) >= 6 and all(pair["a"][0] == pair["b"][0] for pair in pairs)
-    assert torch.equal(load((2, 1)), torch.from_numpy(matching.video(2, 96)[1].image).permute(2, 0, 1))
-
-    def nearness(things, i):
-        (index, frame), (y, x) = things.names[i], np.mgrid[:48, :48] * 2 + 1
-        points = matching.video(index, 96)[frame].keypoints[..., :2].reshape(-1, 2)
-        return np.stack([np.exp(-((x - px) ** 2 + (y - py) ** 2) / 8) for px, py in points] + [0 * x + 1e-3], -1)
-
-    found, lost = (matching.keypoints(Oracle(nearness, noise), c) for noise in (False, True))
-    assert found["recall"] > 85 > 25 > lost["recall"]
-
-
-def test_spair_folder(tmp_path):
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    for name in "one", "two":
-        write(tmp_path / f"JPEGImages/cat/{name}.png", image)
-    points = [[10.0, 10.0], [50.0, 30.0]]
-    note = dict(category="cat", src_imname="one.png", trg_imname="two.png", src_kps=points, trg_kps=points,
-                src_imsize=[60, 40, 3], trg_imsize=[60, 40, 3], trg_bndbox=[0, 0, 59, 39])
-    (tmp_path / "PairAnnotation/test").mkdir(parents=True)
-    (tmp_path / "PairAnnotation/test/1.json").write_text(json.dumps(note))
-    c = EvaluateConfig(task="spair", data=str(tmp_path), resolution=240, workers=0)
-    found = matching.keypoints(Patches(PixelPatches(), c, CPU), c)
-    assert found == dict(recall=100.0, n_pairs=1, n_keypoints=2)                  # an image matches itself
-
-
-def test_squared_pads_with_white():
-    (found,) = matching.squared(torch.zeros(3, 20, 40, dtype=torch.uint8), 32)
-    assert found.shape == (3, 32, 32) and found[:, :14].max() < 5 and found[:, 18:].min() > 250
+def test_a_view_without_its_pose_is_named(scan):
+    (matching.Path(scan.data) / "f1.pose.txt").unlink()
+    with pytest.raises(ValueError, match="f1.pose.txt is not there"):
+        matching.Scan(scan)

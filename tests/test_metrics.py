@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_dilation, distance_transform_edt
-from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score, mean_squared_error, recall_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    jaccard_score,
+    mean_squared_error,
+    precision_recall_curve,
+    recall_score,
+)
 
 import metrics
 from metrics import IGNORE
@@ -135,6 +142,36 @@ def test_average_precision_with_junk(seed, level):
 
 def test_average_precision_of_a_query_without_positives():
     assert metrics.average_precision([0, 1, 2], [], [1]) is None
+
+
+def eleven_by_hand(scores, positive):
+    """Every score is a threshold: precision and recall of what reaches it."""
+    points = []
+    for threshold in scores:
+        taken = [p for s, p in zip(scores, positive, strict=True) if s >= threshold]
+        points.append((sum(taken), len(taken)))
+    return sum(max(hits / n for hits, n in points if 10 * hits >= k * sum(positive)) for k in range(11)) / 11
+
+
+@pytest.mark.parametrize("seed, n, distinct", [(0, 80, 1000), (1, 80, 7), (2, 3, 1000), (3, 200, 1000), (4, 60, 1)])
+def test_eleven_point_precision(seed, n, distinct):
+    """Against the definition, and the curve of scikit-learn: few positives, many; equal scores; what does not count."""
+    rng = np.random.default_rng(seed)
+    scores, counted = rng.integers(0, distinct, n) / distinct, rng.random(n) < 0.7
+    positive = rng.random(n) < 0.15
+    positive[:2] = counted[:2] = True, True
+    ours = metrics.eleven_point_precision(scores, positive, counted)
+    assert ours == pytest.approx(eleven_by_hand(scores[counted].tolist(), positive[counted].tolist()), rel=1e-12)
+    precision, recall, _ = precision_recall_curve(positive[counted], scores[counted])
+    exact = [precision[:-1][recall[:-1] >= k / 10 - 1e-9].max() for k in range(11)]           # without its own (1, 0)
+    assert ours == pytest.approx(np.mean(exact), rel=1e-12) and 0 < ours <= 1
+    other = rng.permutation(n)
+    assert metrics.eleven_point_precision(scores[other], positive[other], counted[other]) == ours
+
+
+def test_eleven_point_precision_of_a_class_without_positives():
+    assert metrics.eleven_point_precision([1.0, 2.0], [True, False], [False, True]) is None
+    assert metrics.eleven_point_precision([1.0, 2.0], [False, True], [True, True]) == 1
 
 
 def test_global_average_precision():

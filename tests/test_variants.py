@@ -58,6 +58,61 @@ def test_corruptions(imagenet, capsys):
     assert found["mce"] == pytest.approx(100 * 2 * 75 / sum(metrics.ALEXNET["fog"])) and found["n_corruptions"] == 1
 
 
+def write_objectnet(root, first=0, **changes):
+    """
+    Four ImageNet classes, by wnid n01 red, n02 green, n03 blue, n04 yellow; their ids of 2012 are 2, 0, 3, 1. The label
+    Cool has two of them, Warm one, Nothing none; yellow is of no label.
+    """
+    files = {"folder_to_objectnet_label.json": json.dumps(dict(cool="Cool", warm="Warm", odd="Nothing")),
+             "objectnet_to_imagenet_1k.json": json.dumps(dict(Cool="blue; green, leaf", Warm="red")),
+             "pytorch_to_imagenet_2012_id.json": json.dumps({str(k): i + first for k, i in enumerate((2, 0, 3, 1))}),
+             "imagenet_to_label_2012_v2": "green, leaf\nyellow\nred\nblue\n", **changes}
+    (root / "mappings").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / "mappings" / name).write_text(text)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_objectnets_labels_are_sets_of_classes(tmp_path, monkeypatch, first):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_objectnet(tmp_path, first)
+    for folder, name in ("cool", "a"), ("odd", "b"), ("warm", "c"), ("warm", "d"):
+        photo(tmp_path / f"images/{folder}/{name}.png", (9, 9, 9))
+    found = variants.open_objectnet(tmp_path, 4)
+    assert [found.answers[found.source.label(i)] for i in range(len(found.source))] == [{1, 2}, {0}, {0}]
+    assert found.columns == [0, 1, 2]
+
+
+def test_objectnet(imagenet, capsys):
+    """Two of three are right, and a folder of no ImageNet class does not count; the red frame is cut away."""
+    write_objectnet(imagenet / "on")
+    for folder, colour in ("cool", "n02"), ("cool", "n03"), ("warm", "n02"), ("odd", "n01"):
+        image = np.full((24, 28, 3), (255, 0, 0), np.uint8)
+        image[2:-2, 2:-2] = COLOURS[colour]
+        (imagenet / f"on/images/{folder}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(imagenet / f"on/images/{folder}/{colour}.png")
+    assert evaluated(imagenet, capsys, imagenet / "on")["top1_objectnet"] == pytest.approx(100 * 2 / 3)
+    source = variants.open_objectnet(imagenet / "on", 4).source
+    for i, colour in enumerate(("n02", "n03", "n02")):
+        assert torch.equal(source.load(i), torch.tensor(COLOURS[colour])[:, None, None].expand(3, 20, 24))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"objectnet_to_imagenet_1k.json": '{"Cool": "grey"}'}, "should know 'grey' once"),
+    ({"imagenet_to_label_2012_v2": "red\nred\nblue\ngreen, leaf"}, "should know 'red' once"),
+    ({"folder_to_objectnet_label.json": "{}"}, "should know 'cool' once"),
+    ({"pytorch_to_imagenet_2012_id.json": '{"0": 1}'}, "is of 1 ids and 4 names, but train has 4 classes")])
+def test_objectnet_mistakes(tmp_path, monkeypatch, changes, says):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photo(tmp_path / "images/cool/a.png", (0, 0, 0))
+    write_objectnet(tmp_path, **changes)
+    with pytest.raises(ValueError, match=says):
+        variants.open_objectnet(tmp_path, 4)
+    (tmp_path / "mappings/imagenet_to_label_2012_v2").unlink()
+    with pytest.raises(ValueError, match="has no imagenet_to_label_2012_v2; wanted folder_to"):
+        variants.open_objectnet(tmp_path, 4)
+
+
 def test_numbers_are_sorted_as_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for k in 10, 2, 0:

@@ -1,0 +1,281 @@
+"""
+What many images are turned into, on disk and not in memory: in files of some images each, made by one process or many.
+
+    start_ranks    this process among those that torchrun started
+    Job, make      files that are wanted; those that are not there are dealt out to the ranks
+    serve          ranks other than 0: they make their share of all that rank 0 asks for
+    Stored         the arrays of each image, read when they are asked for
+
+Rank 0 alone runs a task; the others wait until it wants files, make theirs, and leave when it is done. So the files
+are those that one process would have made, and so is the score. They are safetensors, each whole or not there: what
+was cut short goes on. Dimension letters: see the top of model.py.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import config as command_line
+from data import loader
+
+FORMAT = 2       # of the files and of what they are named after: a cache of another one is not read
+PATIENCE = 90    # seconds: an NFS client may remember for 60 that a file was not there
+DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I64=np.int64, U8=np.uint8)
+SHARED = "ranks of several machines need a --cache on a disk that all of them see"
+
+# --------------------------------------------------------------------------------
+# Ranks
+
+
+class Ranks(NamedTuple):
+    rank: int = 0
+    count: int = 1             # S
+    group: object = None       # of all ranks; None for one
+
+
+ALONE = Ranks()
+
+
+def start_ranks(device):
+    """--device -> (Ranks, the device of this one). They exchange Python objects alone, so gloo will do for all."""
+    place, count = command_line.choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return ALONE, place
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return Ranks(dist.get_rank(), count, dist.new_group(timeout=timedelta(days=30))), place  # heads may take hours
+
+
+def exchange(ranks, collective, *args):
+    """A collective of Python objects. Raises ValueError if a rank is gone."""
+    try:
+        collective(*args, group=ranks.group)
+    except RuntimeError as error:
+        raise ValueError("another rank has ended; it or torchrun says why") from error
+
+
+@contextmanager
+def leading(ranks):
+    """Rank 0's part: in the end, and after an error of one line, the others may leave; after a bug they notice."""
+    failure = None
+    try:
+        yield
+    except ValueError as error:
+        failure = error
+    if ranks.count > 1:
+        exchange(ranks, dist.broadcast_object_list, [None])
+    if failure:
+        raise failure
+
+
+def serve(worker, c, ranks):
+    """Ranks other than 0: makes this rank's share of every list of jobs, until rank 0 is done."""
+    while True:
+        asked = [None]
+        exchange(ranks, dist.broadcast_object_list, asked)
+        if asked[0] is None:
+            return
+        attempt(asked[0], worker, c, ranks)
+
+# --------------------------------------------------------------------------------
+# Files
+
+
+class Computed(Dataset):
+    """[i] -> function(i), or the error if that cannot be read: in a worker process it would come as many lines."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, i):
+        try:
+            return self.function(i)
+        except (OSError, ValueError) as error:
+            return error
+
+
+class Several(Dataset):
+    def __init__(self, datasets):
+        self.datasets = datasets
+
+    def __getitem__(self, place):
+        return self.datasets[place[0]][place[1]]
+
+
+class Folder:
+    """Where files are kept: in --cache one for all that they depend on; else one that is gone with this object."""
+
+    def __init__(self, model, c, about):
+        if not c.cache:
+            self.path = Path(tempfile.mkdtemp(prefix="nanodino-"))
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)  # when Python ends, at the latest
+            return
+        digest = hashlib.sha1(repr(getattr(model, "config", "")).encode())
+        for name, x in model.state_dict().items():
+            digest.update(name.encode() + x.flatten()[:1024].float().cpu().numpy().tobytes())
+        about = about | dict(format=FORMAT, data=str(c.data), resolution=c.resolution, layers=c.layers, limit=c.limit)
+        digest.update(json.dumps(about, sort_keys=True).encode())
+        self.path = Path(c.cache, digest.hexdigest()[:16])
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--cache {c.cache}: {error.strerror}; name a folder that can be written") from error
+
+    def chunks(self, items, size):
+        """{file: the items that lie in it}"""
+        return {self.path / f"{k:08}.safetensors": items[k : k + size] for k in range(0, len(items), size)}
+
+
+class Job(NamedTuple):
+    """The files of one source."""
+    folder: Folder
+    name: str
+    dataset: Dataset
+    chunks: dict               # {file: its images}
+    compute: Callable          # (worker, what dataset has of each image of a chunk) -> {name: array}
+
+
+def make(jobs, worker, c, ranks):
+    """
+    Rank 0: makes the files that are not there, together with the ranks that `serve`.
+
+    worker  the object that each rank's `compute` runs on
+    raises  ValueError: an image cannot be read, the disk is full, another rank's files do not arrive
+    """
+    jobs = [job._replace(chunks={path: items for path, items in job.chunks.items() if not path.is_file()})
+            for job in jobs]
+    if not any(job.chunks for job in jobs):
+        return
+    if ranks.count == 1:
+        return share(jobs, worker, c, ranks)
+    exchange(ranks, dist.broadcast_object_list, [jobs])
+    failures = attempt(jobs, worker, c, ranks)
+    if failures:
+        raise ValueError(failures[0])
+    end = time.monotonic() + PATIENCE
+    while missing := [path for job in jobs for path in job.chunks if not path.is_file()]:
+        if time.monotonic() > end:
+            raise ValueError(f"{missing[0]} has not arrived from the rank that made it: {SHARED}")
+        time.sleep(0.1)
+
+
+def attempt(jobs, worker, c, ranks):
+    """This rank's share, and then a line for each rank that failed, on all of them: none waits for one that has."""
+    said, everyone = "", [None] * ranks.count
+    try:
+        share(jobs, worker, c, ranks)
+    except ValueError as error:
+        said = f"rank {ranks.rank}: {error}"
+    exchange(ranks, dist.all_gather_object, everyone, said)
+    return [each for each in everyone if each]
+
+
+def share(jobs, worker, c, ranks):
+    """Every S-th file, the largest first so that shares are alike."""
+    chunks = [(k, path, items) for k, job in enumerate(jobs) for path, items in job.chunks.items()]
+    mine = sorted(chunks, key=lambda chunk: -len(chunk[2]))[ranks.rank :: ranks.count]
+    places = [(k, i) for k, _, items in mine for i in items]
+    for folder in {path.parent for _, path, _ in mine}:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not there: {SHARED}")
+    ahead = dict(prefetch_factor=max(c.batch // c.workers, 2)) if c.workers else {}
+    stream = loader(Several([job.dataset for job in jobs]), places, c.workers, **ahead) if mine else []
+    with tqdm(stream, jobs[0].name, len(places), unit="img", leave=False, disable=ranks.rank > 0 or None) as bar:
+        stream = iter(bar)
+        for k, path, items in mine:
+            write(path, jobs[k].compute(worker, islice(stream, len(items))))
+
+
+def write(path, arrays):
+    """{name: array} -> a file, whole or not at all: the next run trusts it."""
+    new = path.with_suffix(f".{os.getpid()}")
+    try:
+        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, new)
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise ValueError(f"{path.parent} cannot be written: {error}; name a folder with room, --cache DIR") from error
+
+
+def index(path):
+    """{name: what `read` wants} of a file, in the order of the names"""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")  # of the header, which comes next
+        header = json.loads(file.read(size))
+    return {name: (path, DTYPES[x["dtype"]], x["shape"], 8 + size + x["data_offsets"][0])
+            for name, x in sorted(header.items())}
+
+
+def read(path, dtype, shape, offset):
+    """Reads, and does not map: mapped pages would count as memory of the process."""
+    return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+
+# --------------------------------------------------------------------------------
+# Reading
+
+
+class Stored:
+    """
+    stored[i] -> the arrays of image i;  len, iteration;  views: those of all images in one row, shapes: theirs.
+
+    job  whose files are there, their tensors named by `named`; its images are 0, 1, 2, ...
+    """
+    def __init__(self, job):
+        self.items = [[] for items in job.chunks.values() for _ in items]
+        for path, items in job.chunks.items():
+            for name, place in index(path).items():
+                self.items[items[int(name.partition(".")[0])]].append(place)
+        self.views = Views([place for places in self.items for place in places], job.folder)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return [read(*place) for place in self.items[i]]
+
+
+class Views:
+    """views[k] -> one array;  len, iteration, shapes"""
+
+    def __init__(self, places, folder):
+        self.places, self.folder = places, folder  # a folder of its own stays as long as this does
+        self.shapes = [shape for _, _, shape, _ in places]
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, k):
+        return read(*self.places[k])
+
+
+def named(images):
+    """The arrays of each image of a chunk -> (name in the file, array), one by one. Raises ValueError for an error."""
+    for i, arrays in enumerate(images):
+        if isinstance(arrays, ValueError):
+            raise arrays
+        if isinstance(arrays, OSError):
+            raise ValueError(f"unreadable {arrays}; this task needs all images of its list: mend it, or leave it out")
+        for k, x in enumerate(arrays):
+            yield f"{i:04}.{k:04}", x
