@@ -17,6 +17,7 @@ Measure frozen features.
     segmentation, ade20k, cityscapes, voc, camvid; depth, nyu, kitti; discovery     see dense.py
     tracking, davis, youtube-vos, mose; geometry; keypoints, spair                  see matching.py
     navi                                                                            see navi.py
+    video, ucf101, ssv2, k400                                                       see video.py
 
 Prints a table, and last one line of JSON. Dimension letters: see the top of model.py.
 """
@@ -42,6 +43,7 @@ import matching
 import navi
 import retrieval
 import variants
+import video
 from chunks import ALONE, Computed, Folder, Job, index, leading, make, read, serve, start_ranks
 from convnext import CONVNEXT_SIZES, ConvNeXt
 from data import open_source, resize
@@ -61,11 +63,11 @@ class EvaluateConfig:
     resolution: int = 0        # pixels: the square's side, dense tasks: the short side; 0 = the task's, see `configure`
     layers: str = ""           # dense tasks: blocks, 0-based, as in 3,5, side by side; empty = the last
     batch: int = 64            # images at a time
-    limit: int = 0             # images of each split, evenly spaced; 0 = all, or as many as shapes has
+    limit: int = 0             # images, clips of each split, evenly spaced; 0 = all, or as many as shapes has
     device: str = "auto"       # auto, cpu, cuda, mps
     workers: int = 1           # processes that read images
     iterations: int = 0        # linear, segmentation, depth: steps; 0 = 12500, 40000, 38400, on shapes 12500, 300, 300
-    lr: float = 0.0            # segmentation, depth: peak; 0 = 1e-3, 3e-4, and ten times that below 5000 steps
+    lr: float = 0.0            # peak. 0 = segmentation 1e-3, depth 3e-4, ten times that below 5000 steps; video: a grid
     linear_batch: int = 1024   # linear: samples of a step
     seed: int = 0              # of the order of samples, the heads, the control
     control: bool = False      # truth that is shuffled, or patches that are: the score must be that of chance
@@ -276,6 +278,7 @@ def linear(train, val, n_classes, c, device, tests=()):
 
 GLOBAL = dict(knn=knn, linear=linear, logreg=logreg)
 FITTED = dict.fromkeys(dense.SEGMENTATION, dense.segmentation) | dict.fromkeys(dense.DEPTH, dense.depth)
+FITTED |= dict.fromkeys(("video", "ucf101", "ssv2", "k400"), video.classification)
 TRACKING = dict.fromkeys(("tracking", "davis", "youtube-vos", "mose"), matching.tracking)
 MATCHING = TRACKING | dict.fromkeys(("keypoints", "spair"), matching.keypoints) | dict(
     geometry=matching.geometry, navi=navi.navi)
@@ -287,7 +290,7 @@ TASKS = GLOBAL | CHOOSING | FITTED | dict(discovery=dense.discovery) | MATCHING
 
 SIDES = {  # --resolution where none is given: of photos, of shapes
     "global": (224, 80), dense.segmentation: (512, 160), dense.depth: (480, 160), dense.discovery: (480, 160),
-    matching.keypoints: (1024, 480), navi.navi: (512, 512)}
+    matching.keypoints: (1024, 480), navi.navi: (512, 512), video.classification: (256, 80)}
 SIZE_NAMES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"
 NO_CONVNEXT = [None] * 4
 PAPER = {  # (task, metric): the paper's tables 3, 14, 15 and 22, by size; DAVIS with a short side of 960
@@ -302,6 +305,12 @@ PAPER = {  # (task, metric): the paper's tables 3, 14, 15 and 22, by size; DAVIS
     ("kitti", "rmse"): (*[None] * 5, 2.346, *NO_CONVNEXT),
     ("davis", "j_and_f"): (72.7, 75.5, 77.2, 79.9, 79.3, 79.7, *NO_CONVNEXT),
     ("navi", "recall"): (56.3, 57.1, 58.8, 62.3, 63.3, 64.4, *NO_CONVNEXT),
+    ("ucf101", "top1"): (*[None] * 5, 93.5, *NO_CONVNEXT),
+    ("ucf101", "top1_tta"): (*[None] * 5, 93.5, *NO_CONVNEXT),
+    ("ssv2", "top1"): (*[None] * 5, 70.1, *NO_CONVNEXT),
+    ("ssv2", "top1_tta"): (*[None] * 5, 70.8, *NO_CONVNEXT),
+    ("k400", "top1"): (*[None] * 5, 87.8, *NO_CONVNEXT),
+    ("k400", "top1_tta"): (*[None] * 5, 88.2, *NO_CONVNEXT),
     ("spair", "recall"): (50.4, 55.2, 57.2, 61.2, 56.3, 58.7, *NO_CONVNEXT),
 }
 
