@@ -15,7 +15,7 @@ Measure frozen features.
     logreg     logistic regression, to its optimum; voc07: of several classes, 11-point mAP     see logreg.py
     retrieval  ranks by cosine; revisited Oxford and Paris, AmsterTime, or any folders of classes; mAP
     segmentation, ade20k, cityscapes, voc, camvid; depth, nyu, kitti; discovery     see dense.py
-    tracking, davis, youtube-vos, mose; geometry; keypoints, spair                  see matching.py
+    tracking, davis, youtube-vos, mose; rgbd; keypoints, spair                      see matching.py
     navi                                                                            see navi.py
     video, ucf101, ssv2, k400                                                       see video.py
 
@@ -281,7 +281,7 @@ FITTED = dict.fromkeys(dense.SEGMENTATION, dense.segmentation) | dict.fromkeys(d
 FITTED |= dict.fromkeys(("video", "ucf101", "ssv2", "k400"), video.classification)
 TRACKING = dict.fromkeys(("tracking", "davis", "youtube-vos", "mose"), matching.tracking)
 MATCHING = TRACKING | dict.fromkeys(("keypoints", "spair"), matching.keypoints) | dict(
-    geometry=matching.geometry, navi=navi.navi)
+    rgbd=matching.geometry, navi=navi.navi)
 CHOOSING = dict(retrieval=retrieval.retrieval, voc07=voc07)  # on class tokens of images that they choose
 TASKS = GLOBAL | CHOOSING | FITTED | dict(discovery=dense.discovery) | MATCHING
 

@@ -3,11 +3,11 @@ Match frozen patch features, without training anything. evaluate.py is the comma
 
     python evaluate.py --task tracking --weights runs/tiny                          videos of the generated `shapes`
     python evaluate.py --task davis --weights runs/s --data DAVIS --resolution 960  JPEGImages/480p, Annotations/480p
-    python evaluate.py --task geometry --weights runs/s --data SCAN                 *.color.jpg, *.depth.png, *.pose.txt
+    python evaluate.py --task rgbd --weights runs/s --data SCAN                     *.color.jpg, *.depth.png, *.pose.txt
     python evaluate.py --task spair --weights runs/s --data SPair-71k               JPEGImages/, PairAnnotation/test
 
     tracking     the first frame's masks carried through a video; J&F           DINOv3 Tab. 5, App. D.5
-    geometry     the same point in two views of a scene; recall; see navi.py    DINOv3 §6.1.3, after Probe3D
+    geometry     rgbd: the same point in two views of a scene; see navi.py      DINOv3 §6.1.3, after Probe3D
     keypoints    the same part of two things of a kind, in shapes of a thing at two times; recall   DINOv3 App. D.3
     connected    two views side by side, with what was matched, as --out draws them
 

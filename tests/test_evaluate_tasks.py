@@ -153,7 +153,7 @@ def test_every_task_runs_on_shapes(task, tmp_path, capsys):
     (["--task", "segmentation", "--weights", "pixels", "--resolution", "60"], "--resolution 60: write whole patches"),
     (["--task", "depth", "--weights", "pixels", "--layers", "9"], "--layers 9: write blocks, 0-based"),
     (["--task", "knn", "--weights", "pixels", "--limit", "-1"], "--limit is -1; it must be at least 0"),
-    (["--task", "geometry", "--weights", "pixels"], "shapes has no folder|has 0 images NAME.color.jpg"),
+    (["--task", "rgbd", "--weights", "pixels"], "shapes has no folder|has 0 images NAME.color.jpg"),
     (["--task", "davis", "--weights", "pixels", "--data", "nowhere"], "nowhere has no folder JPEGImages/480p")])
 def test_mistakes_are_one_line(words, says):
     with pytest.raises(ValueError, match=says) as error:

@@ -193,7 +193,7 @@ def scan(tmp_path):
         write(tmp_path / f"f{i}.color.jpg", np.zeros((48, 64, 3), np.uint8))
         write(tmp_path / f"f{i}.depth.png", np.rint(depth * 1000).astype(np.uint16))
         np.savetxt(tmp_path / f"f{i}.pose.txt", pose)
-    return EvaluateConfig(task="geometry", data=str(tmp_path))
+    return EvaluateConfig(task="rgbd", data=str(tmp_path))
 
 
 def test_points_lie_on_the_wall(scan):
@@ -214,7 +214,7 @@ def test_oracle_matches_views(scan, tmp_path):
     scan = replace(scan, out=str(tmp_path / "out"))
     found, lost = (matching.geometry(Oracle(place, noise), scan) for noise in (False, True))
     assert found["recall_10cm"] > 90 and found["recall_20cm"] > 97 and lost["recall_20cm"] < 20 < 90 < lost["ceiling"]
-    with Image.open(tmp_path / "out/geometry.png") as file:
+    with Image.open(tmp_path / "out/rgbd.png") as file:
         lines = np.asarray(file).astype(int)
     assert lines.shape == (2 * 404, 1067 + 4, 3)                                 # 4:3 twice, of 400 rows; two pairs
     red, green = ((lines[..., k] - lines[..., 1 - k] > 100).sum() for k in (0, 1))
@@ -225,8 +225,8 @@ def test_oracle_matches_views(scan, tmp_path):
 
 
 def test_one_view_is_no_pair(tmp_path):
-    with pytest.raises(ValueError, match="has 0 images NAME.color.jpg; geometry wants two or more"):
-        matching.Scan(EvaluateConfig(task="geometry", data=str(tmp_path)))
+    with pytest.raises(ValueError, match="has 0 images NAME.color.jpg; rgbd wants two or more"):
+        matching.Scan(EvaluateConfig(task="rgbd", data=str(tmp_path)))
 
 
 def test_a_view_without_its_pose_is_named(scan):
