@@ -109,4 +109,5 @@ def open_known(name, root):
         kind, *parts = TORCHVISION[name]
         return [Known([getattr(datasets, kind)(root, **words) for words in part]) for part in parts]
     except (OSError, RuntimeError, ImportError, ValueError, KeyError) as error:
-        raise ValueError(f"--data {name}:{root}: {error}; finegrained.py says what should lie there") from error
+        said = str(error).partition(" You can use download")[0].rstrip(".")  # which we do not offer
+        raise ValueError(f"--data {name}:{root}: {said}; finegrained.py says what should lie there") from error
