@@ -1,6 +1,5 @@
-"""evaluate.py's other tasks: logistic regression and retrieval against scikit-learn, control, cache, every task."""
+"""evaluate.py's other tasks: the control, the cache, and every task on shapes."""
 
-import builtins
 import json
 from dataclasses import fields
 from types import SimpleNamespace
@@ -9,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import recall_score
-from test_evaluate import problem, run
+from test_evaluate import run
 
 import evaluate
 from convnext import ConvNeXt, ConvNeXtConfig
-from evaluate import EvaluateConfig, logreg
+from evaluate import EvaluateConfig
 from model import SIZES
 from weights import save_backbone
 
@@ -28,33 +25,6 @@ def photo(path, colour):
 
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-
-# --------------------------------------------------------------------------------
-# Logistic regression
-
-
-def test_logreg_is_scikit_learns_at_the_c_it_picks():
-    train, val = problem(300, 6, 3, 1.2), problem(900, 6, 3, 1.2, seed=1)
-    found = logreg(train, val, 3, EvaluateConfig(), CPU)
-    assert found["C"] in 10 ** np.linspace(-6, 5, 45)
-    exact = LogisticRegression(C=found["C"], max_iter=1000, tol=1e-12).fit(train[0].double().numpy(), train[2])
-    guess = exact.predict(val[0].double().numpy())
-    assert found["top1"] == pytest.approx(100 * (guess == val[2].numpy()).mean())
-    assert found["mean_per_class"] == pytest.approx(100 * recall_score(val[2], guess, average="macro"))
-    assert 50 < found["top1"] < 95
-
-
-def test_logreg_names_what_is_missing(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"scikit-learn is not installed; pip install -e .\[eval\]"):
-        logreg(problem(9, 2, 3, 1), problem(9, 2, 3, 1), 3, EvaluateConfig(), CPU)
 
 # --------------------------------------------------------------------------------
 # The control, the cache, and every task on shapes
