@@ -401,7 +401,7 @@ def read_boxes(path):
 
 
 def small_objects(c):
-    """Scenes in which no object's box takes half the image: in others the whole image would be a right answer."""
+    """Scenes in which no object's box takes near half the image: in others the whole image is a right answer."""
     numbers = (i for i in count() if 0 < largest_share(scene_boxes(scene(i, THUMB, 1001))) < 0.45)
     return Scenes(list(islice(numbers, c.limit or GENERATED[1])), 1001, c.resolution, scene_boxes)
 

@@ -318,8 +318,8 @@ def classification(patches, c):
     one = probabilities(probe, data["val"], torch.arange(len(val)), device)
     six = probabilities(probe, data["averaged"], torch.arange(2 * len(val)), device).unflatten(0, (-1, 6)).mean(1)
     top1, top1_tta = (100 * (each.argmax(1) == truth).double().mean().item() for each in (one, six))
-    rows = []
-    for clip, *names in zip(val[: SHOWN if c.out else 0], truth, one.argmax(1), strict=False):
+    rows, n_shown = [], SHOWN if c.out else 0
+    for clip, *names in zip(*(each[:n_shown] for each in (val, truth, one.argmax(1))), strict=True):
         frames = clip.frames(uniform(clip, 4)[1])
         tile = Image.new("RGB", frames[0].shape[:0:-1], "white")
         text = "truth:\n{}\n\nfound:\n{}".format(*(classes[k] for k in names))

@@ -254,7 +254,7 @@ TORCH_LIBRARY(nanodino, m) {
           "int heads) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(nanodino, CPU, m) {
+static void implement(torch::Library& m) {  // each looks at its tensors' device itself
     m.impl("sinkhorn_pass", sinkhorn_pass);
     m.impl("sinkhorn_targets", sinkhorn_targets);
     m.impl("assignment_loss", assignment_loss);
@@ -263,15 +263,9 @@ TORCH_LIBRARY_IMPL(nanodino, CPU, m) {
     m.impl("rope_attention_backward", rope_attention_backward);
 }
 
+TORCH_LIBRARY_IMPL(nanodino, CPU, m) { implement(m); }
 #ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(nanodino, CUDA, m) {
-    m.impl("sinkhorn_pass", sinkhorn_pass);
-    m.impl("sinkhorn_targets", sinkhorn_targets);
-    m.impl("assignment_loss", assignment_loss);
-    m.impl("assignment_loss_", assignment_loss_);
-    m.impl("rope_attention", rope_attention);
-    m.impl("rope_attention_backward", rope_attention_backward);
-}
+TORCH_LIBRARY_IMPL(nanodino, CUDA, m) { implement(m); }
 #endif
 
 // so that `import nanodino_C` runs the registrations above
