@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import config as command_line
 import ops
 from data import Batches, open_source
+from engine import config as command_line
 from losses import assignments, ibot_loss, sinkhorn_knopp
 from model import SIZES, ViT, rope_tables
 from train import RECIPES

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import config as command_line
 import evaluate
 import train
 import visualize
+from engine import config as command_line
 
 OUT = Path("runs/demo")
 # differs from the paper: the scenes' colours tell no class, so those of the crops vary more; in a network so small the

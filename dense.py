@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import shapes
-from features import (
+from engine.features import (
     GENERATED,
     SHOWN,
     Pairs,
@@ -48,7 +48,7 @@ from features import (
     starts,
     windows,
 )
-from metrics import IGNORE, box_overlap, confusion, depth_scores, segmentation_scores
+from engine.metrics import IGNORE, box_overlap, confusion, depth_scores, segmentation_scores
 
 BATCH = 16              # views of a step
 FEW = 5000              # steps: fewer need a larger rate to get anywhere

@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import config as command_line
 import train
-from cache import Cached, folder_of
-from checkpoint import load_checkpoint, load_teacher, open_checkpoint, save_checkpoint
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader, open_source
-from groups import clock, make_group, make_plan, share, wait
+from engine import config as command_line
+from engine.cache import Cached, folder_of
+from engine.checkpoint import load_checkpoint, load_teacher, open_checkpoint, save_checkpoint
+from engine.groups import clock, make_group, make_plan, share, wait
+from engine.ranks import start_ranks
 from losses import assignments
 from model import SIZES, Noise, ViTConfig, set_std
 from train import TrainConfig, schedule
@@ -390,7 +391,7 @@ def main(argv):
         print(__doc__.strip(), "\n".join(line for line in lines if line.split()[0][2:] in OPTIONS), sep="\n\n")
         return
     c = configure(argv)
-    ranks = train.start_ranks(c.device)
+    ranks = start_ranks(c.device)
     finished = distill(train.settle(c, ranks), ranks)
     if ranks.group is not None:
         dist.destroy_process_group()

@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import config as command_line
 import dense
 import finegrained
 import matching
@@ -44,11 +43,12 @@ import navi
 import retrieval
 import variants
 import video
-from chunks import ALONE, Computed, Folder, Job, index, leading, make, read, serve, start_ranks
 from convnext import CONVNEXT_SIZES, ConvNeXt
 from data import open_source, resize
-from features import Patches, PixelPatches, evenly
-from layouts import size_of
+from engine import config as command_line
+from engine.chunks import ALONE, Computed, Folder, Job, index, leading, make, read, serve, start_ranks
+from engine.features import Patches, PixelPatches, evenly
+from engine.layouts import size_of
 from logreg import logreg, voc07
 from model import SIZES, ViT, build
 from weights import identify, load_backbone

@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 import numpy as np
 from tqdm import tqdm
 
-from features import evenly
-from metrics import eleven_point_precision
+from engine.features import evenly
+from engine.metrics import eleven_point_precision
 from retrieval import Listed
 
 PENALTIES = 10 ** np.linspace(-6, 5, 45)  # C: those tried

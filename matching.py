@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 
 import shapes
 from data import read_image, resize
-from features import SHOWN, evenly, folders, hues, images_below, save_pictures, scaled
-from metrics import IGNORE, boundary, region
+from engine.features import SHOWN, evenly, folders, hues, images_below, save_pictures, scaled
+from engine.metrics import IGNORE, boundary, region
 
 VIDEOS = 20          # of shapes, 8 frames each
 CONTEXT = 7          # frames before this one that vote, beside the first

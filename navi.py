@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from data import read_image, resize
-from features import evenly, nearest
+from engine.features import evenly, nearest
 from matching import match_views, unproject
 
 EVERY = 4               # one photo in so many is a source

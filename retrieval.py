@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from data import open_source, read_image, resize
-from features import evenly, images_below
-from metrics import LEVELS, average_precision, global_average_precision
+from engine.features import evenly, images_below
+from engine.metrics import LEVELS, average_precision, global_average_precision
 
 NEIGHBOURS = 1, 2, 3, 5, 7, 10, 15, 20, 50                        # Met: those tried; val picks
 SHARPNESS = 0.01, 0.1, 1, 5, 10, 15, 20, 25, 30, 50, 100, 500     # factor of the cosines, the same

@@ -20,7 +20,6 @@ import math
 import os
 import signal
 import time
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,12 +32,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import config as command_line
 import ops
-from checkpoint import load_checkpoint, save_checkpoint, start_from
 from convnext import ConvNeXt, ConvNeXtConfig
 from data import Batches, CropConfig, colour_batch, loader, open_source
-from layouts import size_of
+from engine import config as command_line
+from engine.checkpoint import load_checkpoint, save_checkpoint, start_from
+from engine.layouts import size_of
+from engine.ranks import choose_precision, start_ranks
 from losses import assignments, dino_losses, ibot_loss, koleo_loss
 from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, initialise
 from weights import commit, identify
@@ -234,50 +234,7 @@ def schedule(start, peak, end, warmup, steps):
     return np.concatenate([ramp, end + (peak - end) * (1 + np.cos(np.pi * t)) / 2])[:steps]
 
 # --------------------------------------------------------------------------------
-# Ranks and devices
-
-
-@dataclass
-class Ranks:
-    """Where this process stands; without torchrun there is one, and no process group."""
-    rank: int
-    count: int
-    device: torch.device
-    group: object  # torch.distributed process group, or None
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-    def mean(self, x):
-        """Of all ranks' x; the same on each."""
-        if self.group is not None:
-            x = x.clone()
-            dist.all_reduce(x, group=self.group)
-        return x / self.count
-
-
-def start_ranks(device):
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
-    kind = command_line.choose_device(device).type
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(kind), None)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing edits them
-    local = int(os.environ["LOCAL_RANK"])
-    place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
-    return Ranks(dist.get_rank(), dist.get_world_size(), place, dist.group.WORLD)
-
-
-def choose_precision(precision, device):
-    """bf16 where the hardware multiplies it; never fp16, whose range the losses leave."""
-    if precision != "auto":
-        return precision
-    fast = {"cuda": torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8,
-            "cpu": torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()}
-    return "bf16" if fast.get(device.type) else "fp32"
+# Networks and optimizer
 
 
 def settle(c, ranks):
@@ -285,9 +242,6 @@ def settle(c, ranks):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = c.workers if c.workers >= 0 else max(1, min(12, cores // ranks.count - 1))
     return replace(c, precision=choose_precision(c.precision, ranks.device), workers=workers)
-
-# --------------------------------------------------------------------------------
-# Networks and optimizer
 
 
 def make_networks(c):

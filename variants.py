@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from data import open_source
-from metrics import ALEXNET, corruption_error
+from engine.metrics import ALEXNET, corruption_error
 
 OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json", "pytorch_to_imagenet_2012_id.json",
              "imagenet_to_label_2012_v2")

@@ -24,9 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 import shapes
-from chunks import Computed
 from data import loader, read_image, resize
-from features import GENERATED, SHOWN, evenly, folders, images_below, save_pictures
+from engine.chunks import Computed
+from engine.features import GENERATED, SHOWN, evenly, folders, images_below, save_pictures
 from ops import rotate
 
 EXTENSIONS = {".avi", ".mp4", ".webm", ".mkv"}

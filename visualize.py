@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import config as command_line
 import shapes
-from attention import attention_row
 from data import EXTENSIONS, read_image, resize
-from explore import HEAT, page
+from engine import config as command_line
+from engine.attention import attention_row
+from engine.explore import HEAT, page
 from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html")  # and what OUT ends in

@@ -29,10 +29,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import config as command_line
-import layouts
 from convnext import ConvNeXt, ConvNeXtConfig
-from layouts import LAYOUTS, STATISTICS, WEB, named, size_of, to_theirs, widen
+from engine import config as command_line
+from engine import layouts
+from engine.layouts import LAYOUTS, STATISTICS, WEB, named, size_of, to_theirs, widen
 from model import ViT, ViTConfig
 
 SUFFIXES = {"meta": (".pth", ".pt", ".bin"), "timm": (".safetensors",), "nano": (".safetensors",)}  # hf: a folder

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import attention_row
 from convnext import ConvNeXt, ConvNeXtConfig
+from engine.attention import attention_row
 from model import ViT, ViTConfig, build
 
 CONFIG = ViTConfig(3, 16, 2, 32, patch_size=8, layerscale=0.1, init_std=0.2)

@@ -15,12 +15,13 @@ from test_train import MICRO, rows
 
 import distill
 import train
-from cache import Cached, folder_of
 from data import Batches, open_source
+from engine.cache import Cached, folder_of
+from engine.ranks import Ranks
 from model import SIZES
 
 CPU = torch.device("cpu")
-ALONE = train.Ranks(0, 1, CPU, None)
+ALONE = Ranks(0, 1, CPU, None)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process loads by itself
 
 

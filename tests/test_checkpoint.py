@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from test_train import run, torchrun
 
 import train
+from engine.ranks import Ranks
 from model import ViT, ViTConfig, build
 from weights import load_backbone, save_backbone
 
@@ -33,7 +34,7 @@ def test_student_and_teacher_start_from_the_file(file, tmp_path, start):
 
 def test_init_changes_the_run_but_not_the_heads(file, tmp_path):
     c = train.configure(["--init", str(file), "--depth", "2", "--patch_size", "8", "--out", str(tmp_path / "run")])
-    ranks = train.Ranks(0, 1, torch.device("cpu"), None)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
     fresh, warm = train.build_networks(c, ranks), train.build_networks(c, ranks)
     train.start_from(c.init, ranks, warm)
     same = {key for key, x in fresh.state_dict().items() if torch.equal(x, warm.state_dict()[key])}
@@ -46,7 +47,7 @@ def test_init_without_a_local_norm_takes_the_norm(tmp_path):
     with_norm, without = build(lambda: ViT(config), seed=1), build(lambda: ViT(ViTConfig(1, 64, 1, 128)), seed=2)
     torch.nn.init.normal_(without.norm.weight)
     save_backbone(without, tmp_path / "x.safetensors", "nano")
-    train.start_from(tmp_path / "x.safetensors", train.Ranks(0, 1, torch.device("cpu"), None), dict(backbone=with_norm))
+    train.start_from(tmp_path / "x.safetensors", Ranks(0, 1, torch.device("cpu"), None), dict(backbone=with_norm))
     assert torch.equal(with_norm.local_cls_norm.weight, without.norm.weight)
     assert torch.equal(with_norm.blocks[0].attn.qkv.weight, without.blocks[0].attn.qkv.weight)
 
@@ -60,7 +61,7 @@ def test_init_that_does_not_fit_is_an_error(file, tmp_path, words, said):
     c = train.configure(["--init", str(file), "--out", str(tmp_path / "run"), *sizes, *words])
     networks = dict(backbone=build(lambda: ViT(c.vit)))
     with pytest.raises(ValueError, match="--init") as error:
-        train.start_from(c.init, train.Ranks(0, 1, torch.device("cpu"), None), networks)
+        train.start_from(c.init, Ranks(0, 1, torch.device("cpu"), None), networks)
     assert said in str(error.value)
 
 

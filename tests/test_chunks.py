@@ -15,10 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import chunks
 import evaluate
-import features
-from chunks import ALONE, Computed, Folder, Job, Ranks, Stored, make, named, share
+from engine import chunks, features
+from engine.chunks import ALONE, Computed, Folder, Job, Ranks, Stored, make, named, share
 from evaluate import EvaluateConfig
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +171,8 @@ TASKS = ["--task knn --weights untrained:tiny --limit 40", "--task tracking --we
          "--task segmentation --weights untrained:tiny --limit 8 --resolution 64 --iterations 4 --control"]
 SCRIPT = """
 import sys
-import evaluate, features
+import evaluate
+from engine import features
 evaluate.ROWS, features.CHUNK = 8, 3
 for line in sys.argv[1:]:
     try:

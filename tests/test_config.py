@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
+from engine import config
 from train import RECIPES, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -138,9 +138,11 @@ def test_every_option_of_every_recipe_can_be_written_down():
 
 
 def program(tmp_path, body):
-    """Runs a script that lies beside a copy of config.py; returns its exit code and what it said."""
-    (tmp_path / "config.py").write_text((ROOT / "config.py").read_text())
-    (tmp_path / "program.py").write_text(f"import config\n\n\ndef main(argv):\n    {body}\n\n\nconfig.run(main)\n")
+    """Runs a script beside a copy of engine/config.py; returns its exit code and what it said."""
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "config.py").write_text((ROOT / "engine" / "config.py").read_text())
+    source = f"from engine import config\n\n\ndef main(argv):\n    {body}\n\n\nconfig.run(main)\n"
+    (tmp_path / "program.py").write_text(source)
     done = subprocess.run([sys.executable, "program.py", "a word"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": ""})
     return done.returncode, done.stdout + done.stderr
@@ -167,7 +169,7 @@ def test_every_option_is_read():
     from evaluate import EvaluateConfig
     from visualize import VisualizeConfig
 
-    files_of = {TrainConfig: "train data", EvaluateConfig: "evaluate features chunks dense",
+    files_of = {TrainConfig: "train data", EvaluateConfig: "evaluate engine/features engine/chunks dense",
                 VisualizeConfig: "visualize"}
     for kind, files in files_of.items():
         source = "".join((ROOT / f"{name}.py").read_text() for name in files.split())

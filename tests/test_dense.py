@@ -11,9 +11,9 @@ from scipy.linalg import eigh
 from scipy.ndimage import label
 
 import dense
+from engine.features import fitted
+from engine.metrics import IGNORE
 from evaluate import EvaluateConfig
-from features import fitted
-from metrics import IGNORE
 
 CPU = torch.device("cpu")
 

@@ -18,6 +18,7 @@ import distill
 import train
 from convnext import ConvNeXt
 from data import Batches, open_source
+from engine.ranks import Ranks
 from model import SIZES, Noise, ViT, ViTConfig, build
 from weights import load_backbone, save_backbone
 
@@ -107,7 +108,7 @@ def test_resumed_with_other_students(teacher, pair, tmp_path):
 
 def test_targets_are_those_of_train(teacher):
     c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", *SHORT])
-    networks = distill.make_teacher(c, train.Ranks(0, 1, torch.device("cpu"), None))
+    networks = distill.make_teacher(c, Ranks(0, 1, torch.device("cpu"), None))
     batch = Batches(c, open_source("shapes", 24), 0, 8)[0]
     said = distill.teacher_says(c, networks, batch)
     assert said["cls"].shape == (16, 16) and len(said["patches"]) == len(batch["masked"])
@@ -195,7 +196,7 @@ def test_features_of_any_weights(tmp_path, kind, layout):
 def test_rank_of_a_student_of_features(teacher):
     """exp of the entropy of the singular values of its class tokens"""
     c = distill.configure(["--teacher", str(teacher), "--mode", "features", "--students", "tiny_half", *SHORT])
-    ranks = train.Ranks(0, 1, torch.device("cpu"), None)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
     networks, batch = distill.make_teacher(c, ranks), Batches(c, open_source("shapes", 24), 0, 8)[0]
     batch |= distill.teacher_says(c, networks, batch)
     student, noise = distill.Student(replace(c, size="tiny_half"), ranks, SIZES["tiny"].width), Noise(0, 0, 0, 8, 2)
@@ -220,7 +221,7 @@ def test_a_convnext_sees_whole_patches_and_speaks_of_the_teachers_grid():
 def test_learning_rate_stays_and_then_cools_down(teacher, tmp_path):
     c = distill.configure(["--teacher", str(teacher), "--students", "tiny", *SHORT, "--steps", "10", "--cooldown", "4",
                            "--lr_warmup", "2", "--lr", "1", "--lr_end", "0.1", "--out", str(tmp_path / "x")])
-    lr = distill.Student(replace(c, size="tiny"), train.Ranks(0, 1, torch.device("cpu"), None), 8).lr / c.lr_factor
+    lr = distill.Student(replace(c, size="tiny"), Ranks(0, 1, torch.device("cpu"), None), 8).lr / c.lr_factor
     assert lr == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.775, 0.325, 0.1])
     paper = distill.RECIPES["paper"]
     assert (paper.steps - paper.cooldown, paper.cooldown, paper.batch) == (1_000_000, 250_000, 1920)  # §5.2
@@ -229,7 +230,7 @@ def test_learning_rate_stays_and_then_cools_down(teacher, tmp_path):
 def test_steps_to_time(teacher, tmp_path):
     """three of each, were the run to have one"""
     c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", *SHORT, "--out", str(tmp_path / "x")])
-    c, ranks = replace(c, steps=1, cooldown=0), train.Ranks(0, 1, torch.device("cpu"), None)
+    c, ranks = replace(c, steps=1, cooldown=0), Ranks(0, 1, torch.device("cpu"), None)
     args = distill.make_teacher(c, ranks), open_source("shapes", 24)
     said = distill.step_to_time(c, *args, "teacher", ranks, 16)()
     assert len(said["cls"]) == 2 * 16
@@ -274,7 +275,7 @@ def test_mistakes_end_in_one_line(teacher, tmp_path, words, says):
 
 
 def test_every_option_is_read():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("distill", "groups", "train", "data"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("distill", "engine/groups", "train", "data"))
     unread = [name for name in distill.OPTIONS if not re.search(rf"\b(c|config)\.{name}\b", source)]
     assert not unread
 

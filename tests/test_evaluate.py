@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate
 from data import open_source
+from engine.features import evenly
 from evaluate import RATES, EvaluateConfig, centre_crop, extract, knn, linear
-from features import evenly
 from model import SIZES, ViT, initialise
 from weights import save_backbone
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from explore import ERROR, HEAT, compress, page
+from engine.explore import ERROR, HEAT, compress, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NODE = shutil.which("node")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import features
-from chunks import Folder, Ranks
 from convnext import ConvNeXt, ConvNeXtConfig
+from engine import features
+from engine.chunks import Folder, Ranks
+from engine.features import Patches, PixelPatches, Scenes, fitted, nearest
 from evaluate import EvaluateConfig
-from features import Patches, PixelPatches, Scenes, fitted, nearest
 from model import SIZES, ViT, initialise
 
 CPU = torch.device("cpu")

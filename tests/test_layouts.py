@@ -20,8 +20,8 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-import layouts
 from convnext import CONVNEXT_SIZES, ConvNeXt, ConvNeXtConfig
+from engine import layouts
 from model import SIZES, ViT, ViTConfig
 from weights import Stored, empty, load_backbone, save_backbone
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import matching
+from engine.features import Patches, PixelPatches, fitted
 from evaluate import EvaluateConfig
-from features import Patches, PixelPatches, fitted
 
 CPU = torch.device("cpu")
 

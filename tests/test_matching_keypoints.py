@@ -11,8 +11,8 @@ from PIL import Image
 from test_matching import CPU, Oracle, write
 
 import matching
+from engine.features import Patches, PixelPatches
 from evaluate import EvaluateConfig
-from features import Patches, PixelPatches
 
 
 def test_oracle_finds_keypoints():

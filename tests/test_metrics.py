@@ -15,8 +15,8 @@ from sklearn.metrics import (
     recall_score,
 )
 
-import metrics
-from metrics import IGNORE
+from engine import metrics
+from engine.metrics import IGNORE
 
 
 def labels(seed, shape=(3, 40, 50), n=7):

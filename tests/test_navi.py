@@ -15,8 +15,8 @@ from scipy.spatial.transform import Rotation
 
 import matching
 import navi
+from engine.features import Patches, PixelPatches, fitted
 from evaluate import EvaluateConfig
-from features import Patches, PixelPatches, fitted
 
 CPU = torch.device("cpu")
 SIDE = 128

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from engine.ranks import Ranks
 from model import SIZES, ViT
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +231,7 @@ def test_a_finished_run_is_not_overwritten(whole):
 def test_batch_must_divide_by_ranks(tmp_path):
     c = train.configure([*MICRO, "--batch", "9", "--group", "9", "--koleo_group", "9", "--out", str(tmp_path)])
     with pytest.raises(ValueError, match="--batch 9 is not divisible by 2 ranks; try 8"):
-        train.train(c, train.Ranks(0, 2, torch.device("cpu"), None))
+        train.train(c, Ranks(0, 2, torch.device("cpu"), None))
 
 
 def test_exit_code_is_2_and_no_traceback(tmp_path):

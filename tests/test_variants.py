@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from test_evaluate import run
 
-import metrics
 import variants
 from data import open_source
+from engine import metrics
 
 COLOURS = dict(n01=(200, 0, 0), n02=(0, 200, 0), n03=(0, 0, 200), n04=(200, 200, 0))
 

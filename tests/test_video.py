@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import video
+from engine.features import Patches, PixelPatches
 from evaluate import EvaluateConfig
-from features import Patches, PixelPatches
 
 CPU = torch.device("cpu")
 TOY = replace(video.SHAPES, width=64, depth=1, n_frames=3, epochs=12, batch=8, rates=(2e-3,))

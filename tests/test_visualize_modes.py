@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attention import attention_row
 from convnext import ConvNeXt, ConvNeXtConfig
+from engine.attention import attention_row
 from model import ViT, ViTConfig, build
 from visualize import GUTTER, HEAT, attention_picture, main, network_input, patch_features
 

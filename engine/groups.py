@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from train import Ranks
+from engine.ranks import Ranks
 
 # --------------------------------------------------------------------------------
 # Plan

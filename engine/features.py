@@ -23,10 +23,10 @@ from PIL import Image
 from torch import nn
 
 import shapes
-from chunks import ALONE, Computed, Folder, Job, Stored, make, named
 from convnext import resize_map
 from data import EXTENSIONS, read_image, resize
-from metrics import IGNORE
+from engine.chunks import ALONE, Computed, Folder, Job, Stored, make, named
+from engine.metrics import IGNORE
 from model import SIZES, Features
 
 CHUNK = 64              # images whose features lie in one file

@@ -34,8 +34,8 @@ from safetensors.numpy import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import config as command_line
 from data import loader
+from engine import config as command_line
 
 FORMAT = 2       # of the files and of what they are named after: a cache of another one is not read
 PATIENCE = 90    # seconds: an NFS client may remember for 60 that a file was not there
