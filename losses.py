@@ -25,6 +25,8 @@ def float32(loss):
     """Keeps autocast out: it would run the matrix products below in bfloat16."""
     @wraps(loss)
     def inside(x, *args, **kwargs):
+        if not torch.is_autocast_enabled(x.device.type):
+            return loss(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return loss(x, *args, **kwargs)
     return inside

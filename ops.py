@@ -85,22 +85,30 @@ def have(op, device):
 
 def path(op, x, size, E=0):
     """What runs on x, of so many tokens or prototypes, with heads E wide: see CHOICES."""
-    if not have(op, x.device):
-        return "sdpa"
-    chosen = next(name for most, name in CHOICES[op, x.device.type] if size <= most)
-    return "sdpa" if chosen == "kernel" and not proven(op, readable(op, x), E, str(x.device)) else chosen
+    if mode != "off":
+        for most, name in constant_ways(op, readable(op, x), E, x.device, mode):
+            if size <= most:
+                return name
+    return "sdpa"
 
 
-@torch.compiler.assume_constant_result
-def proven(op, dtype, E, device):
+@torch.compiler.assume_constant_result  # torch.compile asks it, instead of looking through the cache and into the proof
+def constant_ways(*key):
+    return ways(*key)
+
+
+@cache
+def ways(op, dtype, E, device, mode):
     """
-    Whether the kernel is right on this device, which its first use finds out in milliseconds: engine/proof.py. Where it
-    is not, or takes no such tensors, the definition runs, and one line says so. Raises ValueError under --kernels on.
+    CHOICES for such tensors, with the definition where the kernel cannot run: it takes none such, or is not right on
+    this device, which its first use finds out in milliseconds. One line says so; ValueError under --kernels on.
     """
-    why = obstacle(op, dtype, E, device)
+    if not have(op, device):
+        return ()
+    why = obstacle(op, dtype, E, str(device)) if any(name == "kernel" for _, name in CHOICES[op, device.type]) else None
     if why and mode == "on":
         raise ValueError(f"--kernels on: {op} in {str(dtype)[6:]} on {device}: {why}; take --kernels auto")
-    return not why
+    return tuple((most, "sdpa" if why and name == "kernel" else name) for most, name in CHOICES[op, device.type])
 
 
 @cache

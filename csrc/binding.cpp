@@ -207,7 +207,7 @@ static Tensor sinkhorn_pass(const Tensor& logits, const std::optional<Tensor>& l
     const Dtype dtype = dtype_of(who, logits);
     const float* u = log_u ? log_u->const_data_ptr<float>() : nullptr;
     const auto f32 = logits.options().dtype(at::kFloat);
-    Tensor log_r = at::full({K}, -INFINITY, f32);  // what the sum over no rows is
+    Tensor log_r = n ? at::empty({K}, f32) : at::full({K}, -INFINITY, f32);  // what the sum over no rows is
 #ifdef WITH_CUDA
     if (logits.is_cuda()) {
         const c10::cuda::CUDAGuard guard(logits.device());

@@ -25,9 +25,9 @@ CALLS = dict(  # an op of each kind, on something small
 @pytest.fixture(autouse=True)
 def asked_again():
     """No test leaves what it found out, or a choice, to the next."""
-    ops.obstacle.cache_clear()
+    ops.obstacle.cache_clear(), ops.ways.cache_clear()
     yield
-    ops.obstacle.cache_clear()
+    ops.obstacle.cache_clear(), ops.ways.cache_clear()
     ops.use_kernels("auto")
 
 
