@@ -44,3 +44,13 @@ def test_main_object_is_the_seeds_component(seed):
     inside = x > x.mean()
     parts = label(inside if inside[at] else ~inside)[0]
     np.testing.assert_array_equal(discovery.main_object(torch.tensor(x.ravel()), (7, 9)), parts == parts[at])
+
+
+def test_boxes_are_in_pixels_of_an_image_that_is_not_square():
+    """An object of 2 by 3 patches, from row 1 and column 2, in 4 by 6: of 10 pixels' height, 15 pixels' width each."""
+    m, image = np.zeros((4, 6, 2)), torch.zeros(3, 40, 90)
+    m[..., 0], m[1:3, 2:5] = 1, (0, 1)
+    source = Source([None])
+    source.image = lambda i: image
+    (found,) = discovery.boxes_at(0, torch.device("cpu"), [[m]], source)
+    assert found.tolist() == [[30, 10, 75, 30]] * len(discovery.THRESHOLDS)
