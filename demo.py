@@ -10,8 +10,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-
-import torch
+from tempfile import TemporaryDirectory
 
 import evaluate
 import train
@@ -49,14 +48,13 @@ def train_or_resume():
 
 def measure():
     """(name, k-NN top-1, linear top-1) of each of ROWS, in percent; features are extracted once."""
-    c = evaluate.configure(["--task", "knn", "--iterations", "1000", "--device", "cpu"])
-    device, scores = torch.device("cpu"), []
-    splits = evaluate.open_splits(c)
-    for name, weights in ROWS:
-        model, normalisation = evaluate.load_model(weights, "")
-        sets = [evaluate.extract(model, normalisation, source, chosen, c, device) for source, chosen in splits]
-        knn, linear = (task(*sets, len(splits[0][0].classes), c, device) for task in (evaluate.knn, evaluate.linear))
-        scores.append((name, knn["top1_k20"], linear["top1"]))
+    scores = []
+    with TemporaryDirectory() as cache:
+        for name, weights in ROWS:
+            words = "--weights", weights, "--device", "cpu", "--cache", cache, "--task"
+            knn, linear = (evaluate.evaluate(evaluate.configure([*words, *task]))
+                           for task in (["knn"], ["linear", "--iterations", "1000"]))
+            scores.append((name, knn["top1_k20"], linear["top1"]))
     return scores
 
 

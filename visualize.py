@@ -65,7 +65,7 @@ def find_images(words):
     return names
 
 
-def fit(image, resolution, patch_size, name="image"):
+def cropped(image, resolution, patch_size, name="image"):
     """C H W uint8 -> its short side resized to `resolution` (0 = as it is), its middle cut to whole patches."""
     H, W = image.shape[1:]
     height, width = (round(side * resolution / min(H, W)) if resolution else side for side in (H, W))
@@ -85,7 +85,7 @@ def load_photos(names, resolution, patch_size):
         try:
             image = read_image(name) if not name.startswith("shapes:") else \
                 torch.from_numpy(shapes.scene(int(name[7:]), 192).image).permute(2, 0, 1)
-            photos.append(fit(image, resolution, patch_size, name))
+            photos.append(cropped(image, resolution, patch_size, name))
             read.append(name)
         except OSError as error:
             broken.append(str(error))
@@ -105,12 +105,13 @@ def network_input(vit, image):
 @torch.no_grad()
 def patch_features(vit, images, resolution=0, layers=None):
     """
-    images  list of C H W uint8, of any sizes    resolution  as in `fit`    layers  0-based, of one grid; None = last
+    images  list of C H W uint8, of any sizes    resolution  as in `cropped`
+    layers  0-based, of one grid; None = last
     returns  list of h w D float32 on the host, after the final norm; several layers lie side by side in D
     """
     maps = []
     for image in tqdm(images, desc="features", unit="img", leave=False, disable=None):
-        x = network_input(vit, fit(image, resolution, vit.config.patch_size))                  # 1 C H W
+        x = network_input(vit, cropped(image, resolution, vit.config.patch_size))                  # 1 C H W
         found = [vit(x)] if layers is None else vit.layers(x, layers)
         if len({features.grid for features in found}) > 1:
             raise ValueError(f"--layers {layers} have grids {[features.grid for features in found]}; name one of them")

@@ -3,7 +3,9 @@ What the commands stand on, and nobody types.
 
     config          the command line              ranks          processes, devices, precision
     checkpoint      what a run leaves             groups, cache  of distillation: who trains what; the teacher's words
-    layouts         names in weight files         chunks         features on disk
-    features        frozen features               metrics        every score
-    attention       one row of the matrix         explore        a page to explore similarity in
+    layouts         names in weight files         task           what a task of evaluate.py declares
+    features        frozen features               chunks         the same on disk, by many ranks
+    views, sliding  what a network sees           classify       what classifications share
+    match           the most similar points       metrics        every score
+    pictures        what --out draws              attention, explore    one row of the matrix; a page of similarities
 """

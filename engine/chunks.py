@@ -1,10 +1,10 @@
 """
 What many images are turned into, on disk and not in memory: in files of some images each, made by one process or many.
 
-    start_ranks    this process among those that torchrun started
     Job, make      files that are wanted; those that are not there are dealt out to the ranks
     serve          ranks other than 0: they make their share of all that rank 0 asks for
     Stored         the arrays of each image, read when they are asked for
+    Keyed          the folder that files lie in, named after all that they depend on
 
 Rank 0 alone runs a task; the others wait until it wants files, make theirs, and leave when it is done. So the files
 are those that one process would have made, and so is the score. They are safetensors, each whole or not there: what
@@ -20,14 +20,11 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -35,69 +32,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import loader
-from engine import config as command_line
+from engine.ranks import exchange
 
 FORMAT = 2       # of the files and of what they are named after: a cache of another one is not read
 PATIENCE = 90    # seconds: an NFS client may remember for 60 that a file was not there
 DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I64=np.int64, U8=np.uint8)
 SHARED = "ranks of several machines need a --cache on a disk that all of them see"
-
-# --------------------------------------------------------------------------------
-# Ranks
-
-
-class Ranks(NamedTuple):
-    rank: int = 0
-    count: int = 1             # S
-    group: object = None       # of all ranks; None for one
-
-
-ALONE = Ranks()
-
-
-def start_ranks(device):
-    """--device -> (Ranks, the device of this one). They exchange Python objects alone, so gloo will do for all."""
-    place, count = command_line.choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        return ALONE, place
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        torch.cuda.set_device(place)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), count, dist.new_group(timeout=timedelta(days=30))), place  # heads may take hours
-
-
-def exchange(ranks, collective, *args):
-    """A collective of Python objects. Raises ValueError if a rank is gone."""
-    try:
-        collective(*args, group=ranks.group)
-    except RuntimeError as error:
-        raise ValueError("another rank has ended; it or torchrun says why") from error
-
-
-@contextmanager
-def leading(ranks):
-    """Rank 0's part: in the end, and after an error of one line, the others may leave; after a bug they notice."""
-    failure = None
-    try:
-        yield
-    except ValueError as error:
-        failure = error
-    if ranks.count > 1:
-        exchange(ranks, dist.broadcast_object_list, [None])
-    if failure:
-        raise failure
-
-
-def serve(worker, c, ranks):
-    """Ranks other than 0: makes this rank's share of every list of jobs, until rank 0 is done."""
-    while True:
-        asked = [None]
-        exchange(ranks, dist.broadcast_object_list, asked)
-        if asked[0] is None:
-            return
-        attempt(asked[0], worker, c, ranks)
 
 # --------------------------------------------------------------------------------
 # Files
@@ -124,7 +64,7 @@ class Several(Dataset):
         return self.datasets[place[0]][place[1]]
 
 
-class Folder:
+class Keyed:
     """Where files are kept: in --cache one for all that they depend on; else one that is gone with this object."""
 
     def __init__(self, model, c, about):
@@ -135,7 +75,7 @@ class Folder:
         digest = hashlib.sha1(repr(getattr(model, "config", "")).encode())
         for name, x in model.state_dict().items():
             digest.update(name.encode() + x.flatten()[:1024].float().cpu().numpy().tobytes())
-        about = about | dict(format=FORMAT, data=str(c.data), resolution=c.resolution, layers=c.layers, limit=c.limit)
+        about = about | dict(format=FORMAT, data=str(c.data), resolution=c.resolution, limit=c.limit)
         digest.update(json.dumps(about, sort_keys=True).encode())
         self.path = Path(c.cache, digest.hexdigest()[:16])
         try:
@@ -150,7 +90,7 @@ class Folder:
 
 class Job(NamedTuple):
     """The files of one source."""
-    folder: Folder
+    folder: Keyed
     name: str
     dataset: Dataset
     chunks: dict               # {file: its images}
@@ -179,6 +119,16 @@ def make(jobs, worker, c, ranks):
         if time.monotonic() > end:
             raise ValueError(f"{missing[0]} has not arrived from the rank that made it: {SHARED}")
         time.sleep(0.1)
+
+
+def serve(worker, c, ranks):
+    """Ranks other than 0: makes this rank's share of every list of jobs, until rank 0 is done."""
+    while True:
+        asked = [None]
+        exchange(ranks, dist.broadcast_object_list, asked)
+        if asked[0] is None:
+            return
+        attempt(asked[0], worker, c, ranks)
 
 
 def attempt(jobs, worker, c, ranks):
@@ -238,7 +188,7 @@ def read(path, dtype, shape, offset):
 
 class Stored:
     """
-    stored[i] -> the arrays of image i;  len, iteration;  views: those of all images in one row, shapes: theirs.
+    stored[i] -> the arrays of image i;  len, iteration;  row: those of all images, one after the other
 
     job  whose files are there, their tensors named by `named`; its images are 0, 1, 2, ...
     """
@@ -247,7 +197,7 @@ class Stored:
         for path, items in job.chunks.items():
             for name, place in index(path).items():
                 self.items[items[int(name.partition(".")[0])]].append(place)
-        self.views = Views([place for places in self.items for place in places], job.folder)
+        self.row = Row([place for places in self.items for place in places], job.folder)
 
     def __len__(self):
         return len(self.items)
@@ -256,8 +206,8 @@ class Stored:
         return [read(*place) for place in self.items[i]]
 
 
-class Views:
-    """views[k] -> one array;  len, iteration, shapes"""
+class Row:
+    """row[k] -> one array;  len, iteration, shapes"""
 
     def __init__(self, places, folder):
         self.places, self.folder = places, folder  # a folder of its own stays as long as this does

@@ -13,7 +13,7 @@ from ast import literal_eval
 from dataclasses import fields, replace
 from difflib import get_close_matches
 
-ROOMS = "", "engine", "tasks", "decoders"  # the folders of our own code, from the root
+ROOMS = "", "engine", "sets", "tasks", "decoders"  # the folders of our own code, from the root
 
 
 def read_words(argv, known):

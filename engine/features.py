@@ -1,271 +1,279 @@
 """
-Frozen features of patches, for the evaluations in dense.py and matching.py.
+A frozen network, and what it says of images: once, in order, on disk, by any number of ranks. See chunks.py.
 
-    Pairs, Scenes    images with their truth: files, or the generated `shapes`
-    Patches          images -> maps of features, on disk: see chunks.py
-    windows, fitted  an image -> the views that the network sees
-    save_pictures    image, truth and prediction side by side
+    Frozen    tokens, maps, live: class tokens, patches on disk, patches at once;  keep, each: truths, scores, on disk
+    Pixels    the floor under every feature: the image itself
+    load      --weights -> network;  describe: its config alone, before anything is loaded
 
 Dimension letters: see the top of model.py.
 """
 
-import math
+import json
 import zlib
-from functools import lru_cache, partial
+from functools import partial
 from itertools import dropwhile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
-import shapes
-from convnext import resize_map
-from data import EXTENSIONS, read_image, resize
-from engine.chunks import ALONE, Computed, Folder, Job, Stored, make, named
-from engine.metrics import IGNORE
-from model import SIZES, Features
+from convnext import CONVNEXT_SIZES, ConvNeXt, resize_map
+from engine.chunks import Computed, Job, Keyed, Stored, index, make, named, read
+from engine.ranks import Ranks
+from model import SIZES, Features, ViT, build
+from weights import identify, load_backbone
 
-CHUNK = 64              # images whose features lie in one file
-SHOWN = 8               # images that --out gets
-GENERATED = 400, 100    # shapes: scenes to train on, scenes to measure on
-
-# --------------------------------------------------------------------------------
-# Images with their truth: len, image(i) -> C H W uint8, truth(i) -> array
-
-
-class Pairs:
-    """Files: (image, truth) paths, and what reads a truth."""
-
-    def __init__(self, paths, read, crop=None):
-        self.paths, self.read, self.crop = paths, read, crop
-
-    def __len__(self):
-        return len(self.paths)
-
-    def image(self, i):
-        return self.cut(read_image(self.paths[i][0]))
-
-    def truth(self, i):
-        return self.cut(self.read(self.paths[i][1]))
-
-    def cut(self, array):
-        return self.crop(array) if self.crop else array
-
-
-class Scenes:
-    """Generated scenes of one seed, by their numbers, and which part of each is the truth."""
-
-    def __init__(self, numbers, seed, side, read):
-        self.numbers, self.seed, self.side, self.read = numbers, seed, side, read
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def image(self, i):
-        return torch.from_numpy(scene(self.numbers[i], self.side, self.seed).image).permute(2, 0, 1)
-
-    def truth(self, i):
-        return self.read(scene(self.numbers[i], self.side, self.seed))
-
-
-@lru_cache(maxsize=64)
-def scene(i, side, seed):
-    return shapes.scene(i, side, seed)
-
-
-def generated(c, read):
-    """Scenes to train on and scenes to measure on, as large as the network sees them."""
-    counts = (c.limit, c.limit) if c.limit else GENERATED
-    return [Scenes(range(n), seed, c.resolution, read) for n, seed in zip(counts, (1000, 1001), strict=True)]
-
-
-def evenly(items, limit):
-    """All of a list, or `limit` of them, evenly spaced, so that what is sorted by class stays balanced."""
-    n = len(items)
-    return list(items) if not limit or limit >= n else [items[i * n // limit] for i in range(limit)]
-
-
-def folders(c, *names):
-    """The first of the sub-folders that is there; otherwise says which were looked for."""
-    found = [Path(c.data, name) for name in names if Path(c.data, name).is_dir()]
-    if not found:
-        raise ValueError(f"--data: {c.data} has no folder {' or '.join(names)}; {c.task} wants one")
-    return found[0]
-
-
-def paired(c, images, truths, key):
-    """(image, truth) paths whose keys agree, sorted; raises ValueError if none do."""
-    truths = {key(path): path for path in truths}
-    paths = [(path, truths[key(path)]) for path in sorted(images) if key(path) in truths]
-    if not paths:
-        raise ValueError(f"--data: {c.data} has no image with a truth of the same name; {c.task} wants pairs of files")
-    return evenly(paths, c.limit)
-
-
-def images_below(folder):
-    return [path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS]
+CHUNK = 64              # images whose patches lie in one file
+ROWS = 256              # images whose class tokens do, or as many more as fill the last batch
+UNTRAINED = SIZES | CONVNEXT_SIZES
 
 # --------------------------------------------------------------------------------
-# Features
+# Networks
 
 
-class PixelPatches(nn.Module):
-    """The floor under every dense feature: the colours of the patch itself, 4x4."""
+class Pixels(nn.Module):
+    """The floor under every feature: the image itself, 16x16 as its class token, the colours of a patch, 4x4, as it."""
 
     config = SimpleNamespace(patch_size=16, width=48, depth=1, mean=SIZES["s"].mean, std=SIZES["s"].std)
 
     def forward(self, images):
         x = F.pixel_unshuffle(F.avg_pool2d(images, 4), 4)                                      # B 48 h w
         patches = x.flatten(2).transpose(1, 2)                                                 # B P 48
-        return Features(patches.mean(1), patches[:, :0], patches, tuple(x.shape[2:]))
+        return Features(self.thumbnail(images), patches[:, :0], patches, tuple(x.shape[2:]))
+
+    def layers(self, images, indices):
+        return [self(images) for _ in indices]
+
+    def thumbnail(self, images):
+        return F.interpolate(images, (16, 16), mode="bilinear", antialias=True).flatten(1)     # B 768
 
 
-class Patches:
+def describe(weights):
+    """--weights -> the network's config; of a file only the shapes are read. Raises ValueError if there is none."""
+    if not weights:
+        raise ValueError("--weights is missing: a run's folder, a weights file, pixels, or untrained:SIZE")
+    if weights == "pixels":
+        return Pixels.config
+    if not weights.startswith("untrained:"):
+        return identify(weights).config
+    name = weights.partition(":")[2]
+    if name not in UNTRAINED:
+        raise ValueError(f"--weights {weights}: unknown size {name!r}; choose one of {', '.join(UNTRAINED)}")
+    return UNTRAINED[name]
+
+
+def load(weights, size=""):
+    """--weights, --size -> the network, in eval mode"""
+    if weights == "pixels":
+        return Pixels()
+    if weights.startswith("untrained:"):
+        config = describe(weights)
+        return build(lambda: (ViT if weights.partition(":")[2] in SIZES else ConvNeXt)(config)).eval()
+    return load_backbone(weights, size or None)
+
+
+def chosen_layers(c, config):
+    """--layers -> blocks; [] = the last. Raises ValueError."""
+    names = c.layers.split(",") if getattr(c, "layers", "") else []
+    if not all(layer.isdecimal() and int(layer) < config.depth for layer in names):
+        raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; this network has {config.depth}")
+    return [int(layer) for layer in names]
+
+
+def whole_patches(c, config):
+    if c.resolution < 1 or c.resolution % config.patch_size:
+        raise ValueError(f"--resolution {c.resolution}: write whole patches, a multiple of {config.patch_size}")
+
+# --------------------------------------------------------------------------------
+# Features
+
+
+class Tokens:
+    """Of the images of a source that could be read:  cls n D,  patches n D, their mean,  labels n;  read when asked."""
+
+    def __init__(self, job):
+        self.folder, self.files = job.folder, [index(path) for path in job.chunks]
+
+    def column(self, name):
+        found = [read(*file[name]) for file in self.files if read(*file["labels"]).size]
+        return torch.from_numpy(np.concatenate(found))
+
+    cls = property(lambda self: self.column("cls"))
+    patches = property(lambda self: self.column("patches"))
+    labels = property(lambda self: self.column("labels"))
+
+
+class Frozen:
     """
-    patches(name, source, views_of)    source  len, image(i) -> C H W uint8    views_of  image -> list of C H W uint8
-    returns  Stored: for each image the maps of its views, h w D float16, after the final norm; layers lie side by side
-             in D. Raises ValueError for an image that cannot be read
+    model    a network in eval mode; a ConvNeXt's map is resized to patches of 16 pixels
+    task     the record: its view is what the network sees if no other is named, its control may scatter patches
+    coming   calls of `maps` to come, in their order: ranks share out as many sources at once as there are ranks
 
-    scattered  every patch of an image elsewhere in it: the control of tasks that train nothing
-    coming     calls to come, in their order: ranks share out as many sources at once as there are ranks
-
-    A ConvNeXt's map is resized to patches of 16 pixels. The features of 64 images are a file.
+    Each rank has one; rank 0 calls it, the others serve.
     """
-    def __init__(self, model, c, device, scattered=False, ranks=ALONE):
-        self.model, self.c, self.device, self.scattered, config = model.to(device), c, device, scattered, model.config
-        if c.resolution < 1 or c.resolution % config.patch_size:
-            raise ValueError(f"--resolution {c.resolution}: write whole patches, a multiple of {config.patch_size}")
-        if not all(layer.isdecimal() and int(layer) < config.depth for layer in c.layers.split(",") if c.layers):
-            raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; this network has {config.depth}")
-        self.layers = [int(layer) for layer in c.layers.split(",")] if c.layers else []
-        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (config.mean, config.std))
-        self.whole = partial(fitted, side=c.resolution, patch=config.patch_size)
-        self.ranks, self.coming, self.ready = ranks, [], {}
+    def __init__(self, model, task, c, ranks=None):
+        self.c, self.ranks = c, ranks or Ranks()
+        self.device, config = self.ranks.device, model.config
+        self.model = model.to(self.device)
+        self.layers, self.scattered = chosen_layers(c, config), c.control and task.control == "patches"
+        self.mean, self.std = (torch.tensor(v, device=self.device)[:, None, None] for v in (config.mean, config.std))
+        self.view = self.seen(task.view)
+        self.coming, self.ready = [], {}
+
+    def seen(self, view):
+        """A view with this side and this network's patches:  image -> list of C H W uint8"""
+        return partial(view, side=self.c.resolution, patch=self.model.config.patch_size)
+
+    # ---- of whole images
+
+    def tokens(self, name, source, view=None):
+        """
+        source   len, load(i) -> C H W uint8, label(i) -> int    view  image -> [C H W uint8], of one size; None = the
+                 task's    name  of the split, in --cache
+        returns  Tokens; images that cannot be read are left out, and named;  raises ValueError if none can be
+        """
+        size, view = -(-ROWS // self.c.batch) * self.c.batch, view or self.view
+        images = Computed(partial(labelled, source=source, view=view))
+        job = self.job(name, images, len(source), pack_tokens, size, view=view.func.__name__, more=view.keywords)
+        make([job], self, self.c, self.ranks)
+        unreadable = [error for path in job.chunks
+                      for error in json.loads(read(*index(path)["unreadable"]).tobytes())]
+        for error in unreadable:
+            print(f"skipped unreadable {error}")
+        if len(unreadable) == len(source):
+            raise ValueError(f"--data: none of {len(source)} images could be read; the first: {unreadable[0]}")
+        return Tokens(job)
 
     @torch.no_grad()
-    def run(self, views):
-        """n C H W uint8, of one size -> n h w D float16"""
-        x = (torch.stack(views).to(self.device).float() / 255 - self.mean) / self.std          # n C H W
-        found = self.model.layers(x, self.layers) if self.layers else [self.model(x)]
-        cell = min(16, self.model.config.patch_size)
-        grid = x.shape[2] // cell, x.shape[3] // cell
-        maps = torch.cat([resize_map(features, grid).patches for features in found], dim=2)    # n P D
-        maps = maps.unflatten(1, grid).half().cpu().numpy()
-        if self.scattered:
-            return [scatter(m) for m in maps]
-        return list(maps)
+    def tokens_of(self, views):
+        """B C H W uint8, of one size, as a list -> cls B D, mean patch B D (pixels: no columns)"""
+        x = self.network_input(views)
+        if isinstance(self.model, Pixels):
+            return self.model.thumbnail(x).cpu().numpy(), np.empty((len(x), 0), np.float32)
+        features = self.model(x)
+        return features.cls.float().cpu().numpy(), features.patches.mean(1).float().cpu().numpy()
 
-    def maps(self, views):
-        """As `run`, of views of any sizes; neighbours of one size go through the network together."""
-        found, waiting = [], []
-        for view in views:
-            if waiting and (view.shape != waiting[0].shape or len(waiting) == self.c.batch):
-                found += self.run(waiting)
-                waiting = []
-            waiting.append(view)
-        return found + self.run(waiting)
+    # ---- of patches
 
-    def __call__(self, name, source, views_of):
+    def maps(self, name, source, views=None, layers=None):
+        """
+        source   len, image(i) -> C H W uint8    views  image -> list of C H W uint8; None = the task's
+        layers   blocks, side by side in D; None = those of --layers, or the last
+        returns  Stored: for each image the maps of its views, h w D float16, after the final norm;  raises ValueError
+                 for an image that cannot be read
+        """
         if name not in self.ready:
             self.coming = list(dropwhile(lambda call: call[0] != name, self.coming))
-            calls = self.coming[: self.ranks.count] or [(name, source, views_of)]
-            jobs = [self.job(name, partial(views_at, source=source, views_of=views_of), len(source), Patches.pack,
-                             views=views_of.func.__name__, more=views_of.keywords, scattered=self.scattered)
-                    for name, source, views_of in calls]
+            calls = self.coming[: self.ranks.count] or [(name, source)]
+            jobs = [self.maps_job(*call, views or self.view, layers) for call in calls]
             make(jobs, self, self.c, self.ranks)
             self.ready |= {job.name: Stored(job) for job in jobs}
         return self.ready.pop(name)
 
-    def keep(self, name, arrays_of, n):
-        """Stored as features are: arrays_of(i) -> [array] of n images, such as truths, of the seed and the control."""
+    def maps_job(self, name, source, views, layers):
+        layers = self.layers if layers is None else layers
+        return self.job(name, Computed(partial(views_at, source=source, views=views)), len(source),
+                        partial(pack_maps, layers=layers), CHUNK, task=self.c.task, layers=layers,
+                        views=views.func.__name__, more=views.keywords, scattered=self.scattered)
+
+    @torch.no_grad()
+    def live(self, images, layers=None):
+        """B C H W uint8, of one size, as a list -> B h w D, on the device, and on no disk"""
+        x, layers = self.network_input(images), self.layers if layers is None else layers      # B C H W
+        found = self.model.layers(x, layers) if layers else [self.model(x)]
+        cell = min(16, self.model.config.patch_size)
+        grid = x.shape[2] // cell, x.shape[3] // cell
+        maps = torch.cat([resize_map(features, grid).patches for features in found], dim=2)    # B P D
+        return maps.unflatten(1, grid)
+
+    def arrays(self, images, layers=None):
+        """What `live` says, as it is stored:  h w D float16 each, on the host"""
+        maps = self.live(images, layers).half().cpu().numpy()
+        return [scatter(m) for m in maps] if self.scattered else list(maps)
+
+    # ---- of anything
+
+    def keep(self, name, function, n, **about):
+        """
+        Stored arrays, function(i) -> list of them, of n images, such as truths: made by the readers of all ranks, and
+        kept as features are.    about  what they depend on, beside the task, the seed and the control
+        """
+        return self.stored(name, Computed(function), n, pack_arrays, about)
+
+    def each(self, name, function, n, **about):
+        """As keep, but function(i, device) runs where the features are: scores of one image each, or of one pair."""
+        return self.stored(name, range(n), n, partial(pack_scores, function=function),
+                           about | dict(layers=self.layers, scattered=self.scattered))
+
+    def stored(self, name, dataset, n, compute, about):
         c = self.c
-        job = self.job(name, arrays_of, n, Patches.as_is, control=c.control, seed=c.seed, ignore=c.ignore)
+        about |= dict(task=c.task, control=c.control, seed=c.seed)
+        job = self.job(name, dataset, n, compute, CHUNK, **about)
         make([job], self, c, self.ranks)
         return Stored(job)
 
-    def job(self, name, function, n, compute, **about):
-        folder = Folder(self.model, self.c, about | dict(task=self.c.task, name=name, n=n))
-        return Job(folder, name, Computed(function), folder.chunks(range(n), CHUNK), compute)
+    # ---- what they have in common
 
-    def pack(self, images):
-        names, views = zip(*named(images), strict=True)
-        return dict(zip(names, self.maps(views), strict=True))
+    def network_input(self, images):
+        return (torch.stack(images).to(self.device).float() / 255 - self.mean) / self.std
 
-    def as_is(self, images):
-        return dict(named(images))
+    def job(self, name, dataset, n, compute, size, **about):
+        folder = Keyed(self.model, self.c, about | dict(name=name, n=n, size=size))
+        return Job(folder, name, dataset, folder.chunks(range(n), size), compute)
 
 
-def views_at(i, source, views_of):
-    return views_of(source.image(i))
+def labelled(i, source, view):
+    (image,) = view(source.load(i))
+    return image, source.label(i)
+
+
+def pack_tokens(frozen, images):
+    """What can be read, in batches; what cannot, by what was said of it."""
+    found, waiting, labels, unreadable = [], [], [], []
+    for item in images:
+        if isinstance(item, ValueError):
+            raise item
+        if isinstance(item, OSError):
+            unreadable.append(str(item))
+            continue
+        waiting.append(item[0])
+        labels.append(item[1])
+        if len(waiting) == frozen.c.batch:
+            found.append(frozen.tokens_of(waiting))
+            waiting.clear()
+    found += [frozen.tokens_of(waiting)] if waiting else []
+    cls, patches = map(np.concatenate, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
+    return dict(cls=cls, patches=patches, labels=np.array(labels, np.int64),
+                unreadable=np.frombuffer(json.dumps(unreadable).encode(), np.uint8))
+
+
+def views_at(i, source, views):
+    return views(source.image(i))
+
+
+def pack_maps(frozen, images, layers):
+    """Views of any sizes; neighbours of one size go through the network together."""
+    names, views = zip(*named(images), strict=True)
+    found, waiting = [], []
+    for view in views:
+        if waiting and (view.shape != waiting[0].shape or len(waiting) == frozen.c.batch):
+            found += frozen.arrays(waiting, layers)
+            waiting = []
+        waiting.append(view)
+    return dict(zip(names, found + frozen.arrays(waiting, layers), strict=True))
+
+
+def pack_arrays(frozen, images):
+    return dict(named(images))
+
+
+def pack_scores(frozen, images, function):
+    return dict(named(function(i, frozen.device) for i in images))
 
 
 def scatter(map):
     """The patches of h w D in an order that is drawn from themselves: batches and chunks do not matter."""
     rng = np.random.default_rng(zlib.crc32(map.tobytes()))
     return rng.permutation(map.reshape(-1, map.shape[2])).reshape(map.shape)
-
-
-def scaled(image, side):
-    """C H W -> its short side becomes `side`, the other follows."""
-    scale = side / min(image.shape[1:])
-    return resize(image, *(max(side, round(x * scale)) for x in image.shape[1:]))
-
-
-def fitted(image, side, patch, mirrored=False):
-    """The whole image as one view: its short side becomes `side`, the other is rounded up to whole patches."""
-    short = min(image.shape[1:])
-    view = resize(image, *(-(-x * side // (short * patch)) * patch for x in image.shape[1:]))
-    return [view, view.flip(2)] if mirrored else [view]
-
-
-def starts(length, side):
-    """Where windows of a side begin, 2/3 of it apart (512: 341); the last one is shifted back to end with the image."""
-    stride = max(round(side * 2 / 3), 1)
-    return [min(k * stride, length - side) for k in range(max(length - side + stride - 1, 0) // stride + 1)]
-
-
-def windows(image, side):
-    """C H W -> square views that cover it, its short side being theirs; row by row"""
-    image = scaled(image, side)
-    return [image[..., y : y + side, x : x + side] for y in starts(image.shape[1], side)
-            for x in starts(image.shape[2], side)]
-
-
-def nearest(truth, size):
-    """H W array -> another size, without mixing values"""
-    rows, cols = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, truth.shape, strict=True))
-    return np.ascontiguousarray(truth[rows][:, cols])
-
-# --------------------------------------------------------------------------------
-# Pictures
-
-
-def hues(labels):
-    """Class numbers H W -> C H W uint8: far hues for near numbers; 0 is dark, what is ignored is white."""
-    k = torch.arange(256)[:, None]
-    table = 128 + 100 * torch.cos(2 * math.pi * (k * 0.618 + torch.tensor([0, 1 / 3, 2 / 3])))
-    table *= 1 - 0.35 * (k // 8 % 2)
-    table[0], table[IGNORE] = 30, 255
-    return table.to(torch.uint8)[labels.long()].permute(2, 0, 1)
-
-
-def shades(depths, top):
-    """Metres H W -> C H W uint8: near is bright; not known is black."""
-    grey = np.where(depths > 0, 255 * (1 - np.clip(depths / top, 0, 1) ** 0.5), 0)
-    return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
-
-
-def save_pictures(c, rows, shown="image, truth, prediction"):
-    """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png"""
-    if not rows:
-        return
-    height, width = rows[0][0].shape[1:]
-    tiles = [[F.interpolate(each[None], (height, width), mode="nearest-exact")[0] for each in row] for row in rows]
-    sheet = torch.cat([torch.cat([F.pad(tile, (0, 4, 0, 4), value=255) for tile in row], 2) for row in tiles], 1)
-    Path(c.out).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(Path(c.out, f"{c.task}.png"))
-    print(f"wrote {Path(c.out, f'{c.task}.png')}: {shown}")

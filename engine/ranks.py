@@ -2,12 +2,15 @@
 Where a process stands among the others that torchrun started, its device, and what that device multiplies fast.
 
     start_ranks        --device -> Ranks, with a process group if there are several
+    exchange, leading  Python objects between ranks; rank 0's part, after which, well or not, the others may leave
     choose_precision   auto -> bf16 or fp32
 """
 
 import os
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,10 +21,10 @@ from engine import config as command_line
 @dataclass
 class Ranks:
     """Where this process stands; without torchrun there is one, and no process group."""
-    rank: int
-    count: int
-    device: torch.device
-    group: object  # torch.distributed process group, or None
+    rank: int = 0
+    count: int = 1             # S
+    device: torch.device = torch.device("cpu")
+    group: object = None       # torch.distributed process group of all ranks, or None
 
     @property
     def main(self):
@@ -35,18 +38,51 @@ class Ranks:
         return x / self.count
 
 
-def start_ranks(device):
+def start_ranks(device, talk=False):
+    """
+    --device -> Ranks
+
+    talk  the ranks exchange Python objects alone: gloo does for any device, several ranks may share a GPU, and one may
+          wait for another for days
+    """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     kind = command_line.choose_device(device).type
     if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(kind), None)
+        return Ranks(device=torch.device(kind))
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing edits them
-    local = int(os.environ["LOCAL_RANK"])
-    place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    local, place, nccl = int(os.environ["LOCAL_RANK"]), torch.device(kind), kind == "cuda" and not talk
     if kind == "cuda":
+        place = torch.device(kind, local % torch.cuda.device_count() if talk else local)
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
-    return Ranks(dist.get_rank(), dist.get_world_size(), place, dist.group.WORLD)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if nccl else "gloo", device_id=place if nccl else None)
+    group = dist.new_group(timeout=timedelta(days=30)) if talk else dist.group.WORLD
+    return Ranks(dist.get_rank(), dist.get_world_size(), place, group)
+
+
+def exchange(ranks, collective, *args):
+    """A collective of Python objects. Raises ValueError if a rank is gone."""
+    try:
+        collective(*args, group=ranks.group)
+    except RuntimeError as error:
+        raise ValueError("another rank has ended; it or torchrun says why") from error
+
+
+@contextmanager
+def leading(ranks):
+    """Rank 0's part: in the end, and after an error of one line, the others may leave; after a bug they notice."""
+    failure = None
+    try:
+        yield
+    except ValueError as error:
+        failure = error
+    try:
+        if ranks.count > 1:
+            exchange(ranks, dist.broadcast_object_list, [None])
+    except ValueError as error:
+        failure = failure or error
+    if failure:
+        raise failure
 
 
 def choose_precision(precision, device):

@@ -17,11 +17,12 @@ from PIL import Image
 
 import evaluate
 from engine import chunks, features
-from engine.chunks import ALONE, Computed, Folder, Job, Ranks, Stored, make, named, share
-from evaluate import EvaluateConfig
+from engine.chunks import Computed, Job, Keyed, Stored, make, named, share
+from engine.ranks import Ranks
+from tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-C = EvaluateConfig(task="segmentation", workers=0)
+C, ALONE = TASKS["segmentation"].config(workers=0), Ranks()
 NOTHING = torch.nn.Identity()
 
 
@@ -36,7 +37,7 @@ def as_is(worker, images):
 
 
 def job(c, n=11, size=3, function=arrays_of):
-    folder = Folder(NOTHING, c, {})
+    folder = Keyed(NOTHING, c, {})
     return Job(folder, "test", Computed(function), folder.chunks(range(n), size), as_is)
 
 
@@ -57,8 +58,8 @@ def test_arrays_come_back_as_they_were(workers, kind):
         assert [x.dtype for x in found] == [kind] * len(arrays)
         assert all(np.array_equal(a, b) for a, b in zip(found, arrays, strict=True))
     flat = [x for arrays in exact for x in arrays]
-    assert [tuple(shape) for shape in stored.views.shapes] == [x.shape for x in flat]
-    assert len(stored) == 11 and all(np.array_equal(a, b) for a, b in zip(stored.views, flat, strict=True))
+    assert [tuple(shape) for shape in stored.row.shapes] == [x.shape for x in flat]
+    assert len(stored) == 11 and all(np.array_equal(a, b) for a, b in zip(stored.row, flat, strict=True))
     with pytest.raises(IndexError):
         stored[11]
 
@@ -99,11 +100,11 @@ def test_only_what_is_missing_is_made(tmp_path):
 def test_without_cache_a_folder_goes_with_what_it_holds():
     work = job(C)
     make([work], None, C, ALONE)
-    path, views = work.folder.path, Stored(work).views
+    path, row = work.folder.path, Stored(work).row
     assert path.is_dir()
     del work
-    assert np.array_equal(views[0], arrays_of(0)[0])                    # views alone keep it
-    del views
+    assert np.array_equal(row[0], arrays_of(0)[0])                    # the row alone keeps it
+    del row
     assert not path.exists()
 
 # --------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not files(work.folder.path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: .*; name a folder that can be written"):
-        Folder(NOTHING, replace(C, cache=str(tmp_path / "file")), {})
+        Keyed(NOTHING, replace(C, cache=str(tmp_path / "file")), {})
 
 
 def test_ranks_that_see_another_disk_are_told(monkeypatch):
@@ -168,12 +169,13 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
 
 SHORT = "--device cpu --workers 0 --batch 8"
 TASKS = ["--task knn --weights untrained:tiny --limit 40", "--task tracking --weights pixels --limit 3 --resolution 64",
-         "--task segmentation --weights untrained:tiny --limit 8 --resolution 64 --iterations 4 --control"]
+         "--task segmentation --weights untrained:tiny --limit 8 --resolution 64 --iterations 4 --control",
+         "--task discovery --weights pixels --limit 7 --resolution 64"]
 SCRIPT = """
 import sys
 import evaluate
 from engine import features
-evaluate.ROWS, features.CHUNK = 8, 3
+features.ROWS, features.CHUNK = 8, 3
 for line in sys.argv[1:]:
     try:
         evaluate.main(line.split())
@@ -202,7 +204,7 @@ def broken(tmp_path):
 
 
 def test_two_ranks_are_one(broken, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "ROWS", 8)
+    monkeypatch.setattr(features, "ROWS", 8)
     monkeypatch.setattr(features, "CHUNK", 3)
     for line in TASKS:
         evaluate.main(f"{line} {SHORT}".split())
@@ -219,5 +221,5 @@ def test_two_ranks_are_one(broken, tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     error, *two = said_by(done.stdout)                                  # of rank 0: the other says nothing
     assert error["error"].startswith("error: rank 1: unreadable") and "4.png" in error["error"]
-    assert [row.pop("ranks") for row in one + two] == [1, 1, 1, 2, 2, 2] and one == two
+    assert [row.pop("ranks") for row in one + two] == [1] * 4 + [2] * 4 and one == two
     assert not list((tmp_path / "tmp").glob("nanodino-*"))

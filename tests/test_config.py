@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,14 +165,22 @@ def test_bugs_keep_their_traceback(tmp_path, body):
     assert code == 1 and "Traceback" in said
 
 
+def unread(names, files):
+    source = "".join((ROOT / f"{file}.py").read_text() for file in files)
+    return [name for name in names if not re.search(rf"\b(c|cfg|config|self)\.{name}\b", source)]
+
+
 def test_every_option_is_read():
-    """An option that nothing reads would train on without a word."""
-    from evaluate import EvaluateConfig
+    """An option that nothing reads would train on without a word; of a task, in its own file or what it stands on."""
+    from engine.task import EvaluateConfig
+    from tasks import TASKS
     from visualize import VisualizeConfig
 
-    files_of = {TrainConfig: "train data", EvaluateConfig: "evaluate engine/features engine/chunks dense",
-                VisualizeConfig: "visualize"}
-    for kind, files in files_of.items():
-        source = "".join((ROOT / f"{name}.py").read_text() for name in files.split())
-        unread = [f.name for f in fields(kind) if not re.search(rf"\b(c|cfg|config|self)\.{f.name}\b", source)]
-        assert not unread
+    for kind, files in ((TrainConfig, ["train", "data"]), (VisualizeConfig, ["visualize"]),
+                        (EvaluateConfig, ["evaluate", "engine/features", "engine/chunks", "sets/pairs"])):
+        assert not unread([field.name for field in fields(kind)], files)
+    for task in TASKS.values():
+        run = task.run.func if isinstance(task.run, partial) else task.run
+        files = [run.__module__.replace(".", "/"), *(f"decoders/{name}" for name in task.decoders)]
+        files += ["engine/features"] * (task.wants == "maps") + ["engine/classify"] * (task.wants == "tokens")
+        assert not unread({option.name for option in task.all_options()} - {"decoder"}, files), task.name

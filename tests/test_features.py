@@ -1,23 +1,132 @@
-"""features.py: maps of any view in order, kept on disk and taken up again, and the views themselves."""
+"""engine/features.py: tokens and maps in order, the unreadable named, kept on disk and taken up again; the floors."""
 
 from dataclasses import replace
-from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from convnext import ConvNeXt, ConvNeXtConfig
 from engine import features
-from engine.chunks import Folder, Ranks
-from engine.features import Patches, PixelPatches, Scenes, fitted, nearest
-from evaluate import EvaluateConfig
+from engine.chunks import Keyed
+from engine.features import Frozen, Pixels, chosen_layers, whole_patches
+from engine.ranks import Ranks
+from engine.views import centre_crop, fitted, mirrored
 from model import SIZES, ViT, initialise
+from tasks import TASKS
 
-CPU = torch.device("cpu")
-C = EvaluateConfig(task="segmentation", resolution=32, workers=0, batch=4)
+CPU, TASK = torch.device("cpu"), TASKS["segmentation"]
+C = TASK.config(resolution=32, workers=0, batch=4)
 VIT = initialise(ViT(replace(SIZES["tiny"], depth=2)), 0).eval()
+
+
+def frozen_of(model=VIT, c=C, task=TASK, **more):
+    return Frozen(model, replace(task, view=fitted), c, **more)
+
+# --------------------------------------------------------------------------------
+# Tokens
+
+
+class Plain:
+    """Image i has the grey value i everywhere; those in `broken` cannot be read."""
+    classes = ["even", "odd"]
+
+    def __init__(self, n, broken=()):
+        self.n, self.broken = n, broken
+
+    def __len__(self):
+        return self.n
+
+    def load(self, i):
+        if i in self.broken:
+            raise OSError(f"photo {i}: cut short")
+        return torch.full((3, 20 + i, 30), i, dtype=torch.uint8)
+
+    def label(self, i):
+        return i % 2
+
+
+class Echo(torch.nn.Module):
+    """cls: the grey value; patches: 0 and twice it; and how many images came at a time."""
+    config = SimpleNamespace(patch_size=16, depth=1, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(tuple(x.shape))
+        value = x.mean((2, 3))[:, :1]
+        return SimpleNamespace(cls=value, patches=torch.stack([0 * value, 2 * value], 1))
+
+
+class Picked:
+    def __init__(self, source, rows):
+        self.source, self.rows = source, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, i):
+        return self.source.load(self.rows[i])
+
+    def label(self, i):
+        return self.source.label(self.rows[i])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tokens_keep_the_order_and_skip_the_unreadable(workers, capsys):
+    model, chosen = Echo(), [9, 0, 1, 3, 2, 5, 4, 8, 7, 6]
+    c = TASKS["knn"].config(batch=4, resolution=16, workers=workers)
+    found = Frozen(model, TASKS["knn"], c).tokens("val", Picked(Plain(10, {3}), chosen))
+    chosen.remove(3)
+    exact = (torch.tensor(chosen).float()[:, None] / 255 - 0.5) / 0.25
+    torch.testing.assert_close(found.cls, exact)
+    torch.testing.assert_close(found.patches, exact)
+    assert found.labels.tolist() == [i % 2 for i in chosen]
+    assert model.batches == [(4, 3, 16, 16), (4, 3, 16, 16), (1, 3, 16, 16)]
+    assert capsys.readouterr().out == "skipped unreadable photo 3: cut short\n"
+
+
+def test_tokens_of_nothing():
+    c = TASKS["knn"].config(resolution=16, workers=0)
+    with pytest.raises(ValueError, match="none of 3 images could be read; the first: photo 0: cut short"):
+        Frozen(Echo(), TASKS["knn"], c).tokens("val", Plain(3, range(3)))
+
+
+def test_tokens_are_the_networks_own():
+    c = TASKS["knn"].config(resolution=32, workers=0, batch=2)
+    frozen, source = Frozen(VIT, TASKS["knn"], c), Plain(3)
+    found = frozen.tokens("val", source)
+    for i in range(3):
+        exact = network(centre_crop(source.load(i), 32, 16)[0])
+        torch.testing.assert_close(found.cls[i], exact.cls[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.patches[i], exact.patches[0].mean(0), atol=1e-5, rtol=1e-5)
+
+# --------------------------------------------------------------------------------
+# Floors
+
+
+def test_pixels_are_the_image_16x16():
+    x = torch.rand(2, 3, 64, 64)
+    cells = x.unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5))
+    found = Pixels().thumbnail(x)
+    assert found.shape == (2, 768) and (found - cells.flatten(1)).abs().mean() < 0.1
+    cls, patches = frozen_of(Pixels()).tokens_of([torch.zeros(3, 20, 20, dtype=torch.uint8)])
+    assert cls.shape == (1, 768) and patches.shape == (1, 0)                     # of any side
+
+
+def test_pixels_patches_are_their_colours():
+    x = torch.rand(2, 3, 32, 48)
+    found = Pixels()(x)
+    assert found.grid == (2, 3) and found.patches.shape == (2, 6, 48)
+    cell = x[1, :, 16:32, 32:48].unflatten(1, (4, 4)).unflatten(3, (4, 4)).mean((2, 4))     # 3 4 4
+    torch.testing.assert_close(found.patches[1, 5], cell.flatten())
+    assert torch.equal(Pixels().layers(x, [0])[0].patches, found.patches)
+
+# --------------------------------------------------------------------------------
+# Maps
 
 
 class Photos:
@@ -35,85 +144,87 @@ class Photos:
         return torch.from_numpy(rng.integers(0, 256, (3, 32 + 16 * (i % 3), 48), dtype=np.uint8))
 
 
-def whole(vit, image):
-    mean, std = (torch.tensor(v)[:, None, None] for v in (vit.config.mean, vit.config.std))
+def network(image):
+    mean, std = (torch.tensor(v)[:, None, None] for v in (VIT.config.mean, VIT.config.std))
     with torch.no_grad():
-        return vit((image[None].float() / 255 - mean) / std)
+        return VIT((image[None].float() / 255 - mean) / std)
 
 
 def test_maps_are_the_networks_own():
-    patches, photos = Patches(VIT, C, CPU), Photos(7)
-    for i, (m, mirrored) in enumerate(patches("val", photos, partial(patches.whole, mirrored=True))):
-        view, other = fitted(photos.image(i), 32, 16, mirrored=True)
-        assert torch.equal(view.flip(2), other) and min(view.shape[1:]) == 32
-        for found, image in (m, view), (mirrored, other):
-            exact = whole(VIT, image).map()[0].permute(1, 2, 0)
-            torch.testing.assert_close(torch.from_numpy(found).float(), exact, atol=2e-3, rtol=2e-3)  # float16
+    frozen, photos = frozen_of(), Photos(7)
+    for i, found in enumerate(frozen.maps("val", photos, frozen.seen(mirrored))):
+        for m, image in zip(found, mirrored(photos.image(i), 32, 16), strict=True):
+            exact = network(image).map()[0].permute(1, 2, 0)
+            torch.testing.assert_close(torch.from_numpy(m).float(), exact, atol=2e-3, rtol=2e-3)  # float16
 
 
 def test_layers_lie_side_by_side():
-    two, last = (Patches(VIT, replace(C, layers=layers), CPU).run([Photos(1).image(0)])[0] for layers in ("0,1", "1"))
+    image = Photos(1).image(0)
+    two, last = (frozen_of(c=replace(C, layers=layers)).arrays([image])[0] for layers in ("0,1", "1"))
     assert two.shape == (2, 3, 256) and np.array_equal(two[..., 128:], last)
+    (stored,), = frozen_of().maps("val", Photos(1), layers=[0, 1])
+    assert np.array_equal(stored, two)
 
 
 def test_convnext_has_patches_of_16_pixels():
     net = initialise(ConvNeXt(ConvNeXtConfig((1, 1, 1, 1), (8, 8, 8, 8))), 0).eval()
     view = torch.zeros(3, 64, 96, dtype=torch.uint8)
-    assert Patches(net, replace(C, resolution=64), CPU).run([view])[0].shape == (4, 6, 8)
-    assert Patches(net, replace(C, resolution=64, layers="2,3"), CPU).run([view])[0].shape == (4, 6, 16)
+    assert frozen_of(net, replace(C, resolution=64)).live([view])[0].shape == (4, 6, 8)
+    assert frozen_of(net, replace(C, resolution=64, layers="2,3")).live([view])[0].shape == (4, 6, 16)
 
 
-def test_pixel_patches():
-    x = torch.rand(2, 3, 32, 48)
-    found = PixelPatches()(x)
-    assert found.grid == (2, 3) and found.patches.shape == (2, 6, 48)
-    cell = x[1, :, 16:32, 32:48].unflatten(1, (4, 4)).unflatten(3, (4, 4)).mean((2, 4))     # 3 4 4
-    torch.testing.assert_close(found.patches[1, 5], cell.flatten())
-
-
-@pytest.mark.parametrize("change, says", [
-    (dict(resolution=40), "--resolution 40: write whole patches, a multiple of 16"),
-    (dict(layers="2"), "--layers 2: write blocks, 0-based, as in 3,5; this network has 2"),
-    (dict(layers="x"), "--layers x: write blocks")])
-def test_mistakes(change, says):
+@pytest.mark.parametrize("check, change, says", [
+    (whole_patches, dict(resolution=40), "--resolution 40: write whole patches, a multiple of 16"),
+    (chosen_layers, dict(layers="2"), "--layers 2: write blocks, 0-based, as in 3,5; this network has 2"),
+    (chosen_layers, dict(layers="x"), "--layers x: write blocks")])
+def test_mistakes(check, change, says):
     with pytest.raises(ValueError, match=says):
-        Patches(VIT, replace(C, **change), CPU)
+        check(replace(C, **change), VIT.config)
 
 
 def test_cache_is_taken_up_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 3)
     photos, plain = Photos(8), Photos(8)
-    c = replace(C, cache=str(tmp_path))
-    patches = Patches(VIT, c, CPU)
-    exact = Patches(VIT, C, CPU)("val", plain, patches.whole)
-    patches("val", photos, patches.whole)
+    frozen, exact = frozen_of(c=replace(C, cache=str(tmp_path))), frozen_of().maps("val", plain)
+    frozen.maps("val", photos)
     files = sorted(tmp_path.glob("*/*"))
     assert [file.name for file in files] == [f"{k:08}.safetensors" for k in (0, 3, 6)]
     files[1].unlink()                                                     # as if the run had been stopped
     photos.reads.clear()
-    found = patches("val", photos, patches.whole)
+    found = frozen.maps("val", photos)
     assert photos.reads == [3, 4, 5]
     assert all(np.array_equal(a, b) for x, y in zip(exact, found, strict=True) for a, b in zip(x, y, strict=True))
 
 
-@pytest.mark.parametrize("change", [dict(resolution=48), dict(layers="0"), dict(limit=3), dict(data="elsewhere")])
+@pytest.mark.parametrize("change", [dict(resolution=48), dict(limit=3), dict(data="elsewhere")])
 def test_cache_knows_what_features_depend_on(change, tmp_path):
     c = replace(C, cache=str(tmp_path))
     other = initialise(ViT(replace(SIZES["tiny"], depth=2)), 1)
-    folders = {Folder(*args).path for args in (
+    folders = {Keyed(*args).path for args in (
         (VIT, c, {}), (VIT, replace(c, **change), {}), (other, c, {}), (VIT, c, dict(n=1)))}
-    assert len(folders) == 4 and Folder(VIT, c, {}).path in folders
+    assert len(folders) == 4 and Keyed(VIT, c, {}).path in folders
 
 
-@pytest.mark.parametrize("change", [dict(control=True), dict(seed=1), dict(ignore=3)])
-def test_cache_knows_what_truths_depend_on(change, tmp_path):
+def test_maps_of_other_layers_views_and_controls_are_others(tmp_path):
+    c, photos, patches = replace(C, cache=str(tmp_path)), Photos(2), replace(TASK, control="patches")
+    for frozen, view in ((frozen_of(c=c), fitted), (frozen_of(c=replace(c, layers="0")), fitted),
+                         (frozen_of(c=c), mirrored), (frozen_of(c=replace(c, control=True), task=patches), fitted),
+                         (frozen_of(c=replace(c, control=True)), fitted)):  # shuffled truth: the features of the first
+        frozen.maps("train", photos, frozen.seen(view))
+    assert len(list(tmp_path.iterdir())) == 4 and photos.reads == [0, 1] * 4
+
+
+@pytest.mark.parametrize("change, about", [(dict(control=True), {}), (dict(seed=1), {}), (dict(), dict(ignore=3))])
+def test_cache_knows_what_truths_and_scores_depend_on(change, about, tmp_path):
     """Features are those of any seed, and of a head's control, too."""
     c, photos = replace(C, cache=str(tmp_path)), Photos(2)
-    for k, config in enumerate((c, replace(c, **change))):
-        patches = Patches(VIT, config, CPU)
-        patches("train", photos, patches.whole)
-        truths = patches.keep("truths", lambda i, k=k: [np.full((2, 3), 10 * k + i, np.float32)], 2)
+    for k, (config, more) in enumerate(((c, {}), (replace(c, **change), about))):
+        frozen = frozen_of(c=config)
+        frozen.maps("train", photos)
+        truths = frozen.keep("truths", lambda i, k=k: [np.full((2, 3), 10 * k + i, np.float32)], 2, **more)
         assert [x[0].tolist() for x in truths] == [[[10 * k + i] * 3] * 2 for i in range(2)]
+        scores = frozen.each("scores", lambda i, device, k=k: [np.full(1, 10 * k + i)], 2, **more)
+        assert [x.tolist() for x, in scores] == [[10 * k], [10 * k + 1]]
     assert photos.reads == [0, 1]
 
 
@@ -126,32 +237,15 @@ def test_what_comes_next_is_made_by_all_ranks_at_once(monkeypatch):
 
     features_of = features.make
     monkeypatch.setattr(features, "make", make)
-    patches, clips = Patches(VIT, C, CPU, ranks=Ranks(0, 2)), {name: Photos(n) for n, name in enumerate("abcde", 1)}
-    patches.coming = [(name, clip, patches.whole) for name, clip in clips.items()]
-    assert [len(patches(name, clips[name], patches.whole)) for name in "abced"] == [1, 2, 3, 5, 4]
+    frozen, clips = frozen_of(ranks=Ranks(0, 2)), {name: Photos(n) for n, name in enumerate("abcde", 1)}
+    frozen.coming = list(clips.items())
+    assert [len(frozen.maps(name, clips[name])) for name in "abced"] == [1, 2, 3, 5, 4]
     assert made == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_scattered_patches_are_the_same_ones_elsewhere():
-    photos = Photos(2)
-    (plain,), (moved,) = (Patches(VIT, C, CPU, scattered).run([photos.image(1)]) for scattered in (False, True))
+    image, task = Photos(2).image(1), replace(TASK, control="patches")
+    (plain,), (moved,) = (frozen_of(c=replace(C, control=k), task=task).arrays([image]) for k in (False, True))
     assert not np.array_equal(plain, moved)
     rows = [sorted(m.reshape(-1, m.shape[2]).tolist()) for m in (plain, moved)]
     assert rows[0] == rows[1]
-
-
-def test_nearest_picks_values():
-    truth = np.random.default_rng(0).integers(0, 9, (13, 17))
-    exact = F.interpolate(torch.tensor(truth)[None, None].float(), (7, 40), mode="nearest-exact")[0, 0].numpy()
-    np.testing.assert_array_equal(nearest(truth, (7, 40)), exact)
-
-
-def test_scenes_and_pictures(tmp_path, capsys):
-    scenes = Scenes(range(2), 1, 32, lambda scene: scene.semantic)
-    assert scenes.image(0).shape == (3, 32, 32) and scenes.truth(1).shape == (32, 32) and len(scenes) == 2
-    labels = torch.from_numpy(scenes.truth(0))
-    c = replace(C, out=str(tmp_path / "new"))
-    features.save_pictures(c, [[scenes.image(0), features.hues(labels), features.shades(np.ones((8, 8)), 10.0)]])
-    assert (tmp_path / "new/segmentation.png").is_file() and "image, truth, prediction" in capsys.readouterr().out
-    table = features.hues(torch.arange(256)[None])[:, 0].T
-    assert len(table.unique(dim=0)) > 200 and table[255].tolist() == [255] * 3

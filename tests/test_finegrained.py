@@ -1,9 +1,8 @@
-"""finegrained.py: fake downloads in the layouts of torchvision and of the sets' own lists; splits, labels, mistakes."""
+"""sets/finegrained.py: fake downloads as torchvision and the sets' own lists have them."""
 
 import hashlib
 import json
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from evaluate import EvaluateConfig, Pixels, extract
-from finegrained import NAMES, open_known
+from engine.features import Frozen, Pixels
+from sets.finegrained import NAMES, open_known
+from tasks import TASKS
 
 
 def photo(path, colour):
@@ -52,7 +52,7 @@ def test_cifar10(tmp_path, monkeypatch):
     assert contents(train) == [(10, "ship"), (20, "cat"), (30, "ship")] and contents(test) == [(40, "cat")]
     assert train.load(0).shape == (3, 32, 32) and train.load(0).dtype == torch.uint8
     monkeypatch.setitem(datasets.CIFAR10.meta, "md5", "another")
-    with pytest.raises(ValueError, match="--data cifar10:.*corrupted.*; finegrained.py says what should lie there"):
+    with pytest.raises(ValueError, match="--data cifar10:.*corrupted.*; sets/finegrained.py says what should"):
         open_known("cifar10", str(tmp_path))
 
 
@@ -132,13 +132,12 @@ def test_features_of_a_set_with_a_broken_image(tmp_path, capsys):
     source, opened = open_known("food101", tmp_path)[0], []
     loader = source.items.datasets[0].loader
     source.items.datasets[0].loader = lambda path: (opened.append(path), loader(path))[1]
-    c = replace(EvaluateConfig(), resolution=32, workers=0)
-    labels = extract(Pixels(), ([0.5] * 3, [0.5] * 3), source, range(3), c, torch.device("cpu"))[2]
-    assert labels.tolist() == [0, 1] and len(opened) == 3
+    found = Frozen(Pixels(), TASKS["knn"], TASKS["knn"].config(resolution=32, workers=0)).tokens("train", source)
+    assert found.labels.tolist() == [0, 1] and len(opened) == 3
     assert "image 1 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_there(name, tmp_path):
-    with pytest.raises(ValueError, match=f"--data {name}:.*; finegrained.py says what should lie there"):
+    with pytest.raises(ValueError, match=f"--data {name}:.*; sets/finegrained.py says what should lie there"):
         open_known(name, tmp_path)

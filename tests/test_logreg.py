@@ -1,159 +1,22 @@
-"""logreg.py: both against scikit-learn at the C they pick; VOC's layout, its difficult objects, and its mistakes."""
-
-import builtins
-from dataclasses import replace
+"""tasks/logreg.py: scikit-learn's answer at the C that it picks."""
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_curve, recall_score
-from test_evaluate import problem
+from sklearn.metrics import recall_score
+from test_classify import problem
 
-import logreg
-from evaluate import EvaluateConfig, Pixels, extract
+from tasks import TASKS, logreg
 
-CPU = torch.device("cpu")
+C = TASKS["logreg"].config()
 
 
 def test_logreg_is_scikit_learns_at_the_c_it_picks():
     train, val = problem(300, 6, 3, 1.2), problem(900, 6, 3, 1.2, seed=1)
-    found = logreg.logreg(train, val, 3, EvaluateConfig(), CPU)
+    found = logreg.regress(train, val, 3, C)
     assert found["C"] in 10 ** np.linspace(-6, 5, 45)
-    exact = LogisticRegression(C=found["C"], max_iter=1000, tol=1e-12).fit(train[0].double().numpy(), train[2])
+    exact = LogisticRegression(C=found["C"], max_iter=1000, tol=1e-12).fit(train[0].double().numpy(), train[1])
     guess = exact.predict(val[0].double().numpy())
-    assert found["top1"] == pytest.approx(100 * (guess == val[2].numpy()).mean())
-    assert found["mean_per_class"] == pytest.approx(100 * recall_score(val[2], guess, average="macro"))
+    assert found["top1"] == pytest.approx(100 * (guess == val[1].numpy()).mean())
+    assert found["mean_per_class"] == pytest.approx(100 * recall_score(val[1], guess, average="macro"))
     assert 50 < found["top1"] < 95
-
-
-def test_logreg_names_what_is_missing(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"scikit-learn is not installed; pip install -e .\[eval\]"):
-        logreg.logreg(problem(9, 2, 3, 1), problem(9, 2, 3, 1), 3, EvaluateConfig(), CPU)
-
-# --------------------------------------------------------------------------------
-# VOC
-
-CLASSES = "bird", "car", "dog"
-
-
-def write_voc(root, splits):
-    """splits  {split: [[(class, difficult), ...] of each image]}; every object has a part, which is of no class"""
-    for name in "JPEGImages", "Annotations", "ImageSets/Main":
-        (root / name).mkdir(parents=True)
-    for split, images in splits.items():
-        names = [f"{split}_{i:03}" for i in range(len(images))]
-        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(names) + "\n")
-        for name, objects in zip(names, images, strict=True):
-            text = "".join(f"<object><name>{k}</name><difficult>{hard:d}</difficult><part><name>head</name></part>"
-                           "</object>" for k, hard in objects)
-            (root / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
-
-
-def scenes(n, seed):
-    """Features n 5 that tell which of three classes are there, with noise; objects, a fifth of them difficult."""
-    rng = np.random.default_rng(seed)
-    features = rng.normal(size=(n, 5))
-    there = features[:, :3] + 0.8 * rng.normal(size=(n, 3)) > 0.7
-    objects = [[(name, rng.random() < 0.2) for name, seen in zip(CLASSES, row, strict=True) if seen
-                for _ in range(rng.integers(1, 3))] for row in there]
-    return torch.tensor(features).float(), objects
-
-
-@pytest.fixture
-def voc(tmp_path):
-    """A folder of 150 and 400 images, and an embed() that cannot read the fifth of each."""
-    splits = dict(trainval=scenes(150, 0), test=scenes(400, 1))
-    write_voc(tmp_path, {name: objects for name, (_, objects) in splits.items()})
-
-    def embed(name, source, chosen):
-        rows = torch.tensor([source.label(i) for i in chosen if i != 5])
-        return splits[name][0][rows], rows
-
-    return tmp_path, splits, embed
-
-
-def by_hand(splits):
-    """Of each split: features, and of each class its signs: 1 there, -1 not there, 0 only as a difficult object."""
-    for features, objects in splits.values():
-        rows = [i for i in range(len(objects)) if i != 5]
-        signs = [[1 if (k, False) in seen else 0 if (k, True) in seen else -1 for k in CLASSES]
-                 for seen in (objects[i] for i in rows)]
-        yield features[rows].double().numpy(), np.array(signs)
-
-
-def scikit_learns_map(x, signs, x_val, signs_val, C):
-    each = []
-    for y, truth in zip(signs.T, signs_val.T, strict=True):
-        model = LogisticRegression(C=C, max_iter=1000, tol=1e-12).fit(x[y != 0], y[y != 0])
-        precision, recall, _ = precision_recall_curve(truth[truth != 0], model.predict_proba(x_val[truth != 0])[:, 1],
-                                                      pos_label=1)
-        each.append(np.mean([precision[:-1][recall[:-1] >= k / 10 - 1e-9].max() for k in range(11)]))
-    return 100 * np.mean(each)
-
-
-def test_voc07_is_scikit_learns(voc, monkeypatch):
-    """The C that a tenth picks, out of three, and what it scores; some images count for nothing in some classes."""
-    monkeypatch.setattr(logreg, "PENALTIES", np.array([1e-3, 1e-1, 1e3]))
-    root, splits, embed = voc
-    found = logreg.voc07(embed, EvaluateConfig(data=str(root)))
-    (x, signs), test = by_hand(splits)
-    assert (signs == 0).sum() > 10 and (found["n_train"], found["n_val"], found["n_classes"]) == (149, 399, 3)
-    held = np.random.default_rng(0).permutation(149) < 14
-    tried = [scikit_learns_map(x[~held], signs[~held], x[held], signs[held], C) for C in logreg.PENALTIES]
-    assert found["C"] == logreg.PENALTIES[np.argmax(tried)] and len({round(each) for each in tried}) > 1
-    assert found["map"] == pytest.approx(scikit_learns_map(x, signs, *test, found["C"]), rel=1e-6)
-    assert found["chance"] + 20 < found["map"] < 99
-
-
-def test_voc07_of_shuffled_truth_is_at_chance(voc, monkeypatch):
-    monkeypatch.setattr(logreg, "PENALTIES", np.array([1e-3, 1.0]))
-    root, _, embed = voc
-    found = logreg.voc07(embed, EvaluateConfig(data=str(root), control=True))
-    assert abs(found["map"] - found["chance"]) < 8 and 20 < found["chance"] < 50
-
-
-def test_voc2012_from_images(tmp_path, monkeypatch):
-    """No test list: train and val. Each image is half of one colour, half of another; one is broken."""
-    monkeypatch.setattr(logreg, "PENALTIES", np.array([1e-4, 1e-2]))
-    colours, pairs = dict(bird=(255, 0, 0), car=(0, 255, 0), dog=(0, 0, 255)), [(0, 1), (1, 2), (2, 0), (1, 1)]
-    images = [[(CLASSES[k], False) for k in pairs[i % 4]] for i in range(40)]
-    write_voc(tmp_path, dict(train=images, val=images))
-    for split in "train", "val":
-        for i, objects in enumerate(images):
-            pixels = np.array([[colours[k] for k, _ in objects]], np.uint8).repeat(32, 0).repeat(16, 1)
-            Image.fromarray(pixels).save(tmp_path / f"JPEGImages/{split}_{i:03}.jpg")
-    (tmp_path / "JPEGImages/val_003.jpg").write_bytes(b"broken")
-    c = EvaluateConfig(data=str(tmp_path), resolution=32, workers=0)
-
-    def embed(name, source, chosen):
-        return extract(Pixels(), ([0.5] * 3, [0.5] * 3), source, chosen, c, CPU)[::2]
-
-    found = logreg.voc07(embed, c)
-    assert found["map"] == 100 and found["chance"] < 75
-    assert (found["scored"], found["n_train"], found["n_val"]) == ("val", 40, 39)
-    assert logreg.voc07(embed, replace(c, limit=30))["n_train"] == 30
-
-
-def test_voc07_mistakes(voc):
-    root, _, embed = voc
-    c = EvaluateConfig(data=str(root))
-    for wrong, says in ((dict(shots=2), "--shots: an image of voc07 is of several classes"),
-                        (dict(data="shapes"), "shapes has no ImageSets/Main/trainval.txt; name a folder as VOCdevkit"),
-                        (dict(limit=2), "voc07: all or none of 1 images to fit show")):
-        with pytest.raises(ValueError, match=says):
-            logreg.voc07(embed, replace(c, **wrong))
-    (root / "Annotations/trainval_007.xml").write_text("<annotation>")
-    with pytest.raises(ValueError, match="trainval_007.xml cannot be read .*; wanted Annotations of all"):
-        logreg.voc07(embed, c)
-    with pytest.raises(ValueError, match="none of the images to score has an object that counts"):
-        logreg.mean_precision(np.zeros((2, 1)), np.zeros((2, 1), bool), np.ones((2, 1), bool))

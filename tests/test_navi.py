@@ -1,4 +1,4 @@
-"""navi.py: a photographed plate whose every point is known, in NAVI's layout; the whole score against plain loops."""
+"""sets/navi.py: a photographed plate whose every point is known, in NAVI's layout; the score against loops."""
 
 import json
 import math
@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-import matching
-import navi
-from engine.features import Patches, PixelPatches, fitted
-from evaluate import EvaluateConfig
+from engine.features import Frozen, Pixels
+from engine.views import fitted
+from sets import navi
+from tasks import TASKS, correspondence
 
-CPU = torch.device("cpu")
+CPU, TASK = torch.device("cpu"), TASKS["navi"]
 SIDE = 128
 PHOTOS = [  # height, width, focal in pixels, how the camera is turned about the object, EXIF orientation
     (150, 203, 240.0, (10, 20, 5), 1), (211, 140, 210.0, (-15, -25, -80), 6), (160, 160, 200.0, (20, -30, 30), 1),
@@ -65,7 +65,7 @@ def config(tmp_path, monkeypatch):
         notes.append(dict(object_id="plate", filename=f"{i:03}.png", image_size=[height, width], occluded=False,
                           camera=dict(q=(-1) ** i * q, t=1000 * t, focal_length=focal, camera_model="none")))
     (folder / "annotations.json").write_text(json.dumps(notes, default=list))
-    return EvaluateConfig(task="navi", data=str(tmp_path), resolution=SIDE, workers=0)
+    return TASKS["navi"].config(data=str(tmp_path), resolution=SIDE, workers=0)
 
 
 def change(config, edit):
@@ -76,17 +76,21 @@ def change(config, edit):
     path.write_text(json.dumps(notes))
 
 
+def measure(frozen, c):
+    return TASK.run(TASK.open(c), frozen, c)
+
+
 class Reader:
     """Features that say which point of the plate a patch shows, as its colours do; and so much noise."""
-    device, whole = CPU, partial(fitted, side=SIDE, patch=16)
+    device, view = CPU, partial(fitted, side=SIDE, patch=16)
 
     def __init__(self, noise=0.0):
         self.noise = noise
 
-    def __call__(self, name, source, views_of):
+    def maps(self, name, source):
         maps = []
         for i in range(len(source)):
-            (view,) = views_of(source.image(i))
+            (view,) = self.view(source.image(i))
             x = (view[:2].double().unflatten(1, (8, 16)).unflatten(3, (8, 16)).mean((2, 4)).numpy() - 128) / 100  # dm
             m = np.concatenate([x, np.ones((1, 8, 8))]).transpose(1, 2, 0)
             noise = self.noise * np.random.default_rng(i).normal(size=m.shape)
@@ -165,12 +169,12 @@ def score_by_hand(config, pairs, maps, n_matches):
 
 
 def test_the_score_is_the_loop(config, monkeypatch):
-    monkeypatch.setattr(matching, "MATCHES", 150)
+    monkeypatch.setattr(correspondence, "MATCHES", 150)
     views = navi.Objects(config)
-    maps = [m for m, in Reader(0.15)("", views, Reader.whole)]
+    maps = [m for m, in Reader(0.15).maps("", views)]
     exact = score_by_hand(config, *([x[k : k + 2] for k in range(0, 8, 2)] for x in (views.views, maps)), 150)
     assert 10 < exact["recall_1cm"] < exact["recall_2cm"] < exact["recall_5cm"] < 100 and exact["matches"] == 600
-    assert navi.navi(Reader(0.15), config) == pytest.approx(exact, abs=1e-4)
+    assert measure(Reader(0.15), config) == pytest.approx(exact, abs=1e-4)
 
 # --------------------------------------------------------------------------------
 
@@ -180,7 +184,7 @@ def test_a_point_is_what_the_network_sees_there(config):
     views = navi.Objects(config)
     views.views = navi.annotations(next(Path(config.data).rglob("annotations.json")))
     for i in range(len(PHOTOS)):
-        (view,) = Reader.whole(views.image(i))
+        (view,) = Reader.view(views.image(i))
         assert view.shape == (3, SIDE, SIDE)
         points = views.points(i, (64, 64)).double()
         seen = (view[:2].double().unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean((2, 4)) - 128) / 1000
@@ -194,7 +198,7 @@ def test_a_point_is_what_the_network_sees_there(config):
 
 
 def test_true_correspondences(config):
-    found, lost = (navi.navi(Reader(noise), config) for noise in (0, 100))
+    found, lost = (measure(Reader(noise), config) for noise in (0, 100))
     assert found["recall_1cm"] > 99 and found["recall_2cm"] == found["recall_5cm"] == found["ceiling"] == 100
     assert lost["recall_1cm"] < 3 and lost["recall_5cm"] < 40 and lost["n_pairs"] == 4
 
@@ -214,14 +218,14 @@ def turned_back(note):
 @pytest.mark.parametrize("edit", [longer, in_metres, turned_back])
 def test_a_wrong_camera_is_seen(config, edit):
     change(config, edit)
-    found = navi.navi(Reader(), config)
+    found = measure(Reader(), config)
     assert found["recall_1cm"] < 85 and found["ceiling"] < 96
 
 
 def test_a_shifted_crop_is_seen(config, monkeypatch):
     image = navi.Objects.image
     monkeypatch.setattr(navi.Objects, "image", lambda self, i: image(self, i).roll(8 * (i % 2), 2))
-    assert navi.navi(Reader(), config)["recall_1cm"] < 40
+    assert measure(Reader(), config)["recall_1cm"] < 40
 
 
 def test_rotation_is_scipys():
@@ -234,7 +238,7 @@ def test_pairs_are_of_one_object_and_turned_by_at_most_120_degrees():
     rng = np.random.default_rng(0)
     q = rng.normal(size=(60, 4))
     q /= np.linalg.norm(q, axis=1, keepdims=True)
-    views = [navi.View(Path("ab"[k % 3 > 1]), str(k), q[k], None, 1.0) for k in range(60)]
+    views = [navi.Photo(Path("ab"[k % 3 > 1]), str(k), q[k], None, 1.0) for k in range(60)]
     pairs = navi.draw_pairs(views, 0)
     assert pairs != navi.draw_pairs(views, 1) and len(pairs) == 15
     drawn = set()
@@ -250,7 +254,7 @@ def test_pairs_are_of_one_object_and_turned_by_at_most_120_degrees():
 
 def test_real_patches_control_and_picture(config, tmp_path, capsys):
     config = replace(config, out=str(tmp_path / "out"))
-    found, control = (navi.navi(Patches(PixelPatches(), config, CPU, scattered=k), config) for k in (False, True))
+    found, control = (measure(Frozen(Pixels(), TASK, replace(config, control=k)), config) for k in (False, True))
     assert found["recall_2cm"] > 80 and control["recall_2cm"] < 30
     with Image.open(tmp_path / "out/navi.png") as file:
         assert file.size == (804, 4 * 404) and "navi.png" in capsys.readouterr().out
@@ -261,7 +265,7 @@ def test_real_patches_control_and_picture(config, tmp_path, capsys):
 def test_a_photo_without_its_object_is_left_out(config, capsys):
     for kind, dtype in ("masks", np.uint8), ("depth", np.uint16):
         Image.fromarray(np.zeros((211, 140), dtype)).save(Path(config.data) / f"plate/wild_set/{kind}/001.png")
-    found = navi.navi(Reader(), config)
+    found = measure(Reader(), config)
     assert 1 <= found["n_pairs"] < 4 and "has no point whose place is known" in capsys.readouterr().out
 
 
@@ -291,4 +295,4 @@ def stretched(folder):
 def test_bad_input_is_named(config, harm, error, words):
     harm(Path(config.data) / "plate/wild_set")
     with pytest.raises(error, match=words):
-        navi.navi(Reader(), config)
+        measure(Reader(), config)

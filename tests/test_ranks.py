@@ -1,9 +1,12 @@
-"""engine/ranks.py: one process stands alone; the precision is what the device multiplies fast; two ranks' mean."""
+"""engine/ranks.py: one process alone; the precision the device multiplies fast; the ranks' mean; who leads lets go."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 import torch.distributed as dist
 
-from engine.ranks import Ranks, choose_precision, start_ranks
+from engine.ranks import Ranks, choose_precision, leading, start_ranks
 
 CPU = torch.device("cpu")
 
@@ -12,7 +15,7 @@ def test_one_process_stands_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     ranks = start_ranks("cpu")
     assert ranks == Ranks(0, 1, CPU, None) and ranks.main
-    assert ranks.mean(torch.tensor(3.0)) == 3
+    assert ranks.mean(torch.tensor(3.0)) == 3 and start_ranks("cpu", talk=True) == ranks == Ranks()
 
 
 def test_precision_is_what_the_device_multiplies_fast(monkeypatch):
@@ -28,3 +31,27 @@ def test_mean_is_that_of_all_ranks(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda x, group: x.add_(5))   # the other rank has 5
     mine = torch.tensor(3.0)
     assert Ranks(1, 2, CPU, object()).mean(mine) == 4 and mine == 3
+
+
+@pytest.mark.parametrize("others_there", [True, False])
+def test_leading_lets_the_others_go_and_its_own_error_goes_first(others_there, monkeypatch):
+    said = []
+
+    def broadcast(words, group):
+        said.append(words)
+        if not others_there:
+            raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    with pytest.raises(ValueError, match="my own"), leading(Ranks(0, 2)):
+        raise ValueError("my own")
+    assert said == [[None]]
+    with nullcontext() if others_there else pytest.raises(ValueError, match="another rank has ended"):
+        with leading(Ranks(0, 2)):
+            pass
+    with pytest.raises(KeyError), leading(Ranks(0, 2)):  # a bug: the others notice by themselves
+        raise KeyError("bug")
+    assert len(said) == 2
+    with leading(Ranks()):
+        pass
+    assert len(said) == 2

@@ -1,8 +1,5 @@
-"""retrieval.py against scikit-learn and plain loops over queries; the sets' layouts; a pickle that runs nothing."""
+"""tasks/retrieval.py against scikit-learn and plain loops over queries; the sets' layouts."""
 
-import builtins
-import json
-import math
 import pickle
 
 import numpy as np
@@ -10,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from test_evaluate import run
 
 import evaluate
-import retrieval
+from tasks import retrieval
 
 
 def photo(path, colour):
@@ -45,7 +41,7 @@ def test_revisited_is_the_loop_over_queries():
     parts = [np.split(rng.permutation(40)[:18], (6, 12)) for _ in range(3)]
     truths = [dict(zip(("easy", "hard", "junk"), each, strict=True)) for each in parts]
     truths.append(dict(easy=[], hard=[3], junk=[]))
-    found = retrieval.revisited(queries, images, truths)
+    found = retrieval.levels(queries, images, truths)
     for level, positive, ignored in (("easy", ["easy"], ["junk", "hard"]), ("medium", ["easy", "hard"], ["junk"]),
                                      ("hard", ["hard"], ["junk", "easy"])):
         exact = []
@@ -75,13 +71,6 @@ def test_revisited_folder(tmp_path, capsys):
     assert (found["n_queries"], found["n_images"]) == (1, 3)
 
 
-def test_a_pickle_runs_nothing(tmp_path):
-    with (tmp_path / "gnd_roxford5k.pkl").open("wb") as file:
-        pickle.dump(dict(gnd=builtins.print), file)
-    with pytest.raises(ValueError, match="gnd_.*pkl wants to run builtins.print"):
-        evaluate.main(["--task", "retrieval", "--weights", "pixels", "--data", str(tmp_path), "--device", "cpu"])
-
-
 def test_amstertime_folder(tmp_path, capsys):
     for name, colour in zip("abc", (RED, GREEN, BLUE), strict=True):
         photo(tmp_path / f"new/{name}.png", colour)
@@ -90,48 +79,7 @@ def test_amstertime_folder(tmp_path, capsys):
     assert found["map"] == found["map_new_to_old"] == found["map_old_to_new"] == 100 and found["n_queries"] == 3
 
 
-def test_letterbox():
-    found = retrieval.letterbox(torch.full((3, 20, 40), 200, dtype=torch.uint8), 32)
-    assert found.shape == (3, 32, 32) and found[:, 8:24].min() == 200 and found[:, :8].max() == found[:, 24:].max() == 0
-
-# --------------------------------------------------------------------------------
-# Met
-
-
-def test_answers_are_the_formula():
-    images, queries, ids = unit(30, 4, 0), unit(8, 4, 1), [i % 11 for i in range(30)]
-    found, sure = retrieval.answers(queries, images, ids, 7, 5.0)
-    for i, query in enumerate(queries):
-        near = sorted(range(30), key=lambda j: -float(images[j] @ query))[:7]  # noqa: B023
-        score = {}
-        for j in near:
-            score[ids[j]] = max(score.get(ids[j], -1), float(images[j] @ query))
-        top = max(score, key=score.get)
-        total = sum(math.exp(5 * s) for s in score.values()) + 11 - len(score)
-        assert found[i] == top and sure[i].item() == pytest.approx(math.exp(5 * score[top]) / total, rel=1e-9)
-
-
-def test_whitening_is_scikit_learns():
-    x, y = unit(200, 6, 0), unit(20, 6, 1)
-    ours = retrieval.whitened([x, y])[1]
-    exact = PCA(whiten=True).fit(x.numpy()).transform(y.numpy())
-    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
-    np.testing.assert_allclose((ours @ ours.T).numpy(), exact @ exact.T, atol=1e-6)    # signs and order are free
-
-
-def test_met_tells_exhibits_from_distractors(tmp_path, capsys):
-    rng, colours = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (12, 2, 2, 3))
-    rows = dict(MET_database=[], valset=[], testset=[])
-    for name, ids in ("MET_database", range(8)), ("valset", (*range(6), None, None)), ("testset", (*range(8), None)):
-        for k, exhibit in enumerate(ids):
-            pixels = colours[9 if exhibit is None else exhibit].repeat(16, 0).repeat(16, 1) + rng.integers(-3, 4)
-            path = tmp_path / "images" / name / f"{k}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-            key = "id" if name == "MET_database" else "MET_id"
-            rows[name].append(dict(path=f"{name}/{k}.png") | ({} if exhibit is None else {key: exhibit}))
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows[name]))
-    words = ["--task", "retrieval", "--weights", "pixels", "--data", tmp_path, "--resolution", 32]
-    found, lost = run(capsys, *words), run(capsys, *words, "--control")
-    assert found["accuracy"] == found["gap_minus"] == 100 and 80 < found["gap"] <= 100
-    assert (found["n_images"], found["n_queries"]) == (8, 9) and lost["accuracy"] < 50
+def test_met_is_a_task_of_its_own(tmp_path):
+    (tmp_path / "MET_database.json").write_text("[]")
+    with pytest.raises(ValueError, match="is Met, which has a task of its own; write --task met"):
+        evaluate.main(["--task", "retrieval", "--weights", "pixels", "--data", str(tmp_path), "--device", "cpu"])

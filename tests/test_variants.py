@@ -1,4 +1,4 @@
-"""variants.py: the layouts of ImageNet's other test sets, and top-1 and mCE against loops."""
+"""sets/variants.py: the layouts of ImageNet's other test sets, and top-1 and mCE against loops."""
 
 import json
 
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from test_evaluate import run
 
-import variants
 from data import open_source
 from engine import metrics
+from sets import variants
 
 COLOURS = dict(n01=(200, 0, 0), n02=(0, 200, 0), n03=(0, 0, 200), n04=(200, 200, 0))
 
@@ -139,7 +139,7 @@ def test_mistakes(imagenet, capsys):
                         ("real.json", "has 1 images, but val has a number 4")):
         with pytest.raises(ValueError, match=says):
             evaluated(imagenet, capsys, imagenet / tests)
-    with pytest.raises(ValueError, match="--tests: knn on shapes has no use for it; write --task linear"):
+    with pytest.raises(ValueError, match="--tests: knn does not read it"):
         run(capsys, "--task", "knn", "--weights", "pixels", "--tests", "x")
     val = open_source(imagenet / "other")
     with pytest.raises(ValueError, match="goes by the numbers in val's names"):

@@ -1,25 +1,20 @@
-"""video.py: the probe against plain loops, what it must and must not see, an oracle, the sets' layouts."""
+"""tasks/video.py: the probe against plain loops, what it must and must not see, an oracle."""
 
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_clips import folders_of_frames
 
-import video
-from engine.features import Patches, PixelPatches
-from evaluate import EvaluateConfig
+from engine.features import Frozen, Pixels
+from tasks import TASKS, video
 
 CPU = torch.device("cpu")
 TOY = replace(video.SHAPES, width=64, depth=1, n_frames=3, epochs=12, batch=8, rates=(2e-3,))
-C = EvaluateConfig(task="video", resolution=32, workers=0)
-
-
-def a_clip(n, label=0):
-    return video.Clip(None, label, np.arange(n) / 10)
+C = TASKS["video"].config(resolution=32, workers=0)
 
 
 def a_probe(**changes):
@@ -124,7 +119,7 @@ def test_without_the_embedding_only_differences_of_times_count(monkeypatch):
 
 
 def test_start_values():
-    probe = video.Probe(384, 3, video.Recipe(depth=2))
+    probe = video.Probe(384, 3, video.ProbeConfig(depth=2))
     assert [b.mlp[2].weight.std().item() for b in probe.blocks] == pytest.approx(
         [0.02 / math.sqrt(2 * k) for k in (1, 2, 3)], rel=0.01)
     assert probe.enter.weight.std().item() == pytest.approx(0.02, rel=0.02) and probe.enter.bias.abs().max() == 0
@@ -144,40 +139,19 @@ def test_fit_learns_eight_clips_and_keeps_the_generator():
     data = [list(view.reshape(4, 2, 3, 8)) for view in found], times
     state = torch.get_rng_state()
     grid = replace(TOY, epochs=40, rates=(1e-9, 2e-3))
-    probes = video.fit(data, labels, torch.arange(8), 3, grid, C, CPU)
+    probes = video.train_probes(data, labels, torch.arange(8), 3, grid, C, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     right = [(video.probabilities(probe, data, torch.arange(8), CPU).argmax(1) == labels).sum() for probe, *_ in probes]
     assert right[1] == 8 and right[0] < 8
+    short = replace(grid, epochs=1, decays=(0.01, 0.1))
     for c, rates in (C, (1e-9, 2e-3)), (replace(C, lr=0.5), (0.5,)):
-        probes = video.fit(data, labels, torch.arange(8), 3, replace(grid, epochs=1, decays=(0.01, 0.1)), c, CPU)
+        probes = video.train_probes(data, labels, torch.arange(8), 3, short, c, CPU)
         assert [setting for _, *setting in probes] == [[lr, decay] for lr in rates for decay in (0.01, 0.1)]
-    (one, *_), (other, *_) = video.fit(data, labels, torch.arange(8), 3, replace(grid, epochs=0), C, CPU)
+    (one, *_), (other, *_) = video.train_probes(data, labels, torch.arange(8), 3, replace(grid, epochs=0), C, CPU)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 # --------------------------------------------------------------------------------
-# Views
-
-
-@pytest.mark.parametrize("n, T, exact", [(16, 16, range(16)), (31, 16, range(0, 31, 2)), (3, 5, [0, 0, 1, 2, 2]),
-                                         (1, 4, [0] * 4), (100, 4, [0, 33, 66, 99])])
-def test_uniform_has_the_first_and_the_last_frame(n, T, exact):
-    assert video.uniform(a_clip(n), T)[1].tolist() == list(exact)
-
-
-def test_two_views_interleave_and_span_the_clip():
-    (_, a), (_, b) = (video.uniform(a_clip(64), 16, k, 2) for k in range(2))
-    assert a[0] == 0 and b[-1] == 63 and len(a) == len(b) == 16
-    assert sorted([*a, *b]) == [x for pair in zip(a, b, strict=True) for x in pair]
-    assert [len(video.uniform(a_clip(5), 16, k, 2)[1]) for k in range(2)] == [16, 16]
-
-
-@pytest.mark.parametrize("H, W", [(4, 10), (10, 4), (4, 4)])
-def test_squares_are_left_middle_right(H, W):
-    image = torch.arange(H * W, dtype=torch.uint8).view(1, H, W)
-    found = video.squares([image, image + 100], 4, [0, 0.5, 1])
-    for place, start in enumerate((0, 3, 6) if H != W else (0, 0, 0)):
-        exact = image[:, :, start : start + 4] if W > H else image[:, start : start + 4]
-        assert torch.equal(found[2 * place], exact) and torch.equal(found[2 * place + 1], exact + 100)
+# The task
 
 
 def test_seen_puts_squares_beside_views():
@@ -189,11 +163,11 @@ def test_seen_puts_squares_beside_views():
 
 
 class Oracle:
-    """Patches whose features are the class of the clip."""
+    """Frozen features: the class of the clip."""
     device = CPU
 
-    def __call__(self, name, source, views_of):
-        n = len(views_of.keywords["at"]) * source.times.shape[1]
+    def maps(self, name, source, views):
+        n = len(views.keywords["at"]) * source.times.shape[1]
         return [[np.eye(12, dtype=np.float16)[[[clip.label] * 2]]] * n for clip, _ in source.views]
 
 
@@ -201,100 +175,20 @@ class Oracle:
 def test_oracle_is_right_and_shuffled_labels_are_chance(control, monkeypatch):
     """Of two learning rates, one of which learns nothing, the other one is picked."""
     monkeypatch.setattr(video, "SHAPES", replace(TOY, rates=(1e-9, 2e-3)))
-    found = video.classification(Oracle(), replace(C, limit=80, control=control))
+    c = replace(C, limit=80, control=control)
+    found = video.run(video.open_data(c), Oracle(), c)
     if control:
         assert max(found["top1"], found["top1_tta"]) < 22  # of 80 clips of 12 classes: 8.3 +- 3.1
     else:
         assert found["top1"] == found["top1_tta"] == found["top1_held_out"] == 100 and found["best_lr"] == 2e-3
     assert found["chance"] == pytest.approx(100 / 12) and found["n_train"] == found["n_val"] == 80
 
-# --------------------------------------------------------------------------------
-# Data
 
-
-def write_frames(folder, grey, n=5):
-    folder.mkdir(parents=True)
-    for i in range(n):
-        Image.new("RGB", (48, 32), (grey, 10 * i, 0)).save(folder / f"{8 + i}.png")  # 8, 9, 10, 11, 12
-
-
-def folders_of_frames(root):
-    for split in "train", "val":
-        for k in range(6):
-            write_frames(root / split / ("dark", "light")[k % 2] / f"clip{k}", 20 + 200 * (k % 2) + k)
-    return replace(C, data=str(root))
-
-
-def test_folders_of_frames(tmp_path, capsys, monkeypatch):
+def test_folders_of_frames_from_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "ProbeConfig", lambda: replace(TOY, epochs=30, rates=(2e-3, 5e-3)))
     c = folders_of_frames(tmp_path)
     (tmp_path / "train/dark/empty").mkdir()
-    (tmp_path / "train/dark/clip0/8.png").write_bytes(b"no image")
-    (tmp_path / "val/dark/clip0/notes.txt").write_text("of no importance")
-    train, val, classes, n_skipped = video.open_clips(c, 16)
-    said = capsys.readouterr().out
-    assert n_skipped == 2 and f"skipped unreadable {tmp_path}/train/dark/empty: no image" in said and "8.png" in said
-    assert classes == ["dark", "light"] and len(train) == 5 and len(val) == 6
-    assert val[0].times == pytest.approx(np.arange(5) / 25)
-    assert [image[1, 0, 0].item() for image in val[0].frames([0, 2, 4])] == [0, 20, 40]
-    monkeypatch.setattr(video, "Recipe", lambda: replace(TOY, epochs=30, rates=(2e-3, 5e-3)))
     c = replace(c, out=str(tmp_path / "pictures"))
-    found = video.classification(Patches(PixelPatches(), c, CPU), c)
-    assert found["top1"] == found["top1_tta"] == 100 and found["n_skipped"] == 2 and found["chance"] == 50
+    found = video.run(video.open_data(c), Frozen(Pixels(), TASKS["video"], c), c)
+    assert found["top1"] == found["top1_tta"] == 100 and found["n_skipped"] == 1 and found["chance"] == 50
     assert Image.open(tmp_path / "pictures/video.png").width == 5 * (48 + 4)
-
-
-def test_csv_lists(tmp_path):
-    folders_of_frames(tmp_path)
-    rows = [f"train/{('dark', 'light')[k % 2]}/clip{k} {(10, 9)[k % 2]}" for k in range(6)]
-    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n\n")
-    (tmp_path / "val" / "with space").symlink_to(tmp_path / "val/dark/clip0")
-    (tmp_path / "val.csv").write_text(f"{tmp_path}/val/with space 10\nval/light/clip1 9\n")
-    train, val, classes, n_skipped = video.open_clips(replace(C, data=str(tmp_path)), 16)
-    assert classes == ["9", "10"] and n_skipped == 0                                       # numbers as numbers
-    assert [clip.label for clip in train] == [1, 0] * 3 and [clip.label for clip in val] == [1, 0]
-    assert len(video.open_clips(replace(C, data=str(tmp_path), limit=2), 16)[0]) == 2
-
-
-@pytest.mark.parametrize("train, val, says", [
-    ("a 1\nb", "a 1", "train.csv has a line 'b'; wanted: path label"),
-    ("a 1\nb 1", "a 1", r"in train 1 classes, wanted two"),
-    ("a 1\nb 2", "a 1\nb 7", r"in val others: \['7'\]"),
-    ("e/1 1\ne/2 2", "e/1 1", r"has \[0, 0\] readable clips in train, val; wanted two of each")])
-def test_mistakes(train, val, says, tmp_path):
-    (tmp_path / "train.csv").write_text(train)
-    (tmp_path / "val.csv").write_text(val)
-    for name in "12":
-        (tmp_path / "e" / name).mkdir(parents=True)
-    with pytest.raises(ValueError, match=says):
-        video.open_clips(replace(C, data=str(tmp_path)), 16)
-
-
-def test_pyav_is_named_if_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)
-    (tmp_path / "train.csv").write_text("a.mp4 1\nb.mp4 2")
-    (tmp_path / "val.csv").write_text("a.mp4 1\nb.mp4 2")
-    with pytest.raises(ValueError, match="PyAV is not installed; pip install -e .\\[eval\\]"):
-        video.open_clips(replace(C, data=str(tmp_path)), 16)
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
-def test_video_files(name, tmp_path, capsys):
-    av = pytest.importorskip("av", reason="PyAV is not installed: pip install -e .[eval]")
-    path = tmp_path / name
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=10, options=dict(bf="2", g="4"))  # frames are not stored in their order
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(20):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 12 * i, np.uint8), format="rgb24")
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    clip = video.opened((path, 3))
-    assert clip.label == 3 and clip.times == pytest.approx(np.arange(20) / 10, abs=2e-3)
-    frames = clip.frames(chosen := np.array([0, 0, 3, 11, 19]))
-    assert [image.shape for image in frames] == [(3, 48, 64)] * 5
-    assert [image.float().mean().item() for image in frames] == pytest.approx(12 * chosen, abs=10)
-    five, late = video.film(path, [5, 40])[1]
-    assert torch.equal(five, late) and "only 20 frames can be read" in capsys.readouterr().out
-    path.write_bytes(b"no video")
-    with pytest.raises(OSError, match=f"{path}: Invalid data"):
-        video.opened((path, 3))

@@ -17,8 +17,8 @@ from visualize import (
     GUTTER,
     HEAT,
     MODES,
+    cropped,
     find_images,
-    fit,
     main,
     patch_features,
     pca_picture,
@@ -170,7 +170,7 @@ def test_a_point_outside_is_refused():
     ((5, 7), 16, (16, 16)), ((1, 20), 8, (8, 160)), ((8, 8), 0, (8, 8))])
 def test_any_size_becomes_whole_patches(vit, capsys, shape, resolution, want):
     image = noise(3, *shape)
-    photo = fit(image, resolution, 8, "dog.jpg")
+    photo = cropped(image, resolution, 8, "dog.jpg")
     assert photo.shape == (3, *want) and photo.dtype == torch.uint8
     assert patch_features(vit, [image], resolution)[0].shape == (want[0] // 8, want[1] // 8, 16)
     if not resolution:
@@ -186,7 +186,7 @@ def test_any_size_becomes_whole_patches(vit, capsys, shape, resolution, want):
 
 def test_less_than_a_patch_is_refused():
     with pytest.raises(ValueError, match="dog.jpg: 30x7 is less than one patch; write --resolution 8 or more"):
-        fit(noise(3, 7, 30), 0, 8, "dog.jpg")
+        cropped(noise(3, 7, 30), 0, 8, "dog.jpg")
 
 
 def test_features_are_the_networks_own(vit):

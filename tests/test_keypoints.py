@@ -1,33 +1,39 @@
-"""matching.py: an oracle finds keypoints, noise does not; the score against plain loops; the pictures of matches."""
+"""tasks/keypoints.py: an oracle finds keypoints, noise does not; the score against plain loops."""
 
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_matching import CPU, Oracle, write
+from test_tracking import Oracle as Tracked
+from test_tracking import write
 
-import matching
-from engine.features import Patches, PixelPatches
-from evaluate import EvaluateConfig
+from engine.features import Frozen, Pixels
+from engine.views import squared
+from sets import things as sets_things
+from sets.videos import moving
+from tasks import TASKS, keypoints
+
+Oracle = partial(Tracked, view=squared)
 
 
 def test_oracle_finds_keypoints():
     """The feature of a patch is how near it lies to each keypoint of each object of its frame."""
-    c = EvaluateConfig(task="keypoints", resolution=96, limit=6)
-    pairs, load = matching.shapes_pairs(c)
+    c = TASKS["keypoints"].config(resolution=96, limit=6)
+    pairs, things = sets_things.open_pairs(c)
     assert len(pairs) >= 6 and all(pair["a"][0] == pair["b"][0] for pair in pairs)
-    assert torch.equal(load((2, 1)), torch.from_numpy(matching.video(2, 96)[1].image).permute(2, 0, 1))
+    assert torch.equal(things.load((2, 1)), torch.from_numpy(moving(2, 96)[1].image).permute(2, 0, 1))
 
     def nearness(things, i):
         (index, frame), (y, x) = things.names[i], np.mgrid[:48, :48] * 2 + 1
-        points = matching.video(index, 96)[frame].keypoints[..., :2].reshape(-1, 2)
+        points = moving(index, 96)[frame].keypoints[..., :2].reshape(-1, 2)
         return np.stack([np.exp(-((x - px) ** 2 + (y - py) ** 2) / 8) for px, py in points] + [0 * x + 1e-3], -1)
 
-    found, lost = (matching.keypoints(Oracle(nearness, noise), c) for noise in (False, True))
+    found, lost = (keypoints.run((pairs, things), Oracle(nearness, noise), c) for noise in (False, True))
     assert found["recall"] > 85 > 25 > lost["recall"]
 
 
@@ -41,14 +47,14 @@ def spair(root, notes):
                     src_imsize=[*size, 3], trg_imsize=[*other, 3], trg_bndbox=box)
         (root / "PairAnnotation/test").mkdir(parents=True, exist_ok=True)
         (root / f"PairAnnotation/test/{k:06}-a-b:{kind}.json").write_text(json.dumps(note))
-    return EvaluateConfig(task="spair", data=str(root), resolution=240, workers=0)
+    return TASKS["spair"].config(data=str(root), resolution=240, workers=0)
 
 
 def test_spair_folder(tmp_path):
     points = [[10.0, 10.0], [50.0, 30.0]]
     c = spair(tmp_path, [("cat", (60, 40), (60, 40), [0, 0, 59, 39], points, points)])
     c = replace(c, out=str(tmp_path / "out"))
-    found = matching.keypoints(Patches(PixelPatches(), c, CPU), c)
+    found = keypoints.run(sets_things.open_pairs(c), Frozen(Pixels(), TASKS["spair"], c), c)
     assert found == dict(recall=100.0, n_pairs=1, n_keypoints=2)                  # an image matches itself
     with Image.open(tmp_path / "out/spair.png") as file:
         lines = np.asarray(file).astype(int)
@@ -86,34 +92,10 @@ def test_keypoints_are_the_loop(tmp_path, monkeypatch):
             answer = found_by_hand(maps[f"{kind}/a{k}.png"], maps[f"{kind}/b{k}.png"], point, size, other)
             right.setdefault(kind, []).append(math.dist(answer, truth) <= 0.1 * max(box[2] - box[0], box[3] - box[1]))
     oracle = Oracle(lambda things, i: maps[things.names[i]])
-    found = matching.keypoints(oracle, c)
+    found = keypoints.run(sets_things.open_pairs(c), oracle, c)
     assert found["recall"] == pytest.approx(100 * np.mean([np.mean(each) for each in right.values()]), abs=1e-9)
     assert 10 < found["recall"] < 80 and found["n_keypoints"] == sum(map(len, right.values()))
-    monkeypatch.setattr(matching, "OF_CLASS", 2)
-    drawn = [[pair["a"] for pair in matching.spair_pairs(replace(c, seed=seed))[0]] for seed in (0, 0, *range(9))]
+    monkeypatch.setattr(sets_things, "OF_CLASS", 2)
+    drawn = [[pair["a"] for pair in sets_things.spair_pairs(replace(c, seed=seed))[0]] for seed in (0, 0, *range(9))]
     assert drawn[0] == drawn[1] and {name for names in drawn for name in names} == {
         f"{note[0]}/a{k}.png" for k, note in enumerate(notes)} and {len(names) for names in drawn} == {5}
-
-
-def test_squared_pads_with_white():
-    (found,) = matching.squared(torch.zeros(3, 20, 40, dtype=torch.uint8), 32)
-    assert found.shape == (3, 32, 32) and found[:, :14].max() < 5 and found[:, 18:].min() > 250
-
-# --------------------------------------------------------------------------------
-# Pictures
-
-
-def test_lines_are_green_where_right_and_red_where_not():
-    grey = torch.full((3, 60, 90), 128, dtype=torch.uint8)
-    start, end = torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([[0.25, 0.1], [0.75, 0.9]])
-    sheet = matching.connected(grey, grey, start, end, torch.tensor([True, False]), 200).int()
-    assert sheet.shape == (3, 200, 600)
-    for row, column, brightest in (50, 150, 1), (50, 330, 1), (150, 150, 0), (150, 570, 0), (50, 240, 1), (150, 360, 0):
-        pixel = sheet[:, row, column]
-        assert pixel.argmax() == brightest and pixel.max() > 150 > 130 > pixel[1 - brightest]
-    assert sheet[:, 100].unique().tolist() == [102]                              # nothing between them; a little darker
-
-
-def test_apart_takes_the_first_of_those_that_touch():
-    points = torch.tensor([[0.5, 0.5], [0.5, 0.51], [0.1, 0.1], [0.9, 0.9], [0.12, 0.1]])
-    assert matching.apart(points, 9) == [0, 2, 3] and matching.apart(points, 2) == [0, 2]

@@ -22,6 +22,7 @@ import torch
 
 from data import open_source
 from engine.metrics import ALEXNET, corruption_error
+from sets.classes import Chosen
 
 OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json", "pytorch_to_imagenet_2012_id.json",
              "imagenet_to_label_2012_v2")
@@ -41,7 +42,7 @@ def open_variants(path, train, val):
     if root.suffix == ".json":
         return dict(real=open_real(root, val, len(classes)))
     if not root.is_dir():
-        raise ValueError(f"--tests: {path} is no folder and no real.json; name folders in the layouts of variants.py")
+        raise ValueError(f"--tests: {path} is no folder and no real.json; see sets/variants.py")
     if (root / "mappings").is_dir():
         return dict(objectnet=open_objectnet(root, len(classes)))
     names = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
@@ -63,25 +64,6 @@ def by_folder(root, classes):
     if max(numbers, default=0) >= len(classes):
         raise ValueError(f"--tests: {root} has a folder {max(numbers)}, but train has {len(classes)} classes, from 0")
     return Variant(source, [{number} for number in numbers], sorted(numbers))
-
-
-@dataclass
-class Chosen:
-    """Some images of a source, by their rows, with labels of their own."""
-    source: object
-    rows: list
-    labels: list
-    border: int = 0            # pixels to cut away on every side
-
-    def __len__(self):
-        return len(self.rows)
-
-    def load(self, i):
-        image, b = self.source.load(self.rows[i]), self.border
-        return image[:, b : image.shape[1] - b, b : image.shape[2] - b]
-
-    def label(self, i):
-        return self.labels[i]
 
 
 def open_real(path, val, n_classes):
@@ -133,7 +115,7 @@ def top1(logits, rows, variant):
     guess = torch.tensor(variant.columns)[logits[:, variant.columns].argmax(1).cpu()].tolist()
     right = [g in variant.answers[row] for g, row in zip(guess, rows.tolist(), strict=True) if variant.answers[row]]
     if not right:
-        raise ValueError("--tests: no image has an answer; see the layouts of variants.py")
+        raise ValueError("--tests: no image has an answer; see the layouts of sets/variants.py")
     return 100 * sum(right) / len(right)
 
 

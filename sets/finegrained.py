@@ -8,7 +8,7 @@ Fine-grained sets as they are downloaded, with their official splits:  --data NA
     sun397      SUN397/ with the folders a to z; Training_01.txt and Testing_01.txt beside them
     caltech101  caltech101/101_ObjectCategories/; 30 images of each class to train on, drawn, as it has no split
 
-With voc07 of logreg.py, the twelve of Fine-S; a set of another name wants train/CLASS and val/CLASS.
+With tasks/voc07.py, the twelve of Fine-S; a set of another name wants train/CLASS and val/CLASS.
 
 paper: DINOv3 App. D.7, Tab. 22; by convention mean_per_class of aircraft, pets, caltech101, flowers102, else top1.
 """
@@ -60,7 +60,7 @@ class Known:
         return self.item(i)[2]
 
 
-class Listed:
+class Named:
     """Pairs (path, name of its class), in the manner of torchvision's sets."""
 
     def __init__(self, pairs):
@@ -104,10 +104,10 @@ def open_known(name, root):
     root = Path(root).expanduser()
     try:
         if name in OWN:
-            return [Known([Listed(pairs)]) for pairs in OWN[name](root)]
+            return [Known([Named(pairs)]) for pairs in OWN[name](root)]
         from torchvision import datasets
         kind, *parts = TORCHVISION[name]
         return [Known([getattr(datasets, kind)(root, **words) for words in part]) for part in parts]
     except (OSError, RuntimeError, ImportError, ValueError, KeyError) as error:
         said = str(error).partition(" You can use download")[0].rstrip(".")  # which we do not offer
-        raise ValueError(f"--data {name}:{root}: {said}; finegrained.py says what should lie there") from error
+        raise ValueError(f"--data {name}:{root}: {said}; sets/finegrained.py says what should lie there") from error

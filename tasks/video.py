@@ -1,20 +1,18 @@
 """
-Classify videos by the frozen patch features of their frames. evaluate.py is the command.
+Classify videos by the frozen patch features of their frames, and a small attentive probe.
 
     python evaluate.py --task video --weights runs/tiny          videos of the generated `shapes`
     python evaluate.py --task k400 --weights runs/s --data K400  {train,val}/CLASS/*.mp4, or {train,val}.csv: path label
 
-    Clip, Views      files, folders of frames or moving shapes; T of their frames, as features.Patches wants images
-    Probe            attention among all patches of all frames, then one query of them     DINOv3 §6.1.6, App. D.6
-    classification   top-1 of one view of each clip, and of six averaged                   DINOv3 Tab. 6
+    Probe          attention among all patches of all frames, then one query of them     DINOv3 §6.1.6, App. D.6
+    run            top-1 of one view of each clip, and of six averaged                   DINOv3 Tab. 6
 
-A task is (patches, config) -> {metric: number}. b views of T frames, N = T h w tokens, W wide; else see model.py.
+b views of T frames, N = T h w tokens, W wide; else see model.py.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,14 +21,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-import shapes
-from data import loader, read_image, resize
-from engine.chunks import Computed
-from engine.features import GENERATED, SHOWN, evenly, folders, images_below, save_pictures
+from engine.pictures import SHOWN, save_pictures
+from engine.task import Option, Paper, Task
 from ops import rotate
+from sets.clips import Samples, open_clips, squares, uniform
 
-EXTENSIONS = {".avi", ".mp4", ".webm", ".mkv"}
-RATE = 25            # frames a second of a folder of frames
 HEAD = 64            # E
 PART = 8             # views that go through a probe at once; of 64 x 4096 tokens it would keep some 50 GB (reckoned)
 TIME = 0.5, 50.0     # seconds: the shortest and the longest wave that tells positions; chosen by eye, as is
@@ -38,7 +33,7 @@ SPACE = 0.125, 12.5  # the same, in sides of the square
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ProbeConfig:
     width: int = 1024    # W
     depth: int = 4       # self-attention blocks
     std: float = 0.02    # of the linears' start values
@@ -49,145 +44,17 @@ class Recipe:
     decays: tuple = (1e-3, 1e-2, 1e-1)
 
 
-SHAPES = Recipe(width=128, depth=2, std=0.07, n_frames=8, batch=16, epochs=10, rates=(1e-3, 2e-3), decays=(1e-2,))
-
-# --------------------------------------------------------------------------------
-# Clips and views of them
-
-
-@dataclass(frozen=True)
-class Clip:
-    source: object       # Path of a video file or of a folder of frames, or arguments of shapes.video
-    label: int
-    times: np.ndarray    # seconds, one for each frame
-
-    def frames(self, chosen):
-        """The frames of these numbers, in ascending order, each C H W uint8"""
-        if isinstance(self.source, tuple):
-            scenes = shapes.video(*self.source)
-            return [torch.from_numpy(scenes[k].image).permute(2, 0, 1) for k in chosen]
-        if self.source.is_dir():
-            files = stills(self.source)
-            return [read_image(files[k]) for k in chosen]
-        return film(self.source, chosen)[1]
-
-
-def stills(folder):
-    return sorted(images_below(folder), key=lambda file: (len(file.name), file.name))          # 9.jpg before 10.jpg
-
-
-def film(path, chosen):
-    """Seconds of all frames, and the chosen ones, each C H W uint8; for one that is damaged stands one before it."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("video: PyAV is not installed; pip install -e .[eval]") from error
-    stamps, found, n, why = [], {}, 0, "no frame in it"
-    try:
-        with av.open(str(path)) as file:
-            stream = file.streams.best("video")
-            for packet in file.demux(stream) if stream else ():
-                if packet.size and not packet.is_discard:  # .avi may know the order of decoding alone
-                    stamps.append(packet.dts if packet.pts is None else packet.pts)
-                for frame in packet.decode() if n <= chosen[-1] else ():
-                    if n == 0 or n in chosen:
-                        found[n] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-                    n += 1
-    except av.FFmpegError as error:
-        why = error.strerror
-    if not found:
-        raise OSError(f"{path}: {why}")
-    if n <= chosen[-1]:
-        print(f"{path}: only {n} frames can be read; an earlier one stands for each that is missing")
-    times = np.float32(np.sort(stamps) - min(stamps)) * float(stream.time_base)
-    return times, [found[max(i for i in found if i <= k)] for k in chosen]
-
-
-def opened(row):
-    """(path, label) -> Clip; raises OSError if its first frame cannot be read."""
-    path, label = row
-    if not path.is_dir():
-        return Clip(path, label, film(path, [0])[0])
-    if not stills(path):
-        raise OSError(f"{path}: no image in it")
-    read_image(stills(path)[0])
-    return Clip(path, label, np.arange(len(stills(path))) / RATE)
-
-
-def listed(c, split):
-    """(path, class) of each clip: lines "path label" of SPLIT.csv, or what lies in SPLIT/CLASS/"""
-    table = Path(c.data, f"{split}.csv")
-    if not table.is_file():
-        return [(path, path.parent.name) for path in sorted(folders(c, split).glob("*/*"))
-                if path.suffix.lower() in EXTENSIONS or path.is_dir()]
-    rows = [line.rsplit(maxsplit=1) for line in table.read_text().splitlines() if line.strip()]
-    if short := [row[0] for row in rows if len(row) == 1]:
-        raise ValueError(f"--data: {table} has a line {short[0]!r}; wanted: path label")
-    return [(Path(c.data, path), label) for path, label in rows]
-
-
-def open_clips(c, n_frames):
-    """Train clips, val clips, names of the classes, number of clips that cannot be read; n_frames of each of shapes"""
-    if c.data == "shapes":  # 8 frames a second; the label is the main object's class
-        splits = [[Clip((i, n_frames, c.resolution, seed), shapes.scene(i, 16, seed).label, np.arange(n_frames) / 8)
-                   for i in range(c.limit or n)] for n, seed in zip(GENERATED, (1000, 1001), strict=True)]
-        return *splits, shapes.CLASSES, 0
-    rows, splits = [listed(c, split) for split in ("train", "val")], []
-    classes = sorted({name for _, name in rows[0]}, key=lambda name: (len(name) * name.isdecimal(), name))
-    strange = sorted({name for _, name in rows[1]} - set(classes))[:5]
-    if strange or len(classes) < 2:
-        raise ValueError(f"--data: {c.data} has in train {len(classes)} classes, wanted two; in val others: {strange}")
-    for part in rows:
-        part = [(path, classes.index(label)) for path, label in evenly(part, c.limit)]
-        splits.append([*tqdm(loader(Computed(opened), part, c.workers), "clips", len(part), leave=False, disable=None)])
-    errors = [clip for clips in splits for clip in clips if isinstance(clip, Exception)]
-    for error in errors:
-        if isinstance(error, ValueError):
-            raise error
-        print(f"skipped unreadable {error}")
-    splits = [[clip for clip in clips if isinstance(clip, Clip)] for clips in splits]
-    if min(n := [len(clips) for clips in splits]) < 2:
-        raise ValueError(f"--data: {c.data} has {n} readable clips in train, val; wanted two of each")
-    return *splits, classes, len(errors)
-
-
-def uniform(clip, T, first=0, step=1):
-    """First, last, and uniform between: T frames, some twice if there are fewer; one of `step` views that interleave"""
-    return clip, np.linspace(0, len(clip.times) - 1, T * step).round().astype(int)[first::step]
-
-
-def squares(frames, side, at):
-    """The largest squares of frames, resized; 0, 0.5, 1: all frames' left (or top) ones, middle ones, right ones"""
-    (H, W), found = frames[0].shape[1:], []
-    for share in at:
-        top, left = int(share * max(H - W, 0)), int(share * max(W - H, 0))
-        found += [resize(x[:, top : top + min(H, W), left : left + min(H, W)], side, side) for x in frames]
-    return found
-
-
-class Views:
-    """Views as features.Patches wants images: len, image(i) -> T frames, each C H W uint8;  times, views T, seconds"""
-
-    def __init__(self, views):
-        self.views = views
-        self.times = torch.tensor(np.array([clip.times[chosen] for clip, chosen in views])).float()
-
-    def __len__(self):
-        return len(self.views)
-
-    def image(self, i):
-        clip, chosen = self.views[i]
-        return clip.frames(chosen)
-
-
-def seen(found, times, views, device):
-    """What a probe sees: maps b T h w D float16, times b T; b is views by squares.    found  Patches of Views"""
-    maps = torch.from_numpy(np.array([found[i] for i in views.tolist()]))                      # views (squares T) h w D
-    maps = maps.unflatten(1, (-1, times.shape[1]))
-    return maps.flatten(0, 1).to(device), times[views].repeat_interleave(maps.shape[1], 0).to(device)
+SHAPES = ProbeConfig(width=128, depth=2, std=0.07, n_frames=8, batch=16, epochs=10, rates=(1e-3, 2e-3), decays=(1e-2,))
 
 # --------------------------------------------------------------------------------
 # The probe
+
+
+def seen(found, times, views, device):
+    """What a probe sees: maps b T h w D float16, times b T; b is views by squares.    found  maps of Samples"""
+    maps = torch.from_numpy(np.array([found[i] for i in views.tolist()]))                      # views (squares T) h w D
+    maps = maps.unflatten(1, (-1, times.shape[1]))
+    return maps.flatten(0, 1).to(device), times[views].repeat_interleave(maps.shape[1], 0).to(device)
 
 
 def waves(n):
@@ -262,7 +129,7 @@ class Probe(nn.Module):
             return self.classes(x[:, 0]).float()
 
 
-def fit(data, labels, clips, n_classes, recipe, c, device):
+def train_probes(data, labels, clips, n_classes, recipe, c, device):
     """
     Probes side by side on the same batches:  [(probe, rate, weight decay)] for each pair of the latter
 
@@ -294,29 +161,41 @@ def probabilities(probe, data, views, device):
     """(views squares) n_classes, on the host"""
     return torch.cat([probe(*seen(*data, part, device)).softmax(1).cpu() for part in views.split(PART)])
 
+# --------------------------------------------------------------------------------
+# The task
 
-def classification(patches, c):
+
+def config_of(c):
+    return SHAPES if c.data == "shapes" else ProbeConfig()
+
+
+def open_data(c):
+    """Twice as many frames of each clip of shapes as one view has: two views interleave."""
+    return open_clips(c, 2 * config_of(c).n_frames)
+
+
+def run(data, frozen, c):
     """
     Percent, of the probe that a tenth of train picks (DINOv3 Tab. 6):  top1  of the middle square and T frames of each
     val clip,  top1_tta  of the mean of six probabilities: three squares by two times T frames that interleave
     """
-    recipe, device, rng = SHAPES if c.data == "shapes" else Recipe(), patches.device, np.random.default_rng(c.seed)
-    (train, val, classes, n_skipped), T, data = open_clips(c, 2 * recipe.n_frames), recipe.n_frames, {}
+    recipe, device, rng = config_of(c), frozen.device, np.random.default_rng(c.seed)
+    (train, val, classes, n_skipped), T, seen_of = data, recipe.n_frames, {}
     for name, views, at in (("train", [uniform(clip, T) for clip in train], [0.5]),
                             ("val", [uniform(clip, T) for clip in val], [0.5]),
                             ("averaged", [uniform(clip, T, k, 2) for clip in val for k in range(2)], [0, 0.5, 1])):
-        source = Views(views)
-        data[name] = patches(name, source, partial(squares, side=c.resolution, at=at)), source.times
+        source = Samples(views)
+        seen_of[name] = frozen.maps(name, source, partial(squares, side=c.resolution, at=at)), source.times
     labels, truth = (torch.tensor([clip.label for clip in clips]) for clips in (train, val))
     if c.control:
         labels, truth = (x[torch.from_numpy(rng.permutation(len(x)))] for x in (labels, truth))
     held, clips = torch.tensor(rng.permutation(len(train))).tensor_split([max(len(train) // 10, 1)])
-    probes = fit(data["train"], labels, clips, len(classes), recipe, c, device)
-    found = [probabilities(probe, data["train"], held, device).argmax(1) for probe, *_ in probes]
+    probes = train_probes(seen_of["train"], labels, clips, len(classes), recipe, c, device)
+    found = [probabilities(probe, seen_of["train"], held, device).argmax(1) for probe, *_ in probes]
     held_out = [100 * (each == labels[held]).double().mean().item() for each in found]
     probe, lr, decay = probes[int(np.argmax(held_out))]
-    one = probabilities(probe, data["val"], torch.arange(len(val)), device)
-    six = probabilities(probe, data["averaged"], torch.arange(2 * len(val)), device).unflatten(0, (-1, 6)).mean(1)
+    one = probabilities(probe, seen_of["val"], torch.arange(len(val)), device)
+    six = probabilities(probe, seen_of["averaged"], torch.arange(2 * len(val)), device).unflatten(0, (-1, 6)).mean(1)
     top1, top1_tta = (100 * (each.argmax(1) == truth).double().mean().item() for each in (one, six))
     rows, n_shown = [], SHOWN if c.out else 0
     for clip, *names in zip(*(each[:n_shown] for each in (val, truth, one.argmax(1))), strict=True):
@@ -328,3 +207,14 @@ def classification(patches, c):
     save_pictures(c, rows)
     return dict(top1=top1, top1_tta=top1_tta, chance=100 / len(classes), top1_held_out=max(held_out),
                 best_lr=lr, best_weight_decay=decay, n_train=len(train), n_val=len(val), n_skipped=n_skipped)
+
+
+def task(name, **paper):
+    rows = tuple(Paper(metric, {"7b": value}, 256, {}) for metric, value in paper.items())  # Tab. 6
+    return Task(name, "{train,val}/CLASS/*.mp4 or folders of frames; or {train,val}.csv: path label", open_data, run,
+                wants="maps", metric="top1", sides=(256, 80), options=(Option("lr", 0.0, "peak; 0 = a grid"),),
+                pictures="frames, truth, prediction", paper=rows)
+
+
+TASKS = task("video"), task("ucf101", top1=93.5, top1_tta=93.5), task("ssv2", top1=70.1, top1_tta=70.8), \
+    task("k400", top1=87.8, top1_tta=88.2)

@@ -1,7 +1,5 @@
 """
-NAVI: the same point of an object in two photos of it. evaluate.py is the command, matching.py has the score.
-
-    python evaluate.py --task navi --weights runs/s --data navi_v1      OBJECT/wild_set/annotations.json
+NAVI: photos of objects, each with its camera and depths:  OBJECT/wild_set/annotations.json
 
     annotations    one object's photos and their cameras            Jampani et al. 2023
     draw_pairs     which photo's points are looked for in which     DINOv3 App. D.3, after Probe3D
@@ -19,17 +17,17 @@ import torch
 from PIL import Image
 
 from data import read_image, resize
-from engine.features import evenly, nearest
-from matching import match_views, unproject
+from engine.views import nearest
+from sets.pairs import evenly
+from sets.scans import unproject
 
 EVERY = 4               # one photo in so many is a source
 TURN = 120              # degrees between the cameras of a pair, at most
-METRES = 0.01, 0.02, 0.05  # a match is right if it is at most that far from the truth
 INVERSE = 655.35        # metres: depth is this over the value in the PNG, whose 65535 is a centimetre; 0 = not known
 
 
 @dataclass(frozen=True)
-class View:
+class Photo:
     """A photo of an object; a point's place in the camera's metres, right, down, ahead, is R(q) times its own, + t."""
     folder: Path        # has images/, depth/, masks/
     name: str           # of the photo; the others are PNGs of the same stem
@@ -42,10 +40,10 @@ class View:
 
 
 def annotations(path):
-    """OBJECT/wild_set/annotations.json -> its Views;  raises ValueError if what it takes is not there."""
+    """OBJECT/wild_set/annotations.json -> its Photos;  raises ValueError if what it takes is not there."""
     try:
         notes = sorted((note["filename"], note["camera"], note["image_size"]) for note in json.loads(path.read_text()))
-        return [View(path.parent, name, np.array(camera["q"]) / np.linalg.norm(camera["q"]),
+        return [Photo(path.parent, name, np.array(camera["q"]) / np.linalg.norm(camera["q"]),
                      np.array(camera["t"]) / 1000, camera["focal_length"] / min(size)) for name, camera, size in notes]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--data: {path} is no list of photos with filename, image_size and camera, which has q, t "
@@ -136,15 +134,3 @@ class Objects:
         z = INVERSE / np.where(png > 0, png, np.nan)
         seen = unproject(z, y, x, np.array([[focal, 0, W / 2], [0, focal, H / 2], [0, 0, 1]]))
         return torch.from_numpy((seen - view.t) @ rotation(view.q)).float()                    # its inverse, of rows
-
-
-def navi(patches, c):
-    """
-    The 1000 best matches of each pair of photos of an object: which share is off by at most 1, 2, 5 cm; their mean.
-
-    paper:   DINOv3 §6.1.3, Tab. 4, App. D.3, after Probe3D: the photos of wild_set, each cut to the object's square
-    differs: which pairs are drawn; features after the final norm only, where the paper has the better of with and
-             without; a square that would leave the photo is moved into it, and depth is read at each point's place
-    Not run on NAVI itself: its text does not say how the camera's axes lie. Were they others, `ceiling` would be low.
-    """
-    return match_views(patches, c, Objects(c), METRES)

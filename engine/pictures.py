@@ -1,0 +1,86 @@
+"""
+What --out gets: rows of pictures, C H W uint8 each.
+
+    hues, shades    class numbers and depths as colours        framed       boxes
+    connected       two views and what was matched             save_pictures
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from data import resize
+from engine.metrics import IGNORE
+from engine.views import scaled
+
+SHOWN = 8            # images that --out gets
+LINES = 30           # matches that a picture shows
+MATCHED = "two views; a match is green if it is right, red if not"
+
+
+def hues(labels):
+    """Class numbers H W -> C H W uint8: far hues for near numbers; 0 is dark, what is ignored is white."""
+    k = torch.arange(256)[:, None]
+    table = 128 + 100 * torch.cos(2 * math.pi * (k * 0.618 + torch.tensor([0, 1 / 3, 2 / 3])))
+    table *= 1 - 0.35 * (k // 8 % 2)
+    table[0], table[IGNORE] = 30, 255
+    return table.to(torch.uint8)[labels.long()].permute(2, 0, 1)
+
+
+def shades(depths, top):
+    """Metres H W -> C H W uint8: near is bright; not known is black."""
+    grey = np.where(depths > 0, 255 * (1 - np.clip(depths / top, 0, 1) ** 0.5), 0)
+    return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+
+
+def framed(image, boxes):
+    image = image.clone()
+    for left, top, right, bottom in np.asarray(boxes).round().astype(int).tolist():
+        for rows, cols in (((top, bottom), (left, left + 2)), ((top, bottom), (right - 2, right)),
+                           ((top, top + 2), (left, right)), ((bottom - 2, bottom), (left, right))):
+            image[:, max(rows[0], 0) : rows[1], max(cols[0], 0) : cols[1]] = torch.tensor([255, 0, 0])[:, None, None]
+    return image
+
+
+def apart(points, count, least=0.06):
+    """Of n 2 points, each that lies at least so far from those taken before it: up to `count` indices"""
+    chosen = []
+    for k, point in enumerate(points):
+        if len(chosen) < count and all((point - points[chosen]).norm(dim=1) >= least):
+            chosen.append(k)
+    return chosen
+
+
+def connected(a, b, start, end, right, side=400):
+    """
+    Two views side by side, and a line for each match: green if it is right, red if not.
+
+    a, b   C H W uint8, of one shape    start, end  n 2, row and column as shares of the sides    right  n bool
+    returns  C side 2W uint8
+    """
+    a, b = (scaled(view, 2 * side) for view in (a, b))  # twice as large as asked, so that lines get smooth
+    H, W = a.shape[1:]
+    sheet = Image.fromarray((torch.cat([a, b], 2) * 0.8).to(torch.uint8).permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(sheet, "RGBA")
+    for (y0, x0), (y1, x1), fine in zip(start.tolist(), end.tolist(), right.tolist(), strict=True):
+        ends, colour = ((x0 * W, y0 * H), (x1 * W + W, y1 * H)), (70, 230, 120) if fine else (255, 70, 60)
+        pen.line(ends, fill=(*colour, 170), width=4)
+        for x, y in ends:
+            pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour, outline=(0, 0, 0, 160), width=2)
+    return resize(torch.from_numpy(np.array(sheet)).permute(2, 0, 1), H // 2, W)
+
+
+def save_pictures(c, rows, shown="image, truth, prediction"):
+    """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png"""
+    if not rows:
+        return
+    height, width = rows[0][0].shape[1:]
+    tiles = [[F.interpolate(each[None], (height, width), mode="nearest-exact")[0] for each in row] for row in rows]
+    sheet = torch.cat([torch.cat([F.pad(tile, (0, 4, 0, 4), value=255) for tile in row], 2) for row in tiles], 1)
+    Path(c.out).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(Path(c.out, f"{c.task}.png"))
+    print(f"wrote {Path(c.out, f'{c.task}.png')}: {shown}")

@@ -1,0 +1,132 @@
+"""
+What a task declares about itself, once, in its own file: evaluate.py knows nothing else of it.
+
+    Task      its name, what --data holds, how it is opened and run, the options that it reads
+    Option    one that not all tasks have
+    Paper     numbers of the paper, and what must agree before they are printed beside ours: side, items, options
+
+    TASK = Task("knn", layout="train/CLASS/, val/CLASS/", open=open_splits, run=run, wants="tokens", metric="top1_k20")
+
+A file in tasks/ ends with such a record, and tasks/__init__.py has a line for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
+from typing import NamedTuple
+
+from engine.views import fitted
+
+SIZES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"  # of the paper's tables
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    task: str = ""             # knn, linear, logreg, segmentation, ...: see the list
+    weights: str = ""          # a run's folder, a weights file, pixels, or untrained:SIZE
+    data: str = "shapes"       # a folder in the layout that the task has, or shapes: generated
+    size: str = ""             # s, b, convnext_t, ...: stop if the weights are of another
+    resolution: int = 0        # pixels of what the network sees: a square's side, or the short one; 0 = the task's
+    batch: int = 64            # images at a time
+    limit: int = 0             # images, clips of each split, evenly spaced; 0 = all, or as many as shapes has
+    device: str = "auto"       # auto, cpu, cuda, mps
+    workers: int = 1           # processes that read images
+    seed: int = 0              # of the order of samples, the heads, the control
+    control: bool = False      # truth that is shuffled, or patches that are: the score must be that of chance
+    cache: str = ""            # folder that keeps features, to read or to go on with; empty = TMPDIR, while this runs
+
+
+LEAST = dict(batch=1, limit=0, resolution=0, workers=0)
+
+
+class Option(NamedTuple):
+    name: str
+    default: object            # on photos; its type is the option's
+    note: str                  # for --help: unit, meaning
+    shapes: object = None      # the default on shapes, if that is another
+    least: float = 0           # of a number
+    scored: bool = True        # another value is another protocol, and the paper's number no longer beside
+
+    def at(self, data):
+        return self.shapes if data == "shapes" and self.shapes is not None else self.default
+
+
+LAYERS = Option("layers", "", "blocks, 0-based, as in 3,5, side by side; empty = the last")
+OUT = Option("out", "", "folder for a picture: ", scored=False)
+
+
+class Paper(NamedTuple):
+    metric: str
+    values: dict               # {size: number}
+    side: int                  # of --resolution
+    items: dict                # {metric: how many there are in the whole set}
+
+
+def by_size(*values):
+    """One number for each of SIZES, None where the paper has none."""
+    return {size: value for size, value in zip(SIZES, values, strict=False) if value is not None}
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str                  # of --task
+    layout: str                # what --data holds, one line of --help
+    open: Callable             # c -> data: what the set holds, read and checked before any weights are loaded
+    run: Callable              # (data, frozen, c) -> {metric: number}
+    wants: str                 # tokens: class tokens and mean patches; maps: patches
+    metric: str                # the one that counts
+    lower: bool = False        # lower is better
+    view: Callable = fitted    # what the network sees: see views.py
+    sides: tuple = (224, 80)   # --resolution on photos, on shapes, rounded up to whole patches
+    options: tuple = ()        # Option: read beside the common ones; all others are refused
+    decoders: tuple = ()       # names in decoders/; the first is the default
+    control: str = "truth"     # what --control shuffles: truth, patches
+    pictures: str = ""         # what --out draws
+    shapes: bool = True        # --data shapes works
+    needs: tuple = ()          # modules to import, of the optional ones
+    paper: tuple = ()          # Paper
+
+    def all_options(self):
+        """Those of the record, and those that follow from it."""
+        own = self.options + ((LAYERS,) if self.wants == "maps" else ())
+        if self.decoders:
+            own += (Option("decoder", self.decoders[0], "one of " + ", ".join(self.decoders)),)
+        return own + ((OUT._replace(note=OUT.note + self.pictures),) if self.pictures else ())
+
+    def config(self, **values):
+        """A frozen EvaluateConfig with the task's own fields, defaults where none are given."""
+        data = values.get("data", "shapes")
+        own = [(option.name, type(option.default), option.at(data)) for option in self.all_options()]
+        kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True)
+        return kind(task=self.name, **values)
+
+    def check(self, c):
+        """What the command line alone can tell. Raises ValueError."""
+        numbers = [option for option in self.all_options() if not isinstance(option.default, str)]
+        least = LEAST | {option.name: option.least for option in numbers}
+        for name, number in least.items():
+            if getattr(c, name) < number:
+                raise ValueError(f"--{name} is {getattr(c, name)}; it must be at least {number}")
+        if c.data == "shapes" and not self.shapes:
+            raise ValueError(f"--data: {self.name} does not run on shapes; name a folder with {self.layout}")
+        if self.decoders and c.decoder not in self.decoders:
+            raise ValueError(f"--decoder {c.decoder}: {self.name} has {', '.join(self.decoders)}")
+        for module in self.needs:
+            try:
+                __import__(module)
+            except ImportError as error:
+                raise ValueError(f"{self.name}: {module} is not installed; pip install -e .[eval]") from error
+
+    def beside(self, c, size, metrics):
+        """{paper_METRIC: its number for a network of this size}, if it was measured as the paper did."""
+        if c.control or c.limit or any(getattr(c, each.name) != each.default
+                                       for each in self.all_options() if each.scored):
+            return {}
+        return {f"paper_{row.metric}": row.values[size] for row in self.paper
+                if size in row.values and row.metric in metrics and c.resolution == row.side
+                and all(metrics.get(name) == n for name, n in row.items.items())}
+
+    def settings(self, c, metrics):
+        """The options that the task has read, beside those that its metrics name."""
+        names = ["resolution", "batch", "limit", "control", "seed"]
+        names += [field.name for field in fields(c)[len(fields(EvaluateConfig)) :] if field.name != "out"]
+        return {name: getattr(c, name) for name in names if name not in metrics}

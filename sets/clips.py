@@ -1,0 +1,147 @@
+"""
+Videos to classify: files, folders of frames, or moving `shapes`; and which of their frames a network sees.
+
+    open_clips    train and val: {train,val}/CLASS/*.mp4, or {train,val}.csv: path label
+    Clip          one of them: frames of chosen numbers, their times
+    Samples       T frames of each of many clips, as Frozen.maps wants images
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import shapes
+from data import loader, read_image, resize
+from engine.chunks import Computed
+from sets.pairs import GENERATED, evenly, folders, images_below
+
+EXTENSIONS = {".avi", ".mp4", ".webm", ".mkv"}
+RATE = 25            # frames a second of a folder of frames
+
+
+@dataclass(frozen=True)
+class Clip:
+    source: object       # Path of a video file or of a folder of frames, or arguments of shapes.video
+    label: int
+    times: np.ndarray    # seconds, one for each frame
+
+    def frames(self, chosen):
+        """The frames of these numbers, in ascending order, each C H W uint8"""
+        if isinstance(self.source, tuple):
+            scenes = shapes.video(*self.source)
+            return [torch.from_numpy(scenes[k].image).permute(2, 0, 1) for k in chosen]
+        if self.source.is_dir():
+            files = stills(self.source)
+            return [read_image(files[k]) for k in chosen]
+        return film(self.source, chosen)[1]
+
+
+def stills(folder):
+    return sorted(images_below(folder), key=lambda file: (len(file.name), file.name))          # 9.jpg before 10.jpg
+
+
+def film(path, chosen):
+    """Seconds of all frames, and the chosen ones, each C H W uint8; for one that is damaged stands one before it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("video: PyAV is not installed; pip install -e .[eval]") from error
+    stamps, found, n, why = [], {}, 0, "no frame in it"
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.best("video")
+            for packet in file.demux(stream) if stream else ():
+                if packet.size and not packet.is_discard:  # .avi may know the order of decoding alone
+                    stamps.append(packet.dts if packet.pts is None else packet.pts)
+                for frame in packet.decode() if n <= chosen[-1] else ():
+                    if n == 0 or n in chosen:
+                        found[n] = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+                    n += 1
+    except av.FFmpegError as error:
+        why = error.strerror
+    if not found:
+        raise OSError(f"{path}: {why}")
+    if n <= chosen[-1]:
+        print(f"{path}: only {n} frames can be read; an earlier one stands for each that is missing")
+    times = np.float32(np.sort(stamps) - min(stamps)) * float(stream.time_base)
+    return times, [found[max(i for i in found if i <= k)] for k in chosen]
+
+
+def opened(row):
+    """(path, label) -> Clip; raises OSError if its first frame cannot be read."""
+    path, label = row
+    if not path.is_dir():
+        return Clip(path, label, film(path, [0])[0])
+    if not stills(path):
+        raise OSError(f"{path}: no image in it")
+    read_image(stills(path)[0])
+    return Clip(path, label, np.arange(len(stills(path))) / RATE)
+
+
+def listed(c, split):
+    """(path, class) of each clip: lines "path label" of SPLIT.csv, or what lies in SPLIT/CLASS/"""
+    table = Path(c.data, f"{split}.csv")
+    if not table.is_file():
+        return [(path, path.parent.name) for path in sorted(folders(c, split).glob("*/*"))
+                if path.suffix.lower() in EXTENSIONS or path.is_dir()]
+    rows = [line.rsplit(maxsplit=1) for line in table.read_text().splitlines() if line.strip()]
+    if short := [row[0] for row in rows if len(row) == 1]:
+        raise ValueError(f"--data: {table} has a line {short[0]!r}; wanted: path label")
+    return [(Path(c.data, path), label) for path, label in rows]
+
+
+def open_clips(c, n_frames):
+    """Train clips, val clips, names of the classes, number of clips that cannot be read; n_frames of each of shapes"""
+    if c.data == "shapes":  # 8 frames a second; the label is the main object's class
+        splits = [[Clip((i, n_frames, c.resolution, seed), shapes.scene(i, 16, seed).label, np.arange(n_frames) / 8)
+                   for i in range(c.limit or n)] for n, seed in zip(GENERATED, (1000, 1001), strict=True)]
+        return *splits, shapes.CLASSES, 0
+    rows, splits = [listed(c, split) for split in ("train", "val")], []
+    classes = sorted({name for _, name in rows[0]}, key=lambda name: (len(name) * name.isdecimal(), name))
+    strange = sorted({name for _, name in rows[1]} - set(classes))[:5]
+    if strange or len(classes) < 2:
+        raise ValueError(f"--data: {c.data} has in train {len(classes)} classes, wanted two; in val others: {strange}")
+    for part in rows:
+        part = [(path, classes.index(label)) for path, label in evenly(part, c.limit)]
+        splits.append([*tqdm(loader(Computed(opened), part, c.workers), "clips", len(part), leave=False, disable=None)])
+    errors = [clip for clips in splits for clip in clips if isinstance(clip, Exception)]
+    for error in errors:
+        if isinstance(error, ValueError):
+            raise error
+        print(f"skipped unreadable {error}")
+    splits = [[clip for clip in clips if isinstance(clip, Clip)] for clips in splits]
+    if min(n := [len(clips) for clips in splits]) < 2:
+        raise ValueError(f"--data: {c.data} has {n} readable clips in train, val; wanted two of each")
+    return *splits, classes, len(errors)
+
+
+def uniform(clip, T, first=0, step=1):
+    """First, last, and uniform between: T frames, some twice if there are fewer; one of `step` views that interleave"""
+    return clip, np.linspace(0, len(clip.times) - 1, T * step).round().astype(int)[first::step]
+
+
+def squares(frames, side, at):
+    """The largest squares of frames, resized; 0, 0.5, 1: all frames' left (or top) ones, middle ones, right ones"""
+    (H, W), found = frames[0].shape[1:], []
+    for share in at:
+        top, left = int(share * max(H - W, 0)), int(share * max(W - H, 0))
+        found += [resize(x[:, top : top + min(H, W), left : left + min(H, W)], side, side) for x in frames]
+    return found
+
+
+class Samples:
+    """Views as Frozen.maps wants images: len, image(i) -> T frames, each C H W uint8;  times, views T, seconds"""
+
+    def __init__(self, views):
+        self.views = views
+        self.times = torch.tensor(np.array([clip.times[chosen] for clip, chosen in views])).float()
+
+    def __len__(self):
+        return len(self.views)
+
+    def image(self, i):
+        clip, chosen = self.views[i]
+        return clip.frames(chosen)

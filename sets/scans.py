@@ -1,0 +1,53 @@
+"""
+Views of a scene whose cameras are known: len, image(i), points(i, grid) -> h w 3 metres, pairs of indices, name.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import read_image
+from sets.pairs import evenly
+
+
+class Scan:
+    """
+    Views of a scene whose cameras are known: NAME.color.jpg, NAME.depth.png in millimetres (0, 65535 = not known),
+    NAME.pose.txt 4x4 from camera to world in metres, and one camera-intrinsics.txt, 3x3, for pixels of the depths.
+    """
+    def __init__(self, c):
+        root, self.name = Path(c.data), "views"
+        self.names = evenly(sorted(str(path)[:-10] for path in root.rglob("*.color.*")), c.limit)
+        if len(self.names) < 2 or not (root / "camera-intrinsics.txt").is_file():
+            raise ValueError(f"--data: {c.data} has {len(self.names)} images NAME.color.jpg; {c.task} wants two or "
+                             "more, each with NAME.depth.png and NAME.pose.txt, and camera-intrinsics.txt")
+        missing = [name + end for name in self.names for end in (".depth.png", ".pose.txt")
+                   if not Path(name + end).is_file()]
+        if missing:
+            raise ValueError(f"--data: {missing[0]} is not there; every NAME.color.jpg wants one beside it")
+        self.intrinsics = np.loadtxt(root / "camera-intrinsics.txt")
+        self.pairs = [(i, i + 1) for i in range(len(self.names) - 1)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        return read_image(next(Path(self.names[i]).parent.glob(Path(self.names[i]).name + ".color.*")))
+
+    def points(self, i, grid):
+        """Which point of the world the middle of each cell of the grid sees:  h w 3, metres; NaN: depth not known"""
+        with Image.open(self.names[i] + ".depth.png") as file:
+            depth = np.asarray(file).astype(np.float64)
+        (H, W), (h, w) = depth.shape, grid
+        v, u = np.meshgrid((np.arange(h) + 0.5) * H / h, (np.arange(w) + 0.5) * W / w, indexing="ij")
+        z = depth[v.astype(int), u.astype(int)]
+        z[(z == 0) | (z == 65535)] = np.nan
+        pose = np.loadtxt(self.names[i] + ".pose.txt")
+        return torch.from_numpy(unproject(z / 1000, v, u, self.intrinsics) @ pose[:3, :3].T + pose[:3, 3]).float()
+
+
+def unproject(z, v, u, intrinsics):
+    """Depths h w at rows v and columns u, in pixels -> h w 3 in the camera's metres: right, down, ahead"""
+    return np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T * z[..., None]

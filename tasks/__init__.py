@@ -1,0 +1,36 @@
+"""
+What can be measured: one protocol a file, each of which ends with its record, or with one for each set that it is run
+on. Adding a task is a file, and a line here. See engine/task.py.
+"""
+
+from tasks import (
+    correspondence,
+    depth,
+    discovery,
+    keypoints,
+    knn,
+    linear,
+    logreg,
+    met,
+    retrieval,
+    segmentation,
+    tracking,
+    video,
+    voc07,
+)
+
+TASKS = {task.name: task for task in (
+    knn.TASK,
+    linear.TASK,
+    logreg.TASK,
+    voc07.TASK,
+    retrieval.TASK,
+    met.TASK,
+    *segmentation.TASKS,
+    *depth.TASKS,
+    discovery.TASK,
+    *tracking.TASKS,
+    *keypoints.TASKS,
+    *correspondence.TASKS,
+    *video.TASKS,
+)}

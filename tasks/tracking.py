@@ -1,0 +1,114 @@
+"""
+Tracking, without any training: the first frame's masks carried through a video by similar patches; J and F.
+
+    python evaluate.py --task tracking --weights runs/tiny                          videos of the generated `shapes`
+    python evaluate.py --task davis --weights runs/s --data DAVIS --resolution 960  JPEGImages/480p, Annotations/480p
+
+paper: DINOv3 Tab. 5, App. D.5. Dimension letters: see the top of model.py.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engine.metrics import boundary, region
+from engine.pictures import SHOWN, hues, save_pictures
+from engine.task import Paper, Task, by_size
+from engine.views import fitted
+from sets.videos import open_videos
+
+CONTEXT = 7          # frames before this one that vote, beside the first
+RADIUS = 12          # patches: how far from its place a patch is looked for
+VOTERS = 5           # most similar patches that vote
+TEMPERATURE = 0.2    # of their votes
+
+
+def near(h, w, radius, device):
+    """P P bool: which patches lie within a circle of that many patches about each."""
+    i, j = (x.flatten().to(device) for x in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    return (i[:, None] - i) ** 2 + (j[:, None] - j) ** 2 <= radius**2
+
+
+@torch.no_grad()
+def propagate(maps, first, device):
+    """
+    Each patch takes the objects of its 5 most similar patches near its place in the first frame and the 7 before:
+
+        p(patch) = sum over them of softmax(cosine / 0.2) p(neighbour)
+
+    maps    h w D for each frame, each looked at once    first  n_objects h w, of the first frame, sums to 1
+    yields  n_objects h w for each frame after the first
+
+    paper:   DINOv3 App. D.5, the row 7, 12, circle, 5, 0.2 of its 18; which row its tables have, it does not say
+    differs: 5 vote, where the paper lets all vote that are as similar as the fifth
+    """
+    h, w = first.shape[1:]
+    allowed, objects = near(h, w, RADIUS, device), first.flatten(1).T                          # P P,  P n_objects
+    unit = (F.normalize(torch.from_numpy(m).to(device).float().flatten(0, 1), dim=1) for m in maps)  # P D each
+    seen = [(next(unit), objects)]  # the first, then the latest
+    for x in unit:
+        best, votes = [], []
+        for other, shares in seen:
+            cosine, at = (x @ other.T).masked_fill(~allowed, -math.inf).topk(min(VOTERS, h * w))  # P 5
+            best.append(cosine)
+            votes.append(shares[at])                                                           # P 5 n_objects
+        best, places = torch.cat(best, 1).topk(min(VOTERS, h * w))
+        votes = torch.cat(votes, 1).gather(1, places[..., None].expand(-1, -1, objects.shape[1]))
+        found = ((best / TEMPERATURE).softmax(1)[..., None] * votes).sum(1)                    # P n_objects
+        seen = seen[:1] + (seen[1:] + [(x, found)])[-CONTEXT:]
+        yield found.T.unflatten(1, (h, w))
+
+
+def to_pixels(shares, size):
+    """n_objects h w -> H W: enlarged, each object's shares stretched to 0..1, the largest taken"""
+    x = F.interpolate(shares[None], size, mode="bilinear", align_corners=False)[0]
+    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+    return ((x - low) / (high - low)).nan_to_num(0).argmax(0)
+
+
+def run(videos, frozen, c):
+    """J and F, percent: mean over the frames between first and last, then over all objects of the first frame."""
+    scores, shown, still = [], [], []
+    frozen.coming = [(clip.name, clip) for clip in videos]
+    for clip in videos:
+        start = torch.from_numpy(clip.truth(0).astype(np.int64))
+        ids = [k for k in start.unique().tolist() if k]
+        maps = frozen.maps(clip.name, clip)
+        labels = torch.stack([start == k for k in [0, *ids]]).float()[None]                    # 1 n_objects H W
+        first = F.interpolate(labels, maps[0][0].shape[:2], mode="nearest-exact")[0].to(frozen.device)
+        per_object, fixed = {k: [] for k in ids}, {k: [] for k in ids}
+        for i, shares in enumerate(propagate((m for m, in maps), first, frozen.device), 1):
+            truth = clip.truth(i)
+            if truth is None or i == len(clip) - 1:
+                continue
+            truth = torch.from_numpy(truth.astype(np.int64))
+            found = to_pixels(shares, tuple(truth.shape)).cpu()
+            for place, k in enumerate(ids, 1):
+                per_object[k].append((region(found == place, truth == k), boundary(found == place, truth == k)))
+                fixed[k].append(region(start == k, truth == k))
+            if c.out and len(shown) < SHOWN and i == (len(clip) - 1) // 2:
+                shown.append([clip.image(i), hues(truth), hues(torch.tensor([0, *ids])[found])])
+        scores += [np.mean(values, 0) for values in per_object.values() if values]
+        still += [np.mean(values) for values in fixed.values() if values]
+    save_pictures(c, shown)
+    if not scores:
+        raise ValueError(f"--data: no video of {c.data} has an object in its first frame and three frames with a truth")
+    j, f = 100 * np.mean(scores, 0)
+    return dict(j_and_f=float(j + f) / 2, j=float(j), f=float(f), chance_j=100 * float(np.mean(still)),
+                n_objects=len(scores), context=CONTEXT, radius=RADIUS, voters=VOTERS, temperature=TEMPERATURE)
+
+
+def task(name, layout, *paper):
+    return Task(name, layout, open_videos, run, wants="maps", metric="j_and_f", view=fitted, sides=(480, 480),
+                control="patches", pictures="frame, truth, prediction", paper=paper)
+
+
+FOLDERS = "{JPEGImages,Annotations}/[480p/]NAME/"
+TASKS = (
+    task("tracking", FOLDERS),
+    task("davis", FOLDERS + ", ImageSets/2017/val.txt", Paper("j_and_f", by_size(
+        72.7, 75.5, 77.2, 79.9, 79.3, 79.7), 960, dict(n_objects=61))),                        # Tab. 14
+    task("youtube-vos", "the same below train/; a fifth is drawn"),
+    task("mose", "the same below train/; a fifth is drawn"))

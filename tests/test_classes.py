@@ -1,0 +1,55 @@
+"""sets/classes.py: folders of classes and generated ones, what is wrong with them, and some images of a set."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import open_source
+from sets.classes import Chosen, Files, limited, open_splits
+from tasks import TASKS
+
+
+def folders(root, counts):
+    for place, n in counts.items():
+        (root / place).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(np.full((20, 30, 3), i, np.uint8)).save(root / place / f"{i}.png")
+
+
+def test_train_and_val_shapes_differ():
+    """No image of one is in the other."""
+    train, val = open_splits(TASKS["knn"].config(limit=30))
+    assert len(train) == len(val) == 30 and train.classes == val.classes and len(train.classes) == 12
+    images = torch.stack([source.load(i) for source in (train, val) for i in range(30)])
+    assert len(images.flatten(1).unique(dim=0)) == 60
+    assert not torch.equal(train.load(0), open_source("shapes", 1, seed=0).load(0))    # nor what train.py sees
+
+
+def test_limit_is_evenly_spaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders(tmp_path, {"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
+    train, val = open_splits(TASKS["knn"].config(data=str(tmp_path), limit=4))
+    assert [train.load(i)[0, 0, 0].item() for i in range(4)] == [0, 2, 0, 2] and len(val) == 2
+    assert [train.label(i) for i in range(4)] == [0, 0, 1, 1] and train.paths == ["a/0.png", "a/2.png", "b/0.png",
+                                                                                 "b/2.png"]
+
+
+def test_chosen_and_files(tmp_path):
+    folders(tmp_path, {"a": 3})
+    files = Files([tmp_path / f"a/{i}.png" for i in range(3)])
+    assert len(limited(files, 0)) == 3 and [limited(files, 2).label(i) for i in range(2)] == [0, 1]
+    some = Chosen(files, [2, 0], labels=[7, 8], border=2)
+    assert len(some) == 2 and some.label(0) == 7 and some.load(0).shape == (3, 16, 26) and some.load(0).max() == 2
+
+
+@pytest.mark.parametrize("counts, says", [
+    ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1}, "different classes: b, c"),
+    ({"train/a": 1, "val/a": 1}, "train has 1 class folders; knn wants at least 2"),
+    ({"train/a": 1, "train/b": 1}, "has no folder val; knn wants train/CLASS/ and val/CLASS/"),
+    ({"val/a": 1}, "has no folder train")])
+def test_odd_folders(counts, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders(tmp_path, counts)
+    with pytest.raises(ValueError, match=says):
+        open_splits(TASKS["knn"].config(data=str(tmp_path)))

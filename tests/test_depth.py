@@ -1,0 +1,62 @@
+"""tasks/depth.py: bins and loss against loops, an oracle against noise, images whose depth is not known."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_segmentation import Oracle, Source
+
+from sets.depths import Depths
+from tasks import TASKS, depth
+
+
+def test_decode_is_the_mean_of_the_bins():
+    logits = torch.tensor(np.random.default_rng(0).normal(size=(256, 2, 3)))
+    found = depth.decode(logits, 10.0)
+    for y in range(2):
+        for x in range(3):
+            weights = [max(v, 0) + 0.1 for v in logits[:, y, x].tolist()]
+            bins = [0.001 + k * (10 - 0.001) / 255 for k in range(256)]
+            exact = sum(w * b for w, b in zip(weights, bins, strict=True)) / sum(weights)
+            assert found[y, x].item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_loss_is_the_equation_on_known_pixels():
+    rng = np.random.default_rng(0)
+    logits, truth = torch.tensor(rng.normal(size=(256, 4, 5))), rng.uniform(-3, 14, (4, 5)).clip(0)
+    metres = depth.decode(logits, 10.0).numpy()
+    pairs = zip(metres.ravel(), truth.ravel(), strict=True)
+    g = [math.log(d + 1e-3) - math.log(t + 1e-3) for d, t in pairs if 0 < t <= 10]
+    mean = sum(g) / len(g)
+    exact = math.sqrt(sum((v - mean) ** 2 for v in g) / (len(g) - 1) + 0.15 * mean**2)
+    ours, = depth.depth_loss([logits], [torch.tensor(truth)], 10.0)
+    assert len(g) < 20 and ours.item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_oracle_knows_depth_and_noise_does_not():
+    """A depth for each image, one of eight; the oracle names it."""
+    def rooms(n, seed):
+        picked = np.random.default_rng(seed).integers(1, 9, n)
+        return Source([np.full((16, 16), metres, np.float32) for metres in picked])
+
+    def name(truth):
+        return np.eye(9)[truth[::16, ::16].astype(int)]
+
+    data = rooms(64, 0), rooms(20, 1), Depths()
+    c = TASKS["depth"].config(resolution=16, iterations=100, lr=0.1)
+    found = depth.run(data, Oracle(name), c)
+    assert found["rmse"] < 0.4 and found["delta1"] > 0.95 and 1.5 < found["chance_rmse"] < 3
+    assert depth.run(data, Oracle(name, noise=True), c)["rmse"] > 1.3
+    assert depth.run(data, Oracle(name), replace(c, control=True))["rmse"] > 1.3
+
+
+def test_images_without_depth_are_named():
+    rooms = Source([np.full((16, 16), 3, np.float32)] * 4), Source([np.zeros((16, 16), np.float32)])
+    oracle = Oracle(lambda truth: np.eye(9)[truth[::16, ::16].astype(int)])
+    c = TASKS["depth"].config(resolution=16, iterations=2)
+    with pytest.raises(ValueError, match="val image 0 has no known depth below 10.0 m; leave it out"):
+        depth.run((*rooms, Depths()), oracle, c)
+    with pytest.raises(ValueError, match="no train image has a known depth below 10.0 m"):
+        depth.run((*rooms[::-1], Depths()), oracle, c)

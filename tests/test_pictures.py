@@ -1,0 +1,46 @@
+"""engine/pictures.py: matches in their colours, boxes where they are, rows in one file."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine import pictures
+from tasks import TASKS
+
+
+def test_lines_are_green_where_right_and_red_where_not():
+    grey = torch.full((3, 60, 90), 128, dtype=torch.uint8)
+    start, end = torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([[0.25, 0.1], [0.75, 0.9]])
+    sheet = pictures.connected(grey, grey, start, end, torch.tensor([True, False]), 200).int()
+    assert sheet.shape == (3, 200, 600)
+    for row, column, brightest in (50, 150, 1), (50, 330, 1), (150, 150, 0), (150, 570, 0), (50, 240, 1), (150, 360, 0):
+        pixel = sheet[:, row, column]
+        assert pixel.argmax() == brightest and pixel.max() > 150 > 130 > pixel[1 - brightest]
+    assert sheet[:, 100].unique().tolist() == [102]                              # nothing between them; a little darker
+
+
+def test_apart_takes_the_first_of_those_that_touch():
+    points = torch.tensor([[0.5, 0.5], [0.5, 0.51], [0.1, 0.1], [0.9, 0.9], [0.12, 0.1]])
+    assert pictures.apart(points, 9) == [0, 2, 3] and pictures.apart(points, 2) == [0, 2]
+
+
+def test_rows_lie_under_each_other(tmp_path, capsys):
+    image, labels = torch.full((3, 8, 12), 7, dtype=torch.uint8), torch.zeros(4, 6, dtype=torch.long)
+    row = [image, pictures.hues(labels), pictures.shades(np.ones((8, 8)), 10.0)]
+    pictures.save_pictures(TASKS["segmentation"].config(out=str(tmp_path / "new")), [row, row])
+    assert "segmentation.png: image, truth, prediction" in capsys.readouterr().out
+    with Image.open(tmp_path / "new/segmentation.png") as file:
+        assert file.size == (3 * 16, 2 * 12)
+
+
+def test_hues_differ_and_what_is_ignored_is_white():
+    table = pictures.hues(torch.arange(256)[None])[:, 0].T
+    assert len(table.unique(dim=0)) > 200 and table[255].tolist() == [255] * 3
+
+
+def test_framed_draws_inside_the_box():
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    found = pictures.framed(image, [[5, 4, 15, 14]])
+    red = (found[0] == 255).nonzero()
+    assert red.min(0).values.tolist() == [4, 5] and red.max(0).values.tolist() == [13, 14]
+    assert len(red) == 100 - 36 and image.max() == 0

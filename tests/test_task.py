@@ -1,0 +1,67 @@
+"""engine/task.py: a task's config, the paper's number beside its own, and tasks/: what every record must have."""
+
+from dataclasses import replace
+
+import pytest
+
+from decoders import DECODERS
+from engine.task import EvaluateConfig, Option, Paper, Task, by_size
+from engine.views import fitted
+from tasks import TASKS
+
+TASK = Task("dance", "FILES", None, None, wants="maps", metric="steps",
+            options=(Option("lr", 0.5, "peak", shapes=2.0),),
+            paper=(Paper("steps", by_size(1.0, None, 3.0), 64, dict(n_val=9)),))
+
+
+def test_a_config_has_the_common_fields_and_the_tasks_own():
+    c = TASK.config(data="PHOTOS", limit=3)
+    assert (c.task, c.data, c.limit, c.lr, c.layers) == ("dance", "PHOTOS", 3, 0.5, "")
+    assert TASK.config().lr == 2.0 and isinstance(c, EvaluateConfig) and not hasattr(c, "out")
+    assert replace(TASK, pictures="a dancer").config().out == ""
+    with pytest.raises(TypeError):
+        TASK.config(shots=1)
+    with pytest.raises(AttributeError):
+        c.lr = 1
+
+
+def test_the_papers_number_stands_beside_what_was_measured_like_it():
+    c, found = TASK.config(data="PHOTOS", resolution=64), dict(steps=7.0, n_val=9)
+    assert TASK.beside(c, "s", found) == dict(paper_steps=1.0) and TASK.beside(c, "b", found) == dict(paper_steps=3.0)
+    for size in "s+", "7b", "tiny", "":
+        assert TASK.beside(c, size, found) == {}
+    for change in dict(resolution=80), dict(lr=1.0), dict(control=True), dict(limit=2):
+        assert TASK.beside(replace(c, **change), "s", found) == {}
+    assert TASK.beside(c, "s", dict(steps=7.0, n_val=8)) == TASK.beside(c, "s", dict(rmse=1.0, n_val=9)) == {}
+
+
+def test_settings_are_those_that_the_metrics_do_not_name():
+    c = TASK.config(resolution=64)
+    assert TASK.settings(c, dict(lr=3.0)) == dict(resolution=64, batch=64, limit=0, control=False, seed=0, layers="")
+    assert TASK.settings(c, {})["lr"] == 2.0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_records_are_whole(name):
+    """What --help prints is there, options are of one type everywhere, views and decoders exist."""
+    task = TASKS[name]
+    assert task.name == name and task.layout and task.metric and task.wants in ("tokens", "maps")
+    assert task.control in ("truth", "patches") and all(isinstance(side, int) and side > 0 for side in task.sides)
+    assert set(task.decoders) <= DECODERS.keys() and (task.view is not fitted or task.wants == "maps")
+    kinds = {option.name: type(option.default) for other in TASKS.values() for option in other.all_options()}
+    common = EvaluateConfig.__dataclass_fields__
+    for option in task.all_options():
+        assert option.note and option.name not in common and type(option.default) is kinds[option.name]
+        assert option.shapes is None or type(option.shapes) is kinds[option.name]
+    assert all(row.values and row.side > 0 for row in task.paper)
+
+
+def test_the_papers_numbers():
+    """Facts of the paper: Tab. 14 for ViT-S and the 7B."""
+    wanted = dict(ade20k=(47.0, 55.9), nyu=(0.403, 0.309), davis=(72.7, 79.7), navi=(56.3, 64.4), spair=(50.4, 58.7))
+    for name, numbers in wanted.items():
+        (row,) = TASKS[name].paper
+        assert (row.values["s"], row.values["7b"]) == numbers
+    assert [row.values["l"] for row in TASKS["linear"].paper] == [90.2, 88.1, 74.8]
+    assert {name: TASKS[name].paper[0].side for name in ("ade20k", "davis", "navi", "spair")} == dict(
+        ade20k=512, davis=960, navi=512, spair=1024)
