@@ -86,10 +86,10 @@ __device__ inline float warp_max(float v) {
     return v;
 }
 
-// 8 elements from k on; `rest` where the row of K ends. `vector`: rows start on 16 bytes, and K is a multiple of 8
-template <typename T> __device__ inline void load_row(float (&out)[8], const T* row, int64_t k, int64_t K,
-                                                      bool vector, float rest) {
-    if (vector && k < K) {
+// 8 elements from k on.  VECTOR: rows start on 16 bytes, K is a multiple of 8, and k < K;  else `rest` beyond K
+template <bool VECTOR, typename T>
+__device__ inline void load_row(float (&out)[8], const T* row, int64_t k, int64_t K, float rest) {
+    if constexpr (VECTOR) {
         load8(out, row + k);
     } else {
 #pragma unroll
@@ -97,9 +97,9 @@ template <typename T> __device__ inline void load_row(float (&out)[8], const T* 
     }
 }
 
-template <typename T> __device__ inline void store_row(T* row, const float (&in)[8], int64_t k, int64_t K,
-                                                       bool vector) {
-    if (vector && k < K) {
+template <bool VECTOR, typename T>
+__device__ inline void store_row(T* row, const float (&in)[8], int64_t k, int64_t K) {
+    if constexpr (VECTOR) {
         store8(row + k, in);
     } else {
 #pragma unroll
@@ -108,28 +108,7 @@ template <typename T> __device__ inline void store_row(T* row, const float (&in)
     }
 }
 
-// sum 2^z over what was added so far, as sum 2^(z - top), so that it cannot overflow
-struct LogSum {
-    float top = -1e30f, sum = 0;
-
-    __device__ void add(const float (&z)[8]) {
-        float most = z[0];
-#pragma unroll
-        for (int j = 1; j < 8; j++) most = fmaxf(most, z[j]);
-        raise(most);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += exp2_fast(z[j] - top);
-    }
-    __device__ void raise(float most) {
-        if (most > top) {
-            sum *= exp2_fast(top - most);
-            top = most;
-        }
-    }
-    __device__ void over_warp() {
-        float most = warp_max(top);
-        sum = warp_sum(sum * exp2_fast(top - most));
-        top = most;
-    }
-    __device__ float log2() const { return top + log2f(sum); }
-};
+// whether load_row may take these rows of K by vectors
+template <typename... T> static bool vectors(int64_t K, const T*... rows) {
+    return K % 8 == 0 && (((uintptr_t)rows % 16 == 0) && ...);
+}

@@ -28,8 +28,11 @@ int sinkhorn_targets(void* targets, int target_dtype, const void* logits, const 
 int assignment_loss(float* losses, void* grad, const void* student, const void* teacher, const float* log_u,
                     const float* weights, const float* pairs, int64_t S, int64_t T, int64_t B, int64_t K,
                     double student_temp, double teacher_temp, int dtype) {
-    return assignment_loss_cuda(losses, grad, student, teacher, log_u, weights, pairs, S, T, B, K, student_temp,
-                                teacher_temp, (Dtype)dtype, 0);
+    float* scratch;
+    cudaMalloc(&scratch, assignment_loss_scratch_cuda(T, B, K) * sizeof(float));
+    const cudaError_t status = assignment_loss_cuda(losses, grad, student, teacher, log_u, weights, pairs, scratch, S,
+                                                    T, B, K, student_temp, teacher_temp, (Dtype)dtype, 0);
+    return worse(status, cudaFree(scratch));
 }
 
 int rope_attention(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T, int A,
