@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(THREADS, 2) assignment_loss(
         top[t] = shared.teacher[t].top, factor[t] = pair / shared.teacher[t].sum;
     }
     const float of_grad = weight * student_scale * LN2;  // weight / student_temp
+#pragma unroll 2
     for (int64_t k = threadIdx.x * 8; k < K; k += TILE) {
         if (KEEP) load8(x, kept + k);
         else load_row<VECTOR>(x, student + row, k, K, 0.f);

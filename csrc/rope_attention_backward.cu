@@ -38,15 +38,29 @@ dq_kernel(T* dqkv, float* delta, const T* dout, const T* qkv, const T* out, cons
     fetch_rows<T, E>(q, x, 3 * D, i, rows, N, group.cos, group.sin);
     fetch_rows<T, E>(d, dout + token * D + a * E, D, i, rows, N);
     __syncthreads();
-    float shift[2] = {INFINITY, INFINITY}, part[2] = {};         // lse and delta of the rows g and g + 8
-    for (int row = 0; row < 16 && mine + row < N; row++) {
-        float sum = 0;
-        for (int e = lane; e < E; e += 32)
-            sum += to_float(d[(warp * 16 + row) * LD<E> + e]) * to_float(out[(token + mine + row) * D + a * E + e]);
-        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    constexpr int LANES = E / 8, ROWS = 32 / LANES;              // that share a row; rows that a warp has at a time
+    float* const sums = (float*)(d + warp * 16 * LD<E> + E);     // lse and delta, behind each row
+    for (int row = lane / LANES; row < 16; row += ROWS) {
+        float x[8], y[8] = {}, sum = 0;
+        load8(x, d + (warp * 16 + row) * LD<E> + lane % LANES * 8);
+        if (mine + row < N) load8(y, out + (token + mine + row) * D + a * E + lane % LANES * 8);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) sum += x[j] * y[j];
+        #pragma unroll
+        for (int other = LANES / 2; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
         const int64_t at = a * n_tokens + token + mine + row;
-        if (lane == 0) delta[at] = sum;
-        if (row % 8 == g) shift[row / 8] = lse[at], part[row / 8] = sum;
+        if (lane % LANES == 0) {
+            float* const to = sums + row * (LD<E> * (int)sizeof(T) / 4);
+            to[0] = mine + row < N ? lse[at] : INFINITY, to[1] = sum;  // no such query: P = 0
+            if (mine + row < N) delta[at] = sum;
+        }
+    }
+    __syncwarp();
+    float shift[2], part[2];                                     // of the rows g and g + 8
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float* from = sums + (g + 8 * half) * (LD<E> * (int)sizeof(T) / 4);
+        shift[half] = from[0], part[half] = from[1];
     }
     float dq[E / 8][4] = {};
     for (int64_t j = 0; j < N; j += KEYS) {
@@ -62,7 +76,7 @@ dq_kernel(T* dqkv, float* delta, const T* dout, const T* qkv, const T* out, cons
         for (int n = 0; n < KEYS / 8; n++)
             #pragma unroll
             for (int c = 0; c < 4; c++) {
-                const float p = j + 8 * n + 2 * t + c % 2 < N ? exp2f(s[n][c] * (scale * LOG2E) - shift[c / 2]) : 0;
+                const float p = j + 8 * n + 2 * t + c % 2 < N ? exp2_fast(s[n][c] * (scale * LOG2E) - shift[c / 2]) : 0;
                 ds[n][c] = p * (ds[n][c] - part[c / 2]);
             }
         mix_rows<T, E>(dq, ds, k);
@@ -106,7 +120,7 @@ dkdv_kernel(T* dqkv, const float* delta, const T* dout, const T* qkv, const floa
             #pragma unroll
             for (int c = 0; c < 4; c++) {
                 const int query = 8 * n + 2 * t + c % 2;
-                p[n][c] = exp2f(p[n][c] * (scale * LOG2E) - shift[query]);
+                p[n][c] = exp2_fast(p[n][c] * (scale * LOG2E) - shift[query]);
                 ds[n][c] = p[n][c] * (ds[n][c] - part[query]);
             }
         mix_rows<T, E>(dv, p, d);
@@ -142,6 +156,7 @@ cudaError_t rope_attention_backward_cuda(void* dqkv, float* delta, const void* d
                                        : (E == 64 ? launch<__nv_bfloat16, 64> : launch<__nv_bfloat16, 128>);
     for (const RopeGroup* g = groups; g < groups + n_groups; g++) {
         if (g->n * g->N * A == 0) continue;
+        if (!aligned(*g, dqkv, dout, qkv, out)) return cudaErrorMisalignedAddress;
         const cudaError_t status = f(dqkv, delta, dout, qkv, out, lse, *g, T, A, stream);
         if (status != cudaSuccess) return status;
     }

@@ -53,11 +53,11 @@ forward_kernel(T* out, float* lse, const T* qkv, RopeGroup group, int blocks, in
                 }
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            const float shrink = exp2f(top[half] - most);  // 0 at first
+            const float shrink = exp2_fast(top[half] - most);  // 0 at first
             top[half] = most, sum[half] *= shrink;
             #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
-                for (int c = 2 * half; c < 2 * half + 2; c++) sum[half] += s[n][c] = exp2f(s[n][c] - most);
+                for (int c = 2 * half; c < 2 * half + 2; c++) sum[half] += s[n][c] = exp2_fast(s[n][c] - most);
             #pragma unroll
             for (int n = 0; n < E / 8; n++) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
         }
@@ -95,6 +95,7 @@ cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const Ro
                                        : (E == 64 ? launch<__nv_bfloat16, 64> : launch<__nv_bfloat16, 128>);
     for (const RopeGroup* g = groups; g < groups + n_groups; g++) {
         if (g->n * g->N * A == 0) continue;
+        if (!aligned(*g, out, qkv)) return cudaErrorMisalignedAddress;
         const cudaError_t status = f(out, lse, qkv, *g, T, A, stream);
         if (status != cudaSuccess) return status;
     }
