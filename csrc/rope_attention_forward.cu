@@ -147,7 +147,7 @@ int main() {  // 3 and 4 digits of results of size 1; one group and two, one blo
     bool good = true;
     for (int E : {64, 128})
         for (const auto& groups : {std::vector<Crops>{{2, 1}, {1, 21}}, {{1, 150}}}) {
-            const Problem problem(groups, 2, E);
+            const Problem problem(groups, groups.size(), E);
             good &= check("bfloat16", problem, 3e-2, run<__nv_bfloat16>);
             good &= check("float16 ", problem, 4e-3, run<__half>);
         }

@@ -53,18 +53,21 @@ def compiled(source, csrc, build, flags=()):
     return out
 
 
-def built(csrc=ROOT / "csrc", build=ROOT / "build/emulated", jobs=2):
-    """Path of the shared library of the kernels in csrc."""
-    sources = [*(csrc / name for name in SOURCES), ROOT / "tests/emulated.cpp"]
+def linked(objects, out, *flags):
+    part = out.with_suffix(f".{os.getpid()}")
+    subprocess.run(["g++", *flags, *map(str, objects), "-o", str(part)], check=True)
+    return part.replace(out)
+
+
+def built(changed=None, names=(), build=ROOT / "build/emulated", jobs=2):
+    """Path of the shared library of csrc/, in which `names` come from the folder `changed`."""
+    folders = [(ROOT / "csrc" if name not in names else changed, name) for name in SOURCES]
+    sources = [*((folder, folder / name) for folder, name in folders), (ROOT / "csrc", ROOT / "tests/emulated.cpp")]
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda source: compiled(source, csrc, build), sources))
+        objects = list(pool.map(lambda pair: compiled(pair[1], pair[0], build), sources))
     name = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]
     out = build / f"emulated-{name}.so"
-    if not out.exists():
-        part = out.with_suffix(f".{os.getpid()}")
-        subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(part)], check=True)
-        part.replace(out)
-    return out
+    return out if out.exists() else linked(objects, out, "-shared")
 
 
 def load(path=None):
