@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(THREADS, 2) assignment_loss(
     int64_t B, int64_t K, float student_scale, float teacher_scale) {
     Shared<T>& shared = *shared_memory<Shared<T>>();
     X* kept = (X*)shared.row;
+    constexpr int AHEAD = sizeof(X) == 2 ? 2 : 1;  // tiles whose loads are under way at once, as registers allow
     const int s = blockIdx.x % S, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t b = blockIdx.x / S, row = (s * B + b) * K;
 
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, 2) assignment_loss(
         top[t] = shared.teacher[t].top, factor[t] = pair / shared.teacher[t].sum;
     }
     const float of_grad = weight * student_scale * LN2;  // weight / student_temp
-#pragma unroll 2
+#pragma unroll(AHEAD)
     for (int64_t k = threadIdx.x * 8; k < K; k += TILE) {
         if (KEEP) load8(x, kept + k);
         else load_row<VECTOR>(x, student + row, k, K, 0.f);

@@ -116,7 +116,7 @@ def check_refusal(off):
 CHECKS = {  # name: check and its arguments; the smallest that reach each branch
     "sinkhorn, scalar, f32": (check_sinkhorn, 37, 1003, F32),
     "sinkhorn, scalar, bf16": (check_sinkhorn, 5, 271, BF16),
-    "sinkhorn, three panels, bf16": (check_sinkhorn, 260, 264, BF16),
+    "sinkhorn, two panels, bf16": (check_sinkhorn, 260, 264, BF16),
     "sinkhorn, two chunks, f16": (check_sinkhorn, 9, 8200, F16),
     "sinkhorn, vectors, f32": (check_sinkhorn, 6, 520, F32),
     "sinkhorn, off by one, bf16": (check_sinkhorn, 9, 64, BF16, 0.5, off_by_one),
@@ -145,6 +145,18 @@ CHECKS = {  # name: check and its arguments; the smallest that reach each branch
 def test_emulated_kernels_are_the_equations(name):
     check, *arguments = CHECKS[name]
     check(*arguments)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n, K, first, next_", [(32, 600, 1, 2), (260, 264, 2, 4)])
+def test_kernels_started_in_a_pass(n, K, first, next_):
+    """Of a few rows the first pass is one kernel, the others two; a panel more is two more."""
+    x, found = normal(n, K), []
+    for log_u in None, torch.zeros(K):
+        before = emulated.launches()
+        emulated.sinkhorn_pass(x, log_u, 0.1)
+        found.append(emulated.launches() - before)
+    assert found == [first, next_]
 
 
 @needs_compiler
