@@ -26,10 +26,9 @@ static constexpr int THREADS = 512, WARPS = THREADS / 32, TILE = 8 * THREADS;  /
 // --------------------------------------------------------------------------------
 // kernel
 
-template <int T> struct Shared {
+template <int T> struct alignas(16) Shared {  // behind it the student's row, if it is kept
     LogSum student[WARPS], teacher[T];
     float dots[WARPS];
-    uint4 row[1];  // the student's, if it is kept
 };
 
 // grid: B S blocks, the crops of an image one after another, so that they find its teacher rows in L2
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 2) assignment_loss(
     const float* __restrict__ log_u, const float* __restrict__ weights, const float* __restrict__ pairs, int S,
     int64_t B, int64_t K, float student_scale, float teacher_scale) {
     Shared<T>& shared = *shared_memory<Shared<T>>();
-    X* kept = (X*)shared.row;
+    X* kept = (X*)(&shared + 1);
     constexpr int AHEAD = sizeof(X) == 2 ? 2 : 1;  // tiles whose loads are under way at once, as registers allow
     const int s = blockIdx.x % S, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t b = blockIdx.x / S, row = (s * B + b) * K;
