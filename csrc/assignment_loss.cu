@@ -8,165 +8,135 @@ never written to memory.
 
     student, grad  S B K    teacher  T B K, the same dtype    log_u  K    weights  B    pairs  S T    losses  S B
 
-Bound by memory: student and teacher are read and the gradient is written once, 6 bytes an element in bf16. A block has
-a row of the student: it adds up, then goes over the row again, kept in shared memory where that is large enough, and
-over the teacher's rows, which are in L2 by then. 2 (1 + T) exp2 an element. Not run on a GPU.
+Two kernels. The first adds up the teacher's rows, once for all crops of the student. In the second a block has a row of
+the student: it adds up, then goes over the row again, kept in shared memory where that is large enough, and over the
+teacher's. Bound by memory: in bf16 an element of the student moves 4 + 4 T / S bytes from and to it, and, through L2,
+8 + 2 T and (2 + 4/4) T / S. 2 + T + T / S exp2. Not run on a GPU.
 
 No atomics and a fixed order of all sums: the same bits every time. grad may be student: a thread writes what it read.
 
-Alone:  nvcc -std=c++17 -O3 -arch=native -DALONE csrc/assignment_loss.cu -o build/k && build/k
+Alone:  nvcc -std=c++20 -O3 -arch=native -DALONE csrc/assignment_loss.cu -o build/k && build/k
 */
-#include "common.cuh"
 #include "kernels.h"
+#include "row_sums.cuh"
 
-static constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+static constexpr float LN2 = 0.6931471805599453f;
 static constexpr int THREADS = 512, WARPS = THREADS / 32, TILE = 8 * THREADS;  // 8 elements for each thread
 
 // --------------------------------------------------------------------------------
 // kernel
 
-// sum 2^z and sum 2^z x over what was added so far, both as multiples of 2^top
-struct WeightedLogSum : LogSum {
-    float dot = 0;
-
-    __device__ void add(const float (&z)[8], const float (&x)[8]) {
-        float most = z[0];
-#pragma unroll
-        for (int j = 1; j < 8; j++) most = fmaxf(most, z[j]);
-        if (most > top) dot *= exp2_fast(top - most);
-        raise(most);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float e = exp2_fast(z[j] - top);
-            sum += e;
-            dot += e * x[j];
-        }
-    }
-    __device__ void over_warp() {
-        const float before = top;
-        LogSum::over_warp();
-        dot = warp_sum(dot * exp2_fast(before - top));
-    }
+template <int T> struct alignas(16) Shared {  // behind it the student's row, if it is kept
+    LogSum student[WARPS], teacher[T];
+    float dots[WARPS];
 };
 
-// the same in all threads: `own` of each warp, added by every warp in the same order
-template <typename Sum> __device__ inline Sum over_block(Sum own, float (&shared)[3][WARPS]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    own.over_warp();
-    __syncthreads();  // nobody reads the last one any more
-    if (lane == 0) {
-        shared[0][warp] = own.top;
-        shared[1][warp] = own.sum;
-        if constexpr (sizeof(Sum) > sizeof(LogSum)) shared[2][warp] = own.dot;
-    }
-    __syncthreads();
-    own.top = shared[0][lane % WARPS];
-    own.sum = lane < WARPS ? shared[1][lane % WARPS] : 0;
-    if constexpr (sizeof(Sum) > sizeof(LogSum)) own.dot = lane < WARPS ? shared[2][lane % WARPS] : 0;
-    own.over_warp();
-    return own;
-}
-
 // grid: B S blocks, the crops of an image one after another, so that they find its teacher rows in L2
-template <typename X, int T>
-__global__ void __launch_bounds__(THREADS) assignment_loss(
-    float* losses, X* grad, const X* student, const X* __restrict__ teacher, const float* __restrict__ log_u,
-    const float* __restrict__ weights, const float* __restrict__ pairs, int S, int64_t B, int64_t K,
-    float student_scale, float teacher_scale, bool vector, bool keep) {
-    extern __shared__ uint4 memory[];
-    __shared__ float shared[3][WARPS];
-    X* kept = (X*)memory;  // K, if `keep`: the row of the student
-    const int s = blockIdx.x % S;
+template <typename X, int T, bool VECTOR, bool KEEP>
+__global__ void __launch_bounds__(THREADS, 2) assignment_loss(
+    float* losses, X* grad, const X* student, const X* __restrict__ teacher, const LogSum* __restrict__ parts,
+    const float* __restrict__ log_u, const float* __restrict__ weights, const float* __restrict__ pairs, int S,
+    int64_t B, int64_t K, float student_scale, float teacher_scale) {
+    Shared<T>& shared = *shared_memory<Shared<T>>();
+    X* kept = (X*)(&shared + 1);
+    constexpr int AHEAD = sizeof(X) == 2 ? 2 : 1;  // tiles whose loads are under way at once, as registers allow
+    const int s = blockIdx.x % S, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t b = blockIdx.x / S, row = (s * B + b) * K;
 
     LogSum student_sum;
-    WeightedLogSum teacher_sum[T];
-    float x[8], z[8], u[8];
+    float x[8], z[T][8], u[8];
     for (int64_t k = threadIdx.x * 8; k < K; k += TILE) {
-        load_row(x, student + row, k, K, vector, -1e9f);
-        if (keep) store8(kept + k, x);
+        load_row<VECTOR>(x, student + row, k, K, -INFINITY);
+        if (KEEP) store8(kept + k, x);
 #pragma unroll
         for (int j = 0; j < 8; j++) x[j] *= student_scale;
         student_sum.add(x);
-        load_row(u, log_u, k, K, vector, -1e9f);
-#pragma unroll
-        for (int t = 0; t < T; t++) {
-            load_row(z, teacher + (t * B + b) * K, k, K, vector, 0.f);
-#pragma unroll
-            for (int j = 0; j < 8; j++) z[j] = fmaf(z[j], teacher_scale, u[j] * LOG2E);
-            teacher_sum[t].add(z, x);
-        }
     }
+    student_sum.over_warp();
+    if (lane == 0) shared.student[warp] = student_sum;
+    if (warp < T) {  // a warp for each row of the teacher
+        LogSum part;
+        for (int64_t c = lane; c < row_sums::chunks(K); c += 32) part.add(parts[(c * T + warp) * B + b]);
+        part.over_warp();
+        if (lane == 0) shared.teacher[warp] = part;
+    }
+    __syncthreads();
 
-    student_sum = over_block(student_sum, shared);
+    student_sum = shared.student[lane % WARPS];
+    if (lane >= WARPS) student_sum.sum = 0;  // each warp adds the parts of all
+    student_sum.over_warp();
     const float log2_Z = student_sum.log2(), weight = weights[b];
-    float pair[T], mass = 0, loss = 0;
+    float top[T], factor[T], mass = 0, dot = 0;
 #pragma unroll
     for (int t = 0; t < T; t++) {
-        teacher_sum[t] = over_block(teacher_sum[t], shared);
-        pair[t] = pairs[s * T + t];
-        mass += pair[t];
-        loss += pair[t] * (log2_Z - teacher_sum[t].dot / teacher_sum[t].sum);
-        pair[t] /= teacher_sum[t].sum;
+        const float pair = pairs[s * T + t];
+        mass += pair;
+        top[t] = shared.teacher[t].top, factor[t] = pair / shared.teacher[t].sum;
     }
-    if (threadIdx.x == 0) losses[s * B + b] = weight * LN2 * loss;
-
     const float of_grad = weight * student_scale * LN2;  // weight / student_temp
+#pragma unroll(AHEAD)
     for (int64_t k = threadIdx.x * 8; k < K; k += TILE) {
-        if (keep) load8(x, kept + k);
-        else load_row(x, student + row, k, K, vector, 0.f);
+        if (KEEP) load8(x, kept + k);
+        else load_row<VECTOR>(x, student + row, k, K, 0.f);
+        load_row<VECTOR>(u, log_u, k, K, -1e9f);
 #pragma unroll
-        for (int j = 0; j < 8; j++) x[j] = mass * exp2_fast(fmaf(x[j], student_scale, -log2_Z));
-        load_row(u, log_u, k, K, vector, 0.f);
+        for (int t = 0; t < T; t++) load_row<VECTOR>(z[t], teacher + (t * B + b) * K, k, K, 0.f);
 #pragma unroll
-        for (int t = 0; t < T; t++) {
-            load_row(z, teacher + (t * B + b) * K, k, K, vector, 0.f);
+        for (int j = 0; j < 8; j++) {
+            float q = 0;
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                x[j] -= pair[t] * exp2_fast(fmaf(z[j], teacher_scale, u[j] * LOG2E) - teacher_sum[t].top);
+            for (int t = 0; t < T; t++)
+                q += factor[t] * exp2_fast(fmaf(z[t][j], teacher_scale, u[j] * LOG2E) - top[t]);
+            const float own = fmaf(x[j], student_scale, -log2_Z);  // log2 of the softmax
+            dot += q * own;
+            x[j] = of_grad * (mass * exp2_fast(own) - q);
         }
-#pragma unroll
-        for (int j = 0; j < 8; j++) x[j] *= of_grad;
-        store_row(grad + row, x, k, K, vector);
+        store_row<VECTOR>(grad + row, x, k, K);
+    }
+    dot = warp_sum(dot);
+    if (lane == 0) shared.dots[warp] = dot;
+    __syncthreads();
+    if (warp == 0) {
+        dot = warp_sum(lane < WARPS ? shared.dots[lane] : 0);
+        if (lane == 0) losses[s * B + b] = -weight * LN2 * dot;
     }
 }
 
 // --------------------------------------------------------------------------------
 // launcher
 
+int64_t assignment_loss_scratch_cuda(int64_t T, int64_t B, int64_t K) { return 2 * T * B * row_sums::chunks(K); }
+
 template <typename X, int T>
 static cudaError_t launch(float* losses, X* grad, const X* student, const X* teacher, const float* log_u,
-                          const float* weights, const float* pairs, int64_t S, int64_t B, int64_t K,
+                          const float* weights, const float* pairs, float* scratch, int64_t S, int64_t B, int64_t K,
                           float student_scale, float teacher_scale, cudaStream_t stream) {
-    const uintptr_t places = (uintptr_t)grad | (uintptr_t)student | (uintptr_t)teacher | (uintptr_t)log_u;
-    const bool vector = K % 8 == 0 && places % 16 == 0;
     int device, room;
     cudaError_t status = cudaGetDevice(&device);
     if (!status) status = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    LogSum* parts = (LogSum*)scratch;
+    if (!status) status = row_sums::launch(parts, teacher, log_u, T * B, K, teacher_scale, stream);
     if (status) return status;
-    const int64_t bytes = K * (int64_t)sizeof(X);
-    const bool keep = vector && bytes + 1024 <= room;  // 1024: what the kernel has besides, and what the driver takes
-    auto kernel = assignment_loss<X, T>;
-    if (keep) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (status) return status;
-    kernel<<<S * B, THREADS, keep ? bytes : 0, stream>>>(
-        losses, grad, student, teacher, log_u, weights, pairs, (int)S, B, K, student_scale, teacher_scale, vector,
-        keep);
-    return cudaGetLastError();
+    const int64_t least = sizeof(Shared<T>), all = least + K * (int64_t)sizeof(X);
+    const bool vector = vectors(K, grad, student, teacher, log_u), keep = vector && all <= room;
+    auto kernel = keep ? assignment_loss<X, T, true, true>
+                : vector ? assignment_loss<X, T, true, false> : assignment_loss<X, T, false, false>;
+    return start(kernel, S * B, THREADS, keep ? all : least, stream, losses, grad, student, teacher, parts, log_u,
+                 weights, pairs, (int)S, B, K, student_scale, teacher_scale);
 }
 
 cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student, const void* teacher,
-                                 const float* log_u, const float* weights, const float* pairs, int64_t S, int64_t T,
-                                 int64_t B, int64_t K, double student_temp, double teacher_temp, Dtype dtype,
-                                 cudaStream_t stream) {
+                                 const float* log_u, const float* weights, const float* pairs, float* scratch,
+                                 int64_t S, int64_t T, int64_t B, int64_t K, double student_temp, double teacher_temp,
+                                 Dtype dtype, cudaStream_t stream) {
     if (!(S * B * K)) return cudaSuccess;
     if (T != 1 && T != 2) return cudaErrorInvalidValue;
     const float student_scale = 1.4426950408889634 / student_temp, teacher_scale = 1.4426950408889634 / teacher_temp;
     auto run = [&](auto* g) {
         using X = decltype(g);
         auto kernel = T == 1 ? launch<std::remove_pointer_t<X>, 1> : launch<std::remove_pointer_t<X>, 2>;
-        return kernel(losses, g, (X)student, (X)teacher, log_u, weights, pairs, S, B, K, student_scale, teacher_scale,
-                      stream);
+        return kernel(losses, g, (X)student, (X)teacher, log_u, weights, pairs, scratch, S, B, K, student_scale,
+                      teacher_scale, stream);
     };
     switch (dtype) {
         case Dtype::f32:  return run((float*)grad);
@@ -184,27 +154,36 @@ cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student,
 #include <cstdio>
 #include <vector>
 
-template <typename T> static T* copy(const std::vector<T>& x) {
-    T* there;
-    cudaMalloc((void**)&there, x.size() * sizeof(T));
-    cudaMemcpy(there, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
-    return there;
+template <typename T> static T* on_device(const std::vector<float>& x) {
+    std::vector<T> there(x.size());
+    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
+    T* p;
+    cudaMalloc(&p, x.size() * sizeof(T));
+    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
+    return p;
 }
 
-static double check(int S, int T, int B, int K, bool overwrite) {
-    const double ts = 0.1, tt = 0.05;
+template <typename X> static bool check(Dtype dtype, int S, int T, int B, int K, bool overwrite) {
+    const double ts = 0.1, tt = 0.05, rounding = dtype == Dtype::f32 ? 0 : dtype == Dtype::f16 ? 0x1p-11 : 0x1p-8;
     std::vector<float> x(S * B * K), y(T * B * K), u(K), w(B), pairs(S * T), g(S * B * K), losses(S * B);
-    for (int i = 0; i < S * B * K; i++) x[i] = 0.5 * std::sin(1.7 * i);
-    for (int i = 0; i < T * B * K; i++) y[i] = 0.5 * std::sin(0.01 * i * (double)i);
+    for (int i = 0; i < S * B * K; i++) x[i] = to_float(from_float<X>(0.5 * std::sin(1.7 * i)));
+    for (int i = 0; i < T * B * K; i++) y[i] = to_float(from_float<X>(0.5 * std::sin(0.01 * i * (double)i)));
     for (int k = 0; k < K; k++) u[k] = std::cos(k);
     for (int b = 0; b < B; b++) w[b] = 1.f / (b + 1);
     for (int i = 0; i < S * T; i++) pairs[i] = T == 1 || i / T != i % T;
-    float *dx = copy(x), *dg = overwrite ? dx : copy(g), *dl = copy(losses);
-    cudaError_t status = assignment_loss_cuda(dl, dg, dx, copy(y), copy(u), copy(w), copy(pairs), S, T, B, K, ts, tt,
-                                              Dtype::f32, 0);
-    cudaMemcpy(g.data(), dg, g.size() * 4, cudaMemcpyDeviceToHost);
-    cudaMemcpy(losses.data(), dl, losses.size() * 4, cudaMemcpyDeviceToHost);
+    X *dx = on_device<X>(x), *dy = on_device<X>(y), *dg = overwrite ? dx : on_device<X>(g);
+    float *dl = on_device<float>(losses), *du = on_device<float>(u), *dw = on_device<float>(w);
+    float *dp = on_device<float>(pairs);
+    float* scratch = on_device<float>(std::vector<float>(assignment_loss_scratch_cuda(T, B, K)));
+    int status = assignment_loss_cuda(dl, dg, dx, dy, du, dw, dp, scratch, S, T, B, K, ts, tt, dtype, 0);
+    std::vector<X> there(g.size());
+    status |= cudaMemcpy(there.data(), dg, there.size() * sizeof(X), cudaMemcpyDeviceToHost);
+    status |= cudaMemcpy(losses.data(), dl, losses.size() * 4, cudaMemcpyDeviceToHost);
     double worst = 0;
+    auto compare = [&](double ours, double exact, double rounding) {
+        const double error = std::fabs(ours - exact) - rounding * std::fabs(exact);
+        worst = error <= worst ? worst : error;  // NaN counts
+    };
     for (int i = 0; i < S * B; i++) {
         const int s = i / B, b = i % B;
         double Z = 0, loss = 0, mass = 0;
@@ -219,18 +198,17 @@ static double check(int S, int T, int B, int K, bool overwrite) {
         }
         for (int k = 0; k < K; k++) {
             loss -= w[b] * a[k] * (x[i * K + k] / ts - std::log(Z));
-            const double grad = w[b] / ts * (mass * std::exp(x[i * K + k] / ts) / Z - a[k]);
-            worst = std::fmax(worst, std::fabs(g[i * K + k] - grad));
+            compare(to_float(there[i * K + k]), w[b] / ts * (mass * std::exp(x[i * K + k] / ts) / Z - a[k]), rounding);
         }
-        worst = std::fmax(worst, std::fabs(losses[i] - loss));
+        compare(losses[i], loss, 0);
     }
-    printf("S %d T %d B %d K %d: %s, largest error %.2e\n", S, T, B, K, cudaGetErrorString(status), worst);
-    return status ? 1 : worst;
+    printf("S %d T %d B %d K %d: %s, largest error %.2e\n", S, T, B, K, cudaGetErrorString((cudaError_t)status), worst);
+    return !status && worst < 2e-5;
 }
 
-int main() {  // with vectors and without, kept in shared memory and not
-    return !(check(1, 1, 7, 1003, false) < 2e-5 && check(5, 2, 3, 1000, true) < 2e-5 &&
-             check(3, 2, 2, 20001, true) < 2e-5 && check(1, 1, 2, 70000, false) < 2e-5 &&
-             check(2, 1, 3, 9000, false) < 2e-5);
+int main() {  // with vectors and without, kept in shared memory and not, each dtype
+    bool good = check<float>(Dtype::f32, 1, 1, 7, 1003, false) & check<__nv_bfloat16>(Dtype::bf16, 5, 2, 3, 1000, true);
+    good &= check<__half>(Dtype::f16, 3, 2, 2, 20001, true) & check<float>(Dtype::f32, 1, 1, 2, 70000, false);
+    return !(good & check<__half>(Dtype::f16, 2, 1, 3, 9000, false));
 }
 #endif

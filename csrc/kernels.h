@@ -25,13 +25,15 @@ cudaError_t sinkhorn_pass_cuda(float* log_r, const void* logits, const float* lo
 cudaError_t sinkhorn_targets_cuda(void* targets, Dtype target_dtype, const void* logits, const float* log_u, int64_t n,
                                   int64_t K, double temperature, Dtype dtype, cudaStream_t stream);
 
-// csrc/assignment_loss.cu    grad may be student; T is 1 or 2
+// csrc/assignment_loss.cu    grad may be student; T is 1 or 2; scratch as above
+int64_t assignment_loss_scratch_cuda(int64_t T, int64_t B, int64_t K);
 cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student, const void* teacher,
-                                 const float* log_u, const float* weights, const float* pairs, int64_t S, int64_t T,
-                                 int64_t B, int64_t K, double student_temp, double teacher_temp, Dtype dtype,
-                                 cudaStream_t stream);
+                                 const float* log_u, const float* weights, const float* pairs, float* scratch,
+                                 int64_t S, int64_t T, int64_t B, int64_t K, double student_temp, double teacher_temp,
+                                 Dtype dtype, cudaStream_t stream);
 
-// csrc/rope_attention_forward.cu, rope_attention_backward.cu    E = 64 or 128; f16 or bf16; delta  A T, of any content
+// csrc/rope_attention_forward.cu, rope_attention_backward.cu    E = 64 or 128; f16 or bf16; delta  A T, of any content;
+// tensors and tables must start on 16 bytes
 cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
                                 int64_t T, int A, int E, Dtype dtype, cudaStream_t stream);
 cudaError_t rope_attention_backward_cuda(void* dqkv, float* delta, const void* dout, const void* qkv, const void* out,

@@ -1,11 +1,8 @@
 // What both passes of RoPE attention share: rows of a head in shared memory, and their products on tensor cores.
 #pragma once
 
-#ifdef __CUDACC__
-#include "common.cuh"
-#include "mma.cuh"
-#endif  // else tests/warps_on_cpu.h, which stands in for both
 #include "kernels.h"
+#include "mma.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -16,6 +13,11 @@ struct Split { int blocks, warps; };
 static inline Split split(int64_t N, int most_warps) {
     const int tiles = (int)((N + 15) / 16), blocks = (tiles + most_warps - 1) / most_warps;
     return {blocks, (tiles + blocks - 1) / blocks};
+}
+
+// whether fetch_rows may read these by 16 bytes
+template <typename... T> static bool aligned(const RopeGroup& group, const T*... rows) {
+    return (((uintptr_t)rows % 16 == 0) && ...) && ((uintptr_t)group.cos | (uintptr_t)group.sin) % 16 == 0;
 }
 
 template <typename T> __device__ inline uint32_t pack(float low, float high) {
@@ -72,7 +74,9 @@ __device__ inline void fetch_rows(T* tile, const T* x, int64_t stride, int64_t f
         if (n < N) {
             low.all = *(const uint4*)(x + n * stride + e), high.all = *(const uint4*)(x + n * stride + e + E / 2);
             if (cos) {
-                const float *c = cos + n * (E / 2) + e, *s = sin + n * (E / 2) + e;
+                float c[8], s[8];
+                load8(c, cos + n * (E / 2) + e);
+                load8(s, sin + n * (E / 2) + e);
                 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     const float a = to_float(low.each[j]), b = to_float(high.each[j]);
@@ -96,12 +100,13 @@ __device__ inline void put_rows(T* y, int64_t stride, int64_t first, int64_t N, 
         #pragma unroll
         for (int i = 0; i < E / 16; i++) {
             const int e = 8 * i + 2 * t;
-            float low[2], high[2];
-            #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float a = c[i][2 * half + j] * scale[half], b = c[i + E / 16][2 * half + j] * scale[half];
-                const float x = cos ? cos[n * (E / 2) + e + j] : 1, z = cos ? sin[n * (E / 2) + e + j] : 0;
-                low[j] = a * x + b * z, high[j] = b * x - a * z;
+            float low[2] = {c[i][2 * half] * scale[half], c[i][2 * half + 1] * scale[half]};
+            float high[2] = {c[i + E / 16][2 * half] * scale[half], c[i + E / 16][2 * half + 1] * scale[half]};
+            if (cos) {
+                const float2 x = *(const float2*)(cos + n * (E / 2) + e), z = *(const float2*)(sin + n * (E / 2) + e);
+                const float a[2] = {low[0], low[1]};
+                low[0] = a[0] * x.x + high[0] * z.x, high[0] = high[0] * x.x - a[0] * z.x;
+                low[1] = a[1] * x.y + high[1] * z.y, high[1] = high[1] * x.y - a[1] * z.y;
             }
             *(uint32_t*)(y + n * stride + e) = pack<T>(low[0], low[1]);
             *(uint32_t*)(y + n * stride + e + E / 2) = pack<T>(high[0], high[1]);

@@ -27,9 +27,8 @@ template <typename T, int E>
 __global__ void __launch_bounds__(WARPS<E> * 32, 1)
 dq_kernel(T* dqkv, float* delta, const T* dout, const T* qkv, const T* out, const float* lse, RopeGroup group,
           int blocks, int64_t n_tokens, int A) {
-    extern __shared__ __align__(16) unsigned char memory[];
     const int rows = blockDim.x / 2, warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4, g = lane / 4;
-    T *q = (T*)memory, *d = q + rows * LD<E>, *k = d + rows * LD<E>, *v = k + KEYS * LD<E>;
+    T *q = shared_memory<T>(), *d = q + rows * LD<E>, *k = d + rows * LD<E>, *v = k + KEYS * LD<E>;
     const int a = blockIdx.x / blocks % A;
     const int64_t N = group.N, image = blockIdx.x / blocks / A, i = blockIdx.x % blocks * (int64_t)rows;  // first query
     const int64_t token = group.first + image * N, D = (int64_t)A * E, mine = i + warp * 16;
@@ -39,15 +38,29 @@ dq_kernel(T* dqkv, float* delta, const T* dout, const T* qkv, const T* out, cons
     fetch_rows<T, E>(q, x, 3 * D, i, rows, N, group.cos, group.sin);
     fetch_rows<T, E>(d, dout + token * D + a * E, D, i, rows, N);
     __syncthreads();
-    float shift[2] = {INFINITY, INFINITY}, part[2] = {};         // lse and delta of the rows g and g + 8
-    for (int row = 0; row < 16 && mine + row < N; row++) {
-        float sum = 0;
-        for (int e = lane; e < E; e += 32)
-            sum += to_float(d[(warp * 16 + row) * LD<E> + e]) * to_float(out[(token + mine + row) * D + a * E + e]);
-        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    constexpr int LANES = E / 8, ROWS = 32 / LANES;              // that share a row; rows that a warp has at a time
+    float* const sums = (float*)(d + warp * 16 * LD<E> + E);     // lse and delta, behind each row
+    for (int row = lane / LANES; row < 16; row += ROWS) {
+        float x[8], y[8] = {}, sum = 0;
+        load8(x, d + (warp * 16 + row) * LD<E> + lane % LANES * 8);
+        if (mine + row < N) load8(y, out + (token + mine + row) * D + a * E + lane % LANES * 8);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) sum += x[j] * y[j];
+        #pragma unroll
+        for (int other = LANES / 2; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
         const int64_t at = a * n_tokens + token + mine + row;
-        if (lane == 0) delta[at] = sum;
-        if (row % 8 == g) shift[row / 8] = lse[at], part[row / 8] = sum;
+        if (lane % LANES == 0) {
+            float* const to = sums + row * (LD<E> * (int)sizeof(T) / 4);
+            to[0] = mine + row < N ? lse[at] : INFINITY, to[1] = sum;  // no such query: P = 0
+            if (mine + row < N) delta[at] = sum;
+        }
+    }
+    __syncwarp();
+    float shift[2], part[2];                                     // of the rows g and g + 8
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float* from = sums + (g + 8 * half) * (LD<E> * (int)sizeof(T) / 4);
+        shift[half] = from[0], part[half] = from[1];
     }
     float dq[E / 8][4] = {};
     for (int64_t j = 0; j < N; j += KEYS) {
@@ -63,7 +76,7 @@ dq_kernel(T* dqkv, float* delta, const T* dout, const T* qkv, const T* out, cons
         for (int n = 0; n < KEYS / 8; n++)
             #pragma unroll
             for (int c = 0; c < 4; c++) {
-                const float p = j + 8 * n + 2 * t + c % 2 < N ? exp2f(s[n][c] * (scale * LOG2E) - shift[c / 2]) : 0;
+                const float p = j + 8 * n + 2 * t + c % 2 < N ? exp2_fast(s[n][c] * (scale * LOG2E) - shift[c / 2]) : 0;
                 ds[n][c] = p * (ds[n][c] - part[c / 2]);
             }
         mix_rows<T, E>(dq, ds, k);
@@ -76,10 +89,9 @@ template <typename T, int E>
 __global__ void __launch_bounds__(WARPS<E> * 32, 1)
 dkdv_kernel(T* dqkv, const float* delta, const T* dout, const T* qkv, const float* lse, RopeGroup group, int blocks,
             int64_t n_tokens, int A) {
-    extern __shared__ __align__(16) unsigned char memory[];
     constexpr int M = QUERIES<E>;
     const int rows = blockDim.x / 2, warp = threadIdx.x / 32, t = threadIdx.x % 4;
-    T *k = (T*)memory, *v = k + rows * LD<E>, *q = v + rows * LD<E>, *d = q + M * LD<E>;
+    T *k = shared_memory<T>(), *v = k + rows * LD<E>, *q = v + rows * LD<E>, *d = q + M * LD<E>;
     float *shift = (float*)(d + M * LD<E>), *part = shift + M;   // lse and delta of the queries
     const int a = blockIdx.x / blocks % A;
     const int64_t N = group.N, image = blockIdx.x / blocks / A, j = blockIdx.x % blocks * (int64_t)rows;  // first key
@@ -108,7 +120,7 @@ dkdv_kernel(T* dqkv, const float* delta, const T* dout, const T* qkv, const floa
             #pragma unroll
             for (int c = 0; c < 4; c++) {
                 const int query = 8 * n + 2 * t + c % 2;
-                p[n][c] = exp2f(p[n][c] * (scale * LOG2E) - shift[query]);
+                p[n][c] = exp2_fast(p[n][c] * (scale * LOG2E) - shift[query]);
                 ds[n][c] = p[n][c] * (ds[n][c] - part[query]);
             }
         mix_rows<T, E>(dv, p, d);
@@ -144,6 +156,7 @@ cudaError_t rope_attention_backward_cuda(void* dqkv, float* delta, const void* d
                                        : (E == 64 ? launch<__nv_bfloat16, 64> : launch<__nv_bfloat16, 128>);
     for (const RopeGroup* g = groups; g < groups + n_groups; g++) {
         if (g->n * g->N * A == 0) continue;
+        if (!aligned(*g, dqkv, dout, qkv, out)) return cudaErrorMisalignedAddress;
         const cudaError_t status = f(dqkv, delta, dout, qkv, out, lse, *g, T, A, stream);
         if (status != cudaSuccess) return status;
     }
