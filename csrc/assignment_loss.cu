@@ -73,9 +73,8 @@ __global__ void __launch_bounds__(THREADS) assignment_loss(
     float* losses, X* grad, const X* student, const X* __restrict__ teacher, const float* __restrict__ log_u,
     const float* __restrict__ weights, const float* __restrict__ pairs, int S, int64_t B, int64_t K,
     float student_scale, float teacher_scale, bool vector, bool keep) {
-    extern __shared__ uint4 memory[];
-    __shared__ float shared[3][WARPS];
-    X* kept = (X*)memory;  // K, if `keep`: the row of the student
+    auto& shared = *shared_memory<float[3][WARPS]>();
+    X* kept = (X*)(&shared + 1);  // K, if `keep`: the row of the student
     const int s = blockIdx.x % S;
     const int64_t b = blockIdx.x / S, row = (s * B + b) * K;
 
@@ -144,15 +143,10 @@ static cudaError_t launch(float* losses, X* grad, const X* student, const X* tea
     cudaError_t status = cudaGetDevice(&device);
     if (!status) status = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status) return status;
-    const int64_t bytes = K * (int64_t)sizeof(X);
-    const bool keep = vector && bytes + 1024 <= room;  // 1024: what the kernel has besides, and what the driver takes
-    auto kernel = assignment_loss<X, T>;
-    if (keep) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (status) return status;
-    kernel<<<S * B, THREADS, keep ? bytes : 0, stream>>>(
-        losses, grad, student, teacher, log_u, weights, pairs, (int)S, B, K, student_scale, teacher_scale, vector,
-        keep);
-    return cudaGetLastError();
+    const int64_t least = sizeof(float[3][WARPS]), bytes = least + K * (int64_t)sizeof(X);
+    const bool keep = vector && bytes <= room;
+    return start(assignment_loss<X, T>, S * B, THREADS, keep ? bytes : least, stream, losses, grad, student, teacher,
+                 log_u, weights, pairs, (int)S, B, K, student_scale, teacher_scale, vector, keep);
 }
 
 cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student, const void* teacher,

@@ -1,5 +1,7 @@
 // Shared by the CUDA kernels. No torch.
 // Conversions are spelled out: torch builds with -D__CUDA_NO_HALF_CONVERSIONS__, plain nvcc does not.
+// What C++ has no word for stands between #ifdef __CUDACC__ and #endif, here and in mma.cuh; tests/cuda_on_cpu.h has
+// the same for a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,14 +9,45 @@
 
 #include <cstdint>
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+#ifdef __CUDACC__
+struct Grid {  // of x blocks, or of x by y
+    int64_t x, y;
+    Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+};
 
-template <typename T> __device__ T from_float(float v);
-template <> __device__ inline float from_float<float>(float v) { return v; }
-template <> __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+// what a block shares, as many bytes as it was started with
+template <typename T> __device__ inline T* shared_memory() {
+    extern __shared__ uint4 memory_of_block[];
+    return (T*)memory_of_block;
+}
+
+// 2^z to 2 units in the last place; 0 below 2^-126; NaN stays NaN
+__device__ inline float exp2_fast(float z) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z));
+    return e;
+}
+
+template <typename... Parameters, typename... Arguments>
+static cudaError_t start(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, cudaStream_t stream,
+                         Arguments... arguments) {
+    if (shared > 48 << 10) {  // more than a kernel gets unasked
+        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (status != cudaSuccess) return status;
+    }
+    kernel<<<dim3(grid.x, grid.y), threads, shared, stream>>>((Parameters)arguments...);
+    return cudaGetLastError();
+}
+#endif
+
+__host__ __device__ inline float to_float(float v) { return v; }
+__host__ __device__ inline float to_float(__half v) { return __half2float(v); }
+__host__ __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T> __host__ __device__ T from_float(float v);
+template <> __host__ __device__ inline float from_float<float>(float v) { return v; }
+template <> __host__ __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <> __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
 // 8 elements in one transaction (two for float); p must be aligned to 16 bytes
 template <typename T> __device__ inline void load8(float (&out)[8], const T* p) {
@@ -51,13 +84,6 @@ __device__ inline float warp_max(float v) {
 #pragma unroll
     for (int lane = 16; lane; lane /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, lane));
     return v;
-}
-
-// 2^z to 2 units in the last place; 0 below 2^-126; NaN stays NaN
-__device__ inline float exp2_fast(float z) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z));
-    return e;
 }
 
 // 8 elements from k on; `rest` where the row of K ends. `vector`: rows start on 16 bytes, and K is a multiple of 8

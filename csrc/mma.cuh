@@ -1,4 +1,4 @@
-// Tensor cores, a warp at a time, as PTX has them; and the launch of a kernel with much shared memory. No torch.
+// Tensor cores, a warp at a time, as PTX has them. No torch.
 //
 // mma m16n8k16, c += a b, in lane 4 g + t:
 //     a[0..3]  rows g, g + 8, g, g + 8;  columns 2t, 2t + 1, of the left half twice, then of the right
@@ -10,6 +10,7 @@
 
 #include "common.cuh"
 
+#ifdef __CUDACC__
 template <typename T> __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #define MMA(TYPE) \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
@@ -33,12 +34,4 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
 }
-
-template <typename... Parameters, typename... Arguments>
-static cudaError_t start(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, cudaStream_t stream,
-                         Arguments... arguments) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (status != cudaSuccess) return status;
-    kernel<<<blocks, threads, shared, stream>>>((Parameters)arguments...);
-    return cudaGetLastError();
-}
+#endif

@@ -1,11 +1,8 @@
 // What both passes of RoPE attention share: rows of a head in shared memory, and their products on tensor cores.
 #pragma once
 
-#ifdef __CUDACC__
-#include "common.cuh"
-#include "mma.cuh"
-#endif  // else tests/warps_on_cpu.h, which stands in for both
 #include "kernels.h"
+#include "mma.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f;
 

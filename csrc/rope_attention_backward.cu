@@ -27,9 +27,8 @@ template <typename T, int E>
 __global__ void __launch_bounds__(WARPS<E> * 32, 1)
 dq_kernel(T* dqkv, float* delta, const T* dout, const T* qkv, const T* out, const float* lse, RopeGroup group,
           int blocks, int64_t n_tokens, int A) {
-    extern __shared__ __align__(16) unsigned char memory[];
     const int rows = blockDim.x / 2, warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4, g = lane / 4;
-    T *q = (T*)memory, *d = q + rows * LD<E>, *k = d + rows * LD<E>, *v = k + KEYS * LD<E>;
+    T *q = shared_memory<T>(), *d = q + rows * LD<E>, *k = d + rows * LD<E>, *v = k + KEYS * LD<E>;
     const int a = blockIdx.x / blocks % A;
     const int64_t N = group.N, image = blockIdx.x / blocks / A, i = blockIdx.x % blocks * (int64_t)rows;  // first query
     const int64_t token = group.first + image * N, D = (int64_t)A * E, mine = i + warp * 16;
@@ -76,10 +75,9 @@ template <typename T, int E>
 __global__ void __launch_bounds__(WARPS<E> * 32, 1)
 dkdv_kernel(T* dqkv, const float* delta, const T* dout, const T* qkv, const float* lse, RopeGroup group, int blocks,
             int64_t n_tokens, int A) {
-    extern __shared__ __align__(16) unsigned char memory[];
     constexpr int M = QUERIES<E>;
     const int rows = blockDim.x / 2, warp = threadIdx.x / 32, t = threadIdx.x % 4;
-    T *k = (T*)memory, *v = k + rows * LD<E>, *q = v + rows * LD<E>, *d = q + M * LD<E>;
+    T *k = shared_memory<T>(), *v = k + rows * LD<E>, *q = v + rows * LD<E>, *d = q + M * LD<E>;
     float *shift = (float*)(d + M * LD<E>), *part = shift + M;   // lse and delta of the queries
     const int a = blockIdx.x / blocks % A;
     const int64_t N = group.N, image = blockIdx.x / blocks / A, j = blockIdx.x % blocks * (int64_t)rows;  // first key

@@ -24,9 +24,8 @@ constexpr int WARPS = 9;  // of a block, at most: 261 tokens are 2 blocks
 template <typename T, int E>
 __global__ void __launch_bounds__(WARPS * 32)
 forward_kernel(T* out, float* lse, const T* qkv, RopeGroup group, int blocks, int64_t n_tokens, int A) {
-    extern __shared__ __align__(16) unsigned char memory[];
     const int rows = blockDim.x / 2, warp = threadIdx.x / 32, t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
-    T *q = (T*)memory, *k = q + rows * LD<E>, *v = k + KEYS * LD<E>;
+    T *q = shared_memory<T>(), *k = q + rows * LD<E>, *v = k + KEYS * LD<E>;
     const int a = blockIdx.x / blocks % A;
     const int64_t N = group.N, image = blockIdx.x / blocks / A, i = blockIdx.x % blocks * (int64_t)rows;  // first query
     const int64_t token = group.first + image * N, D = (int64_t)A * E, mine = i + warp * 16;
@@ -108,36 +107,49 @@ cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const Ro
 #ifdef ALONE
 #include "rope_attention_check.h"
 
-template <typename To, typename From>
-static To* on_device(const std::vector<From>& x, std::vector<To>& there) {
-    there.assign(x.begin(), x.end());
-    To* p;
-    cudaMalloc(&p, x.size() * sizeof(To));
-    cudaMemcpy(p, there.data(), x.size() * sizeof(To), cudaMemcpyHostToDevice);
+template <typename T> static T* on_device(const Floats& x) {
+    std::vector<T> there(x.size());
+    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
+    T* p;
+    cudaMalloc(&p, x.size() * sizeof(T));
+    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
     return p;
 }
 
-int main() {  // bfloat16: 3 digits
-    return check({{2, 1, 2, 64}, {1, 21, 2, 64}, {2, 54, 1, 128}, {1, 150, 1, 64}}, 3e-2,
-                 [](const Problem& p, Floats& out, Floats& dqkv) {
-        std::vector<__nv_bfloat16> half;
-        Floats same, lse(p.B * p.N * p.A);
-        auto *qkv = on_device(p.qkv, half), *dout = on_device(p.dout, half);
-        auto *out_ = on_device(out, half), *dqkv_ = on_device(dqkv, half);
-        float *lse_ = on_device(lse, same), *delta = on_device(lse, same);
-        const RopeGroup group{0, p.B, p.N, on_device(p.cos, same), on_device(p.sin, same)};
-        const int64_t T = p.B * p.N;
-        cudaError_t status = rope_attention_cuda(out_, lse_, qkv, &group, 1, T, p.A, p.E, Dtype::bf16, 0);
-        if (status == cudaSuccess)
-            status = rope_attention_backward_cuda(dqkv_, delta, dout, qkv, out_, lse_, &group, 1, T, p.A, p.E,
-                                                  Dtype::bf16, 0);
-        for (auto [to, from] : {std::pair{&out, out_}, {&dqkv, dqkv_}}) {
-            half.resize(to->size());
-            const cudaError_t copied = cudaMemcpy(half.data(), from, to->size() * 2, cudaMemcpyDeviceToHost);
-            if (status == cudaSuccess) status = copied;
-            for (size_t i = 0; i < to->size(); i++) (*to)[i] = status == cudaSuccess ? __bfloat162float(half[i]) : NAN;
+template <typename T> static cudaError_t on_host(Floats& to, const T* from) {
+    std::vector<T> here(to.size());
+    const cudaError_t status = cudaMemcpy(here.data(), from, to.size() * sizeof(T), cudaMemcpyDeviceToHost);
+    for (size_t i = 0; i < to.size(); i++) to[i] = status == cudaSuccess ? to_float(here[i]) : NAN;
+    return status;
+}
+
+template <typename T> static void run(const Problem& p, Floats& out, Floats& dqkv) {
+    const Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+    auto *qkv = on_device<T>(p.qkv), *dout = on_device<T>(p.dout), *out_ = on_device<T>(out);
+    auto* dqkv_ = on_device<T>(dqkv);
+    const Floats rows(p.T * p.A);
+    float *lse = on_device<float>(rows), *delta = on_device<float>(rows);
+    std::vector<RopeGroup> groups;
+    int64_t first = 0;
+    for (size_t g = 0; g < p.groups.size(); first += p.groups[g].n * p.groups[g].N, g++)
+        groups.push_back({first, p.groups[g].n, p.groups[g].N, on_device<float>(p.cos[g]), on_device<float>(p.sin[g])});
+    cudaError_t status = rope_attention_cuda(out_, lse, qkv, groups.data(), groups.size(), p.T, p.A, p.E, dtype, 0);
+    if (status == cudaSuccess)
+        status = rope_attention_backward_cuda(dqkv_, delta, dout, qkv, out_, lse, groups.data(), groups.size(), p.T,
+                                              p.A, p.E, dtype, 0);
+    for (cudaError_t copied : {on_host(out, out_), on_host(dqkv, dqkv_)})
+        if (status == cudaSuccess) status = copied;
+    if (status != cudaSuccess) out.assign(out.size(), NAN), printf("%s\n", cudaGetErrorString(status));
+}
+
+int main() {  // 3 and 4 digits of results of size 1; one group and two, one block of a head and several
+    bool good = true;
+    for (int E : {64, 128})
+        for (const auto& groups : {std::vector<Crops>{{2, 1}, {1, 21}}, {{1, 150}}}) {
+            const Problem problem(groups, 2, E);
+            good &= check("bfloat16", problem, 3e-2, run<__nv_bfloat16>);
+            good &= check("float16 ", problem, 4e-3, run<__half>);
         }
-        if (status != cudaSuccess) printf("%s\n", cudaGetErrorString(status));
-    });
+    return !good;
 }
 #endif

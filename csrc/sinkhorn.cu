@@ -16,6 +16,7 @@ lie in [1/(n K), n] if u scales them, so that only row sums, and the first pass,
 Alone:  nvcc -std=c++17 -O3 -arch=native -DALONE csrc/sinkhorn.cu -o build/k && build/k
 */
 #include <algorithm>
+#include <type_traits>
 
 #include "common.cuh"
 #include "kernels.h"
@@ -35,12 +36,16 @@ static int64_t panel_rows(int64_t K, Dtype dtype) {
 // --------------------------------------------------------------------------------
 // kernels
 
+struct RowShared { LogSum parts[ROWS][WARPS]; };
+struct ColumnShared { float sums[WARPS][THREADS], tops[WARPS][THREADS], log_v[MOST]; };
+struct TargetShared { LogSum parts[WARPS]; };
+
 // parts[b, chunk] = sum over the chunk's columns of 2^(x_bk scale + log2 u_k);  grid: chunks, rows / ROWS
 template <typename T>
 __global__ void __launch_bounds__(THREADS) row_sums(
     LogSum* parts, const T* __restrict__ x, const float* __restrict__ log_u, int64_t n, int64_t K, float scale,
     bool vector) {
-    __shared__ LogSum shared[ROWS][WARPS];
+    RowShared& shared = *shared_memory<RowShared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t first = (int64_t)blockIdx.y * ROWS, end = min((blockIdx.x + (int64_t)1) * CHUNK, K);
     LogSum total[ROWS];
@@ -59,12 +64,12 @@ __global__ void __launch_bounds__(THREADS) row_sums(
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         total[i].over_warp();
-        if (lane == 0) shared[i][warp] = total[i];
+        if (lane == 0) shared.parts[i][warp] = total[i];
     }
     __syncthreads();
     if (warp < ROWS) {  // warp i finishes row i
         LogSum part;
-        if (lane < WARPS) part = shared[warp][lane];
+        if (lane < WARPS) part = shared.parts[warp][lane];
         part.over_warp();
         if (lane == 0 && first + warp < n) parts[(first + warp) * gridDim.x + blockIdx.x] = part;
     }
@@ -76,7 +81,7 @@ template <typename T, bool FIRST>
 __global__ void __launch_bounds__(THREADS) column_sums(
     float* tops, float* sums, const T* __restrict__ x, const LogSum* __restrict__ parts,
     const float* __restrict__ log_u, int64_t n, int64_t rows, int chunks, int64_t K, float scale, bool vector) {
-    __shared__ float log_v[MOST], shared[2][WARPS][THREADS];
+    ColumnShared& shared = *shared_memory<ColumnShared>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t k = (int64_t)blockIdx.x * THREADS + lane * 8, first = blockIdx.y * rows;
     const int count = (int)min(rows, n - first);
@@ -88,7 +93,7 @@ __global__ void __launch_bounds__(THREADS) column_sums(
             total.raise(part.top);
             total.sum += part.sum * exp2_fast(part.top - total.top);
         }
-        log_v[threadIdx.x] = -total.log2();
+        shared.log_v[threadIdx.x] = -total.log2();
     }
     __syncthreads();
     float top[8], sum[8], u[8] = {};
@@ -106,22 +111,22 @@ __global__ void __launch_bounds__(THREADS) column_sums(
                 sum[j] = sum[j] * exp2_fast(top[j] - most) + exp2_fast(own - most);
                 top[j] = most;
             } else {
-                sum[j] += exp2_fast(fmaf(z[j], scale, u[j] * LOG2E) + log_v[b]);
+                sum[j] += exp2_fast(fmaf(z[j], scale, u[j] * LOG2E) + shared.log_v[b]);
             }
         }
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        shared[0][warp][lane * 8 + j] = sum[j];
-        if (FIRST) shared[1][warp][lane * 8 + j] = top[j];
+        shared.sums[warp][lane * 8 + j] = sum[j];
+        if (FIRST) shared.tops[warp][lane * 8 + j] = top[j];
     }
     __syncthreads();
     const int64_t column = (int64_t)blockIdx.x * THREADS + threadIdx.x, at = blockIdx.y * K + column;
     if (column >= K) return;
     float most = FIRST ? -1e30f : 0, total = 0;
-    for (int w = 0; FIRST && w < WARPS; w++) most = fmaxf(most, shared[1][w][threadIdx.x]);
+    for (int w = 0; FIRST && w < WARPS; w++) most = fmaxf(most, shared.tops[w][threadIdx.x]);
     for (int w = 0; w < WARPS; w++)
-        total += shared[0][w][threadIdx.x] * (FIRST ? exp2_fast(shared[1][w][threadIdx.x] - most) : 1.f);
+        total += shared.sums[w][threadIdx.x] * (FIRST ? exp2_fast(shared.tops[w][threadIdx.x] - most) : 1.f);
     sums[at] = total;
     if (FIRST) tops[at] = most;
 }
@@ -143,7 +148,7 @@ __global__ void finish(
 template <typename T, typename Q>
 __global__ void __launch_bounds__(THREADS) targets_of_row(
     Q* q, const T* x, const float* __restrict__ log_u, int64_t K, float scale, bool vector) {
-    __shared__ LogSum shared[WARPS];
+    TargetShared& shared = *shared_memory<TargetShared>();
     const int64_t row = blockIdx.x * K;
     LogSum total;
     auto logits = [&](float (&z)[8], int64_t k) {
@@ -159,9 +164,9 @@ __global__ void __launch_bounds__(THREADS) targets_of_row(
         total.add(z);
     }
     total.over_warp();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = total;
+    if (threadIdx.x % 32 == 0) shared.parts[threadIdx.x / 32] = total;
     __syncthreads();
-    total = shared[threadIdx.x % WARPS];
+    total = shared.parts[threadIdx.x % WARPS];
     if (threadIdx.x % 32 >= WARPS) total.sum = 0;  // each warp adds the parts of all
     total.over_warp();
     const float of_sum = 1 / total.sum;
@@ -185,26 +190,27 @@ template <typename T>
 static cudaError_t run_pass(float* log_r, const T* x, const float* log_u, float* scratch, int64_t n, int64_t K,
                             float scale, Dtype dtype, cudaStream_t stream) {
     const int64_t rows = panel_rows(K, dtype), panels = divide_up(n, rows), chunks = divide_up(K, CHUNK);
-    const unsigned blocks = divide_up(K, THREADS);
+    const int64_t blocks = divide_up(K, THREADS);
     const bool vector = K % 8 == 0 && (uintptr_t)x % 16 == 0 && (uintptr_t)log_u % 16 == 0;
     float *sums = scratch, *tops = sums + panels * K;
     LogSum* parts = (LogSum*)(tops + panels * K);  // 8 bytes each; 2 panels K floats lie before it
     if (!log_u) {
-        column_sums<T, true><<<dim3(blocks, panels), THREADS, 0, stream>>>(
-            tops, sums, x, nullptr, nullptr, n, rows, 0, K, scale, vector);
-        finish<true><<<blocks, THREADS, 0, stream>>>(log_r, tops, sums, nullptr, panels, K);
-        return cudaGetLastError();
+        const cudaError_t status = start(column_sums<T, true>, {blocks, panels}, THREADS, sizeof(ColumnShared), stream,
+                                         tops, sums, x, nullptr, nullptr, n, rows, 0, K, scale, vector);
+        if (status != cudaSuccess) return status;
+        return start(finish<true>, blocks, THREADS, 0, stream, log_r, tops, sums, nullptr, panels, K);
     }
     for (int64_t p = 0; p < panels; p++) {
         const int64_t count = std::min(rows, n - p * rows);
         const T* panel = x + p * rows * K;
-        row_sums<T><<<dim3(chunks, divide_up(count, ROWS)), THREADS, 0, stream>>>(
-            parts, panel, log_u, count, K, scale, vector);
-        column_sums<T, false><<<dim3(blocks, 1), THREADS, 0, stream>>>(
-            nullptr, sums + p * K, panel, parts, log_u, count, rows, chunks, K, scale, vector);
+        cudaError_t status = start(row_sums<T>, {chunks, divide_up(count, ROWS)}, THREADS, sizeof(RowShared), stream,
+                                   parts, panel, log_u, count, K, scale, vector);
+        if (status == cudaSuccess)
+            status = start(column_sums<T, false>, blocks, THREADS, sizeof(ColumnShared), stream, nullptr, sums + p * K,
+                           panel, parts, log_u, count, rows, chunks, K, scale, vector);
+        if (status != cudaSuccess) return status;
     }
-    finish<false><<<blocks, THREADS, 0, stream>>>(log_r, nullptr, sums, log_u, panels, K);
-    return cudaGetLastError();
+    return start(finish<false>, blocks, THREADS, 0, stream, log_r, nullptr, sums, log_u, panels, K);
 }
 
 cudaError_t sinkhorn_pass_cuda(float* log_r, const void* logits, const float* log_u, float* scratch, int64_t n,
@@ -224,10 +230,16 @@ template <typename T>
 static cudaError_t run_targets(void* q, Dtype q_dtype, const T* x, const float* log_u, int64_t n, int64_t K,
                                float scale, cudaStream_t stream) {
     const bool vector = K % 8 == 0 && ((uintptr_t)x | (uintptr_t)log_u | (uintptr_t)q) % 16 == 0;
-    if (q_dtype == Dtype::f32) targets_of_row<<<n, THREADS, 0, stream>>>((float*)q, x, log_u, K, scale, vector);
-    else if (q_dtype == Dtype::f16) targets_of_row<<<n, THREADS, 0, stream>>>((__half*)q, x, log_u, K, scale, vector);
-    else targets_of_row<<<n, THREADS, 0, stream>>>((__nv_bfloat16*)q, x, log_u, K, scale, vector);
-    return cudaGetLastError();
+    auto run = [&](auto* to) {
+        return start(targets_of_row<T, std::remove_pointer_t<decltype(to)>>, n, THREADS, sizeof(TargetShared), stream,
+                     to, x, log_u, K, scale, vector);
+    };
+    switch (q_dtype) {
+        case Dtype::f32:  return run((float*)q);
+        case Dtype::f16:  return run((__half*)q);
+        case Dtype::bf16: return run((__nv_bfloat16*)q);
+    }
+    return cudaErrorInvalidValue;
 }
 
 cudaError_t sinkhorn_targets_cuda(void* targets, Dtype target_dtype, const void* logits, const float* log_u, int64_t n,

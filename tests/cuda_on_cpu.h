@@ -1,90 +1,287 @@
-// Enough of CUDA to run simple kernels on a CPU: every thread of a block is a fiber, one block after another. It checks
-// indices, barriers and shuffles, and what is read before it is written; not speed, and not what a GPU does in parallel.
+// Enough of CUDA to run csrc/*.cu on a CPU, slowly, where there is no GPU: what common.cuh and mma.cuh leave to nvcc,
+// and the calls of the runtime that launchers and checks make. Compiled before all else (-include).
+//
+//     threads    fibers. A warp runs until all of it waits for the block, as far ahead of the others as a GPU may let
+//                it; blocks run one by one. `order`: 0 all as they are numbered, 1 all backwards, else drawn anew
+//     memory     what a block shares, and all that cudaMalloc gives, is NaN at first and ends at a page that nobody may
+//                touch, to 16 bytes; what lies before and after it must stay as it was (cudaFree looks)
+//     numbers    float16 and bfloat16 as IEEE and CUDA round them; tensor cores add in float32, in order
+//
+// It finds wrong indices, sizes, barriers, shuffles and masks, and what is read before it is written. It knows neither
+// the memory model nor speed, and never executes the assembly: the layouts of ldmatrix and mma are written here from
+// the PTX manual, element by element.
 #pragma once
-#include <cuda_runtime.h>
+
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
 #include <type_traits>
 #include <vector>
 
+#define __global__
+#define __device__
+#define __host__
 #define __launch_bounds__(...)
 
-struct Dim {
-    unsigned x = 1, y = 1;
-    Dim(int64_t x = 1, int64_t y = 1) : x(x), y(y) {}
-};
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+template <typename A, typename B> std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
+
+// --------------------------------------------------------------------------------
+// numbers of 16 bits
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { uint16_t bits; };
+
+template <typename To, typename From> To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline float __bfloat162float(__nv_bfloat16 v) { return same_bits<float>((uint32_t)v.bits << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+    const uint32_t all = same_bits<uint32_t>(v);
+    if (v != v) return {0x7fff};
+    return {(uint16_t)((all + 0x7fff + (all >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half v) {
+    const uint32_t sign = (uint32_t)(v.bits & 0x8000) << 16, rest = (uint32_t)(v.bits & 0x7fff) << 13;
+    if (rest >= 0x7c00 << 13) return same_bits<float>(sign | 0x7f800000 | (rest & 0x7fffff));
+    return same_bits<float>(sign | same_bits<uint32_t>(same_bits<float>(rest) * 0x1p112f));  // subnormal ones too
+}
+inline __half __float2half_rn(float v) {
+    const uint32_t all = same_bits<uint32_t>(v), sign = all >> 16 & 0x8000, rest = all & 0x7fffffff;
+    if (v != v) return {0x7fff};
+    if (rest >= 0x477ff000) return {(uint16_t)(sign | 0x7c00)};                           // 65520 and more
+    if (rest < 0x38800000)                                                                // subnormal: steps of 2^-24
+        return {(uint16_t)(sign | (same_bits<uint32_t>(std::fabs(v) + 0.5f) - 0x3f000000))};
+    return {(uint16_t)(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13))};
+}
+
+// --------------------------------------------------------------------------------
+// memory
+
+typedef int cudaError_t;
+typedef void* cudaStream_t;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorIllegalAddress = 700,
+                      cudaErrorMisalignedAddress = 716;
+enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
+constexpr size_t PAGE = 4096, MOST_SHARED = 232448;  // 227 KiB, the most an H100 gives a block
+struct Allocation { uint8_t *first, *begin, *end, *last; };
+inline std::map<void*, Allocation> allocations;
+
+// so many bytes that begin at 16 i + residue and end at a page that nobody may touch
+inline void* allocate(size_t size, size_t residue = 0) {
+    const size_t room = (size + 16 + PAGE - 1) / PAGE * PAGE;
+    uint8_t* base = (uint8_t*)mmap(nullptr, room + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint8_t *first = base + PAGE, *last = first + room, *begin = last - size;
+    if (base == MAP_FAILED || mprotect(first, room, PROT_READ | PROT_WRITE)) abort();
+    begin -= ((uintptr_t)begin - residue) % 16;
+    memset(first, 0xff, room);  // NaN, in each of the three dtypes
+    allocations[begin] = {first, begin, begin + size, last};
+    return begin;
+}
+inline cudaError_t cudaFree(void* p) {
+    if (!p) return cudaSuccess;
+    const Allocation a = allocations.at(p);
+    auto touched = [](uint8_t byte) { return byte != 0xff; };
+    const bool wrong = std::any_of(a.first, a.begin, touched) || std::any_of(a.end, a.last, touched);
+    munmap(a.first - PAGE, a.last - a.first + 2 * PAGE);
+    allocations.erase(p);
+    return wrong ? cudaErrorIllegalAddress : cudaSuccess;
+}
+template <typename T> cudaError_t cudaMalloc(T** p, size_t size) { return *p = (T*)allocate(size), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, int) {
+    return memcpy(to, from, size), cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t status) {
+    return status == cudaSuccess ? "no error" : status == cudaErrorInvalidValue ? "invalid argument" :
+           status == cudaErrorMisalignedAddress ? "misaligned address" : "an illegal memory access was encountered";
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = MOST_SHARED, cudaSuccess; }
+
+// --------------------------------------------------------------------------------
+// threads
+
+enum class State { ready, at_warp, at_block, done };
 struct Fiber {
-    ucontext_t context;
-    bool done;
-    std::vector<char> stack = std::vector<char>(64 << 10);
+    ucontext_t first;
+    jmp_buf place;
+    State state;
+    bool begun = false;
+    int turn = 0;
+    std::vector<char> stack = std::vector<char>(128 << 10);
 };
-struct Meeting { int arrived = 0, count = 0; };
-
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline int current;
+struct Index { unsigned x, y; };
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline jmp_buf scheduler;
+inline sigjmp_buf failure;
 inline std::function<void()> body;
-inline Dim blockIdx, blockDim, gridDim;
-inline struct { struct { operator int() const { return current; } } x; } threadIdx;
-inline Meeting block_meeting, warp_meetings[32];
-inline float shuffled[32][32];
-inline std::vector<char> dynamic_memory(1 << 20);
+inline unsigned char* shared_begin;
+inline unsigned order, launches;  // launches: kernels started so far
+inline std::mt19937 random_order;
 
-inline void meet(Meeting& meeting, int size) {
-    const int mine = meeting.count;
-    if (++meeting.arrived == size) meeting.arrived = 0, meeting.count++;
-    while (meeting.count == mine) swapcontext(&fibers[current].context, &scheduler);
+template <typename T> T* shared_memory() { return (T*)shared_begin; }
+
+__attribute__((noinline)) inline void yield(State state) {
+    fibers[threadIdx.x]->state = state;
+    if (!_setjmp(fibers[threadIdx.x]->place)) _longjmp(scheduler, 1);
 }
-inline void __syncthreads() { meet(block_meeting, blockDim.x); }
-inline float __shfl_xor_sync(unsigned, float v, int mask) {
-    const int warp = current / 32, lane = current % 32;
-    shuffled[warp][lane] = v;
-    meet(warp_meetings[warp], 32);
-    v = shuffled[warp][lane ^ mask];
-    meet(warp_meetings[warp], 32);
-    return v;
+__attribute__((noinline)) inline void resume(int thread) {
+    threadIdx.x = thread, fibers[thread]->state = State::ready;
+    if (_setjmp(scheduler)) return;
+    if (fibers[thread]->begun) _longjmp(fibers[thread]->place, 1);
+    fibers[thread]->begun = true;
+    setcontext(&fibers[thread]->first);
 }
-inline void run_fiber() {
-    body();
-    fibers[current].done = true;
-    swapcontext(&fibers[current].context, &scheduler);
+inline void live() {
+    for (;;) body(), yield(State::done);
 }
-inline void run_kernel(Dim grid, int threads, size_t memory, std::function<void()> kernel) {
-    gridDim = grid, blockDim = Dim(threads), body = kernel;
-    fibers.resize(threads);
-    for (unsigned i = 0; i < grid.x * grid.y; i++) {
-        blockIdx = Dim(i % grid.x, i / grid.x);
-        memset(dynamic_memory.data(), 0xff, memory);  // NaN, for who reads before writing
-        for (Fiber& fiber : fibers) {
-            fiber.done = false;
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
-            makecontext(&fiber.context, run_fiber, 0);
-        }
-        for (int left = threads; left;)
-            for (current = 0; current < threads; current++)
-                if (!fibers[current].done) {
-                    swapcontext(&scheduler, &fibers[current].context);
-                    left -= fibers[current].done;
-                }
+inline void make_fibers(int threads) {
+    for (int i = fibers.size(); i < threads; i++) fibers.push_back(std::make_unique<Fiber>());
+    for (auto& fiber : fibers) {
+        if (fiber->begun) continue;
+        getcontext(&fiber->first);
+        fiber->first.uc_stack = {fiber->stack.data(), 0, fiber->stack.size()};
+        makecontext(&fiber->first, live, 0);
     }
 }
 
-inline cudaError_t allocate(void** p, size_t size) {
-    *p = aligned_alloc(256, (size + 255) / 256 * 256);
-    memset(*p, 0xff, size);
-    return cudaSuccess;
+inline std::vector<int64_t> in_order(int64_t n) {
+    std::vector<int64_t> all(n);
+    std::iota(all.begin(), all.end(), 0);
+    if (order == 1) std::reverse(all.begin(), all.end());
+    if (order > 1) std::shuffle(all.begin(), all.end(), random_order);
+    return all;
 }
-#define cudaMalloc allocate
-#define cudaMemcpy(to, from, size, kind) memcpy(to, from, size)
-#define cudaGetErrorString(status) ((status) ? "error" : "no error")
-#define cudaGetLastError() cudaSuccess
-#define cudaGetDevice(p) (*(p) = 0, cudaSuccess)
-#define cudaDeviceGetAttribute(p, name, device) (*(p) = 232448, cudaSuccess)
-#define cudaFuncSetAttribute(kernel, name, value) ((void)(value), cudaSuccess)
+inline void __syncthreads() { yield(State::at_block); }
+inline void __syncwarp() { yield(State::at_warp); }
+
+// until none of the warp can go on by itself; false if only a part of it came to where all must meet
+inline bool run_warp(int first) {
+    for (auto lanes = in_order(32);;) {
+        int met = 0;
+        for (int lane : lanes)
+            if (fibers[first + lane]->state == State::ready) resume(first + lane);
+        for (int lane : lanes) met += fibers[first + lane]->state == State::at_warp;
+        if (met && met < 32) return false;
+        if (!met) return true;
+        for (int lane : lanes) fibers[first + lane]->state = State::ready;
+    }
+}
+inline bool run_block(int threads) {
+    for (int i = 0; i < threads; i++) fibers[i]->state = State::ready;
+    for (bool any = true; any;) {
+        any = false;
+        for (int64_t warp : in_order(threads / 32))
+            if (!run_warp(warp * 32)) return false;
+        for (int i = 0; i < threads; i++)
+            if (fibers[i]->state == State::at_block) any = true, fibers[i]->state = State::ready;
+    }
+    return true;
+}
+inline void fail(int) { siglongjmp(failure, 1); }  // off the end of some memory, or a check of -fsanitize
+
+inline cudaError_t run_grid(int64_t x, int64_t y, int threads, int64_t shared) {
+    constexpr size_t room = (MOST_SHARED + PAGE - 1) / PAGE * PAGE;
+    static unsigned char* const memory = (unsigned char*)allocate(room);
+    if (x < 1 || y < 1 || x > INT32_MAX || y > 65535 || threads < 32 || threads > 1024 || threads % 32 || shared < 0 ||
+        shared > (int64_t)MOST_SHARED) return cudaErrorInvalidValue;
+    unsigned char* const end = allocations.at(memory).end;
+    shared_begin = end - (shared + 15) / 16 * 16;
+    make_fibers(threads);
+    blockDim = {(unsigned)threads, 1}, gridDim = {(unsigned)x, (unsigned)y}, launches++, random_order.seed(order);
+    struct sigaction mine = {}, before[4];
+    const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+    mine.sa_handler = fail;
+    for (int i = 0; i < 4; i++) sigaction(signals[i], &mine, &before[i]);
+    bool good = false;
+    if (!sigsetjmp(failure, 1)) {
+        good = true;
+        for (int64_t i : in_order(x * y)) {
+            memset(shared_begin, 0xff, end - shared_begin);  // NaN: what is not written must not be read
+            blockIdx = {(unsigned)(i % x), (unsigned)(i / x)};
+            if (!(good = run_block(threads))) break;
+        }
+    } else {
+        good = false;
+    }
+    for (int i = 0; i < 4; i++) sigaction(signals[i], &before[i], nullptr);
+    if (!good) fibers.clear();  // they stopped anywhere
+    return good ? cudaSuccess : cudaErrorIllegalAddress;
+}
+
+// --------------------------------------------------------------------------------
+// what a warp does together: each lane shows what it brings, then all look
+
+template <typename T> const T* show(T mine) {
+    static T shown[2][1024];  // in turns: who is ahead by one must not write where others still look
+    T* all = shown[fibers[threadIdx.x]->turn ^= 1];
+    all[threadIdx.x] = mine;
+    yield(State::at_warp);
+    return all + threadIdx.x / 32 * 32;
+}
+
+inline float __shfl_xor_sync(uint32_t, float v, int mask) { return show(v)[(threadIdx.x % 32) ^ mask]; }
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+    const void* const* rows = show(row);
+    for (int i = 0; i < 4; i++) r[i] = ((const uint32_t*)rows[8 * i + threadIdx.x % 32 / 4])[threadIdx.x % 4];
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    const void* const* rows = show(row);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++)
+        for (int half = r[i] = 0; half < 2; half++)
+            r[i] |= (uint32_t)((const uint16_t*)rows[8 * i + 2 * t + half])[g] << 16 * half;
+}
+
+inline float value_of(__half v) { return __half2float(v); }
+inline float value_of(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    struct Given { uint32_t a[4], b[2]; };
+    const Given* given = show(Given{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    auto half = [](uint32_t pair, int which) { return value_of(T{(uint16_t)(pair >> 16 * which)}); };
+    for (int i = 0; i < 4; i++) {
+        const int row = threadIdx.x % 32 / 4 + i / 2 * 8, column = threadIdx.x % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++)
+            c[i] += half(given[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k % 2) *
+                    half(given[column * 4 + k % 8 / 2].b[k / 8], k % 2);
+    }
+}
+
+inline float exp2_fast(float z) { return z < -126 ? 0.f : std::exp2(z); }
+
+struct Grid {
+    int64_t x, y;
+    Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+};
+template <typename... Parameters, typename... Arguments>
+cudaError_t start(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, cudaStream_t,
+                  Arguments... arguments) {
+    body = [=] { kernel((Parameters)arguments...); };
+    return run_grid(grid.x, grid.y, threads, shared);
+}

@@ -1,56 +1,195 @@
 """
-The CUDA kernels that need no tensor cores, run without a GPU: their own checks (ALONE), compiled as C++ with the few
-parts of CUDA that they use written out (cuda_on_cpu.h). Finds wrong indices and barriers; says nothing about speed.
+The CUDA kernels without a GPU: csrc/*.cu on emulated threads (emulated.py) beside the equations in float64, in each
+dtype, at sizes that are multiples of nothing; memory ends at protected pages and is NaN at first; two orders of blocks,
+warps and lanes must give the same bits. What the emulator cannot execute, the assembly, is looked for in the machine
+code, where there is an nvcc. Says nothing about speed. mutants.py plants faults and runs the same checks.
 """
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
+from test_ops import exact_loss, exact_pass, loss_arguments, normal
+from test_ops_attention import by_hand, error, make, value_and_grad
 
 ROOT = Path(__file__).parents[1]
-TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))  # its headers know bfloat16 on the host
-needs_headers = pytest.mark.skipif(not (TOOLKIT / "include/cuda_bf16.h").exists() or not shutil.which("g++"),
-                                   reason="needs g++ and the CUDA toolkit's headers")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ROUNDING = {F32: 3e-6, BF16: 2 ** -7, F16: 2 ** -10}  # twice a half dtype's
+NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+needs_compiler = pytest.mark.skipif(not emulated.AVAILABLE, reason="needs Linux and g++")
 
 
-def as_cpp(source):
-    """What only nvcc reads, in C++."""
-    source = re.sub(r'asm\("ex2.*?;.*?;', "e = z < -126 ? 0.f : ::exp2f(z);", source, flags=re.S)
-    source = source.replace("extern __shared__ uint4 memory[]", "uint4* memory = (uint4*)dynamic_memory.data()")
-    source = source.replace("__shared__", "static").replace("__global__", "").replace("__device__", "")
-    source = re.sub(r"(\w+(?:<[^;<>]*>)?)<<<(.*?), (\w+), ([^,]*?), stream>>>\((.*?)\);",
-                    r"run_kernel(\2, \3, \4, [=] { \1(\5); });", source, flags=re.S)
-    source = source.replace("dim3(", "Dim(").replace("defined(__CUDACC__)", "1")
-    return re.sub(r"(?<![\w:])min\(", "std::min<int64_t>(", source)
+def same_in_both_orders(run):
+    """The tensors that run() returns, after it gave the same bits with all threads in order and backwards."""
+    found = []
+    for which in 1, 0:
+        emulated.order(which)
+        found.append(run())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "the order of threads changes the result"
+    return found[0]
 
 
-def run_check(name, source, folder):
-    """Compiles the source of csrc/<name>.cu and runs its main."""
-    for file in ("common.cuh", "kernels.h"):
-        (folder / file).write_text(as_cpp((ROOT / "csrc" / file).read_text()))
-    (folder / f"{name}.cu").write_text(as_cpp(source))
-    (folder / "main.cpp").write_text(f'#include "cuda_on_cpu.h"\n#include "{name}.cu"\n')
-    subprocess.run(["g++", "-std=c++20", "-O1", "-w", "-DALONE", f"-I{TOOLKIT / 'include'}", f"-I{folder}",
-                    f"-I{ROOT / 'tests'}", "main.cpp", "-o", "check"], cwd=folder, check=True)
-    return subprocess.run([folder / "check"], capture_output=True, text=True)
+def off_by_one(x):
+    """The same values, one element off a multiple of 16 bytes."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+# --------------------------------------------------------------------------------
+# The checks: each raises where the kernels are wrong
 
 
-@needs_headers
-@pytest.mark.parametrize("name", ["sinkhorn", "assignment_loss"])
-def test_kernel_passes_its_own_check(name, tmp_path):
-    done = run_check(name, (ROOT / f"csrc/{name}.cu").read_text(), tmp_path)
-    assert done.returncode == 0 and "no error" in done.stdout, done.stdout
+def check_sinkhorn(n, K, dtype, size=0.5, shift=lambda x: x):
+    x, log_u, exact_u = shift(normal(n, K).mul(size).to(dtype)), None, None
+    for _ in range(3):
+        log_r, = same_in_both_orders(lambda u=log_u: [emulated.sinkhorn_pass(x, u, 0.06)])
+        exact_u, log_u = -exact_pass(x, 0.06, exact_u), -log_r
+        assert (log_u - exact_u).abs().max() < 4e-6 * max(8, exact_u.abs().max())
+    return x, log_u, exact_u
 
 
-@needs_headers
-def test_a_wrong_index_would_be_noticed(tmp_path):
-    source = (ROOT / "csrc/sinkhorn.cu").read_text()
-    broken = source.replace("shared[0][warp][lane * 8 + j] = sum[j]", "shared[0][warp][lane + 32 * j] = sum[j]")
-    assert broken != source and run_check("sinkhorn", broken, tmp_path).returncode
+def check_targets(n, K, dtype, targets, size=0.5, shift=lambda x: x):
+    x, log_u = shift(normal(n, K).mul(size).to(dtype)), shift(normal(K, seed=1))
+    exact = (x.double() / 0.06 + log_u).softmax(-1)
+    q, = same_in_both_orders(lambda: [emulated.sinkhorn_targets(x, log_u, 0.06, targets)])
+    assert q.dtype == targets and error(q, exact) < (1e-5 if targets == F32 else ROUNDING[targets] / 2)
+    assert torch.allclose(q.double(), exact, rtol=ROUNDING[targets] + 1e-5, atol=6e-8 if targets == F16 else 1e-30)
+
+
+def check_loss(S, T, B, K, dtype, overwrite=False, shift=lambda x: x):
+    student, *rest = loss_arguments(S, T, B, K, dtype, "cpu")
+    student = shift(student)
+    x = student.double().requires_grad_()
+    exact = exact_loss(x, *rest)
+    exact.sum().backward()
+
+    def run():
+        if overwrite:
+            grad = student.clone() if student.data_ptr() % 16 == 0 else off_by_one(student)
+            return emulated.assignment_loss_(grad, *rest), grad
+        return emulated.assignment_loss(student, *rest)
+    losses, grad = same_in_both_orders(run)
+    assert torch.allclose(losses.double(), exact.detach(), rtol=3e-6, atol=1e-6)
+    largest = x.grad.abs().amax(-1, keepdim=True)
+    over = (grad - x.grad).abs() - ROUNDING[dtype] * x.grad.abs() - 3e-6 * largest
+    assert over.max() < 1e-7
+
+
+def check_attention(n_images, grids, A, E, dtype):
+    qkv, grad, n_images, rope, A = make(n_images, grids, A, E, dtype)
+    tables = [table for pair in rope for table in pair]
+    exact, exact_grad = value_and_grad(by_hand, qkv, grad, n_images, rope, A)
+
+    def run():
+        out, lse = emulated.rope_attention(qkv, tables, n_images, A)
+        return out, lse, emulated.rope_attention_backward(grad, qkv, out, lse, tables, n_images, A)
+    out, lse, dqkv = same_in_both_orders(run)
+    most = {BF16: 6e-3, F16: 8e-4}[dtype]
+    assert error(out, exact) < most                                     # measured: 3.2e-3, 3.9e-4
+    for ours, true in zip(dqkv.chunk(3, 1), exact_grad.chunk(3, 1), strict=True):
+        assert error(ours, true) < most                                 # measured: 4.6e-3, 5.7e-4
+    start = 0                                                           # of every image alike, as far as it is right
+    for n, (cos, _) in zip(n_images, rope, strict=True):
+        assert lse[:, start : start + n * len(cos)].isfinite().all()
+        start += n * len(cos)
+
+
+CHECKS = {  # name: check and its arguments; the smallest that reach each branch
+    "sinkhorn, scalar, f32": (check_sinkhorn, 37, 1003, F32),
+    "sinkhorn, scalar, bf16": (check_sinkhorn, 5, 271, BF16),
+    "sinkhorn, three panels, bf16": (check_sinkhorn, 260, 264, BF16),
+    "sinkhorn, two chunks, f16": (check_sinkhorn, 9, 8200, F16),
+    "sinkhorn, vectors, f32": (check_sinkhorn, 6, 520, F32),
+    "sinkhorn, off by one, bf16": (check_sinkhorn, 9, 64, BF16, 0.5, off_by_one),
+    "sinkhorn, one row": (check_sinkhorn, 1, 8, F16),
+    "sinkhorn, extreme": (check_sinkhorn, 20, 257, F32, 20),
+    "targets, f32 to bf16": (check_targets, 2, 1003, F32, BF16),
+    "targets, bf16 to f16": (check_targets, 2, 4104, BF16, F16),
+    "targets, f16 to f32": (check_targets, 2, 264, F16, F32),
+    "targets, off by one": (check_targets, 2, 64, BF16, BF16, 0.5, off_by_one),
+    "loss, scalar, f32": (check_loss, 1, 1, 3, 1003, F32),
+    "loss, scalar, bf16": (check_loss, 2, 1, 2, 271, BF16),
+    "loss, crops, bf16": (check_loss, 5, 2, 3, 1000, BF16, True),
+    "loss, crops, f16": (check_loss, 3, 2, 2, 5000, F16),
+    "loss, too long to keep": (check_loss, 1, 1, 2, 60000, F32),
+    "loss, off by one": (check_loss, 2, 2, 2, 64, BF16, True, off_by_one),
+    "attention, two groups, 64, bf16": (check_attention, [2, 3], [(7, 7), (2, 3)], 2, 64, BF16),
+    "attention, two groups, 128, f16": (check_attention, [1, 2], [(3, 5), (1, 1)], 2, 128, F16),
+    "attention, two blocks, 64, f16": (check_attention, [1], [(12, 12)], 1, 64, F16),
+    "attention, two blocks, 128, bf16": (check_attention, [1], [(16, 16)], 1, 128, BF16),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CHECKS)
+def test_emulated_kernels_are_the_equations(name):
+    check, *arguments = CHECKS[name]
+    check(*arguments)
+
+
+@needs_compiler
+@pytest.mark.parametrize("names", [["sinkhorn"], ["assignment_loss"],
+                                   ["rope_attention_forward", "rope_attention_backward"]], ids=str)
+def test_kernels_pass_their_own_checks(names, tmp_path):
+    """The mains that need no torch, for nvcc on a machine with a GPU."""
+    build = ROOT / "build/emulated"
+    objects = [emulated.compiled(ROOT / f"csrc/{name}.cu", ROOT / "csrc", build, ["-DALONE"]) for name in names]
+    subprocess.run(["g++", *objects, "-o", tmp_path / "check"], check=True)
+    done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+# --------------------------------------------------------------------------------
+# The assembly, which no emulator executes
+
+
+PROBE = """
+#include "mma.cuh"
+template <typename T> __global__ void product(float* c, const uint32_t* a) {
+    float sum[4] = {c[0], c[1], c[2], c[3]};
+    mma<T>(sum, {a[0], a[1], a[2], a[3]}, a[4], a[5]);
+    for (int i = 0; i < 4; i++) c[i] = sum[i];
+}
+template <bool TRANSPOSED> __global__ void matrices(uint32_t* to) {
+    uint32_t r[4];
+    const void* row = shared_memory<char>() + threadIdx.x * 16;
+    if (TRANSPOSED) load_matrices_transposed(r, row); else load_matrices(r, row);
+    for (int i = 0; i < 4; i++) to[4 * threadIdx.x + i] = r[i];
+}
+__global__ void power(float* x) { *x = exp2_fast(*x); }
+template __global__ void product<__half>(float*, const uint32_t*);
+template __global__ void product<__nv_bfloat16>(float*, const uint32_t*);
+template __global__ void matrices<false>(uint32_t*);
+template __global__ void matrices<true>(uint32_t*);
+"""
+
+
+def disassembler():
+    """The toolkit's nvdisasm, or triton's."""
+    triton = importlib.util.find_spec("triton")
+    folders = [NVCC.parent, *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else [])]
+    return shutil.which("nvdisasm", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+
+
+@pytest.mark.skipif(not NVCC.exists() or not disassembler(), reason="needs nvcc and nvdisasm")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_assembly_becomes_the_instructions_it_names(arch, tmp_path):
+    (tmp_path / "probe.cu").write_text(PROBE)
+    subprocess.run([NVCC, "-std=c++20", f"-arch={arch}", "-cubin", f"-I{ROOT / 'csrc'}", "probe.cu"], cwd=tmp_path,
+                   check=True)
+    code = subprocess.run([disassembler(), "-c", tmp_path / "probe.cubin"], capture_output=True, text=True).stdout
+    kernels = {name: re.findall(r"(HMMA|LDSM|MUFU)(\S*)", body)
+               for name, body in re.findall(r"\n\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", code, flags=re.S)}
+    assert kernels == {
+        "_Z7productI6__halfEvPfPKj": [("HMMA", ".16816.F32")],
+        "_Z7productI13__nv_bfloat16EvPfPKj": [("HMMA", ".16816.F32.BF16")],
+        "_Z8matricesILb0EEvPj": [("LDSM", ".16.M88.4")],
+        "_Z8matricesILb1EEvPj": [("LDSM", ".16.MT88.4")],
+        "_Z5powerPf": [("MUFU", ".EX2")],
+    }
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

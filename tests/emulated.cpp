@@ -1,0 +1,49 @@
+// The launchers of csrc/*.cu as C functions, for emulated.py: scratch as binding.cpp gives it, but ending at a page that
+// nobody may touch. They return the launcher's status, or what cudaFree found.
+#include "kernels.h"
+
+static cudaError_t worse(cudaError_t a, cudaError_t b) { return a == cudaSuccess ? b : a; }
+
+extern "C" {
+
+void* emulated_allocate(size_t size, size_t residue) { return allocate(size, residue); }
+int emulated_free(void* p) { return cudaFree(p); }
+const char* emulated_words(int status) { return cudaGetErrorString(status); }
+void emulated_order(unsigned which) { order = which; }
+unsigned emulated_launches() { return launches; }
+
+int sinkhorn_pass(float* log_r, const void* logits, const float* log_u, int64_t n, int64_t K, double temperature,
+                  int dtype) {
+    float* scratch;
+    cudaMalloc(&scratch, sinkhorn_scratch_cuda(n, K, (Dtype)dtype) * sizeof(float));
+    const cudaError_t status = sinkhorn_pass_cuda(log_r, logits, log_u, scratch, n, K, temperature, (Dtype)dtype, 0);
+    return worse(status, cudaFree(scratch));
+}
+
+int sinkhorn_targets(void* targets, int target_dtype, const void* logits, const float* log_u, int64_t n, int64_t K,
+                     double temperature, int dtype) {
+    return sinkhorn_targets_cuda(targets, (Dtype)target_dtype, logits, log_u, n, K, temperature, (Dtype)dtype, 0);
+}
+
+int assignment_loss(float* losses, void* grad, const void* student, const void* teacher, const float* log_u,
+                    const float* weights, const float* pairs, int64_t S, int64_t T, int64_t B, int64_t K,
+                    double student_temp, double teacher_temp, int dtype) {
+    return assignment_loss_cuda(losses, grad, student, teacher, log_u, weights, pairs, S, T, B, K, student_temp,
+                                teacher_temp, (Dtype)dtype, 0);
+}
+
+int rope_attention(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T, int A,
+                   int E, int dtype) {
+    return rope_attention_cuda(out, lse, qkv, groups, n_groups, T, A, E, (Dtype)dtype, 0);
+}
+
+int rope_attention_backward(void* dqkv, const void* dout, const void* qkv, const void* out, const float* lse,
+                            const RopeGroup* groups, int n_groups, int64_t T, int A, int E, int dtype) {
+    float* delta;
+    cudaMalloc(&delta, T * A * sizeof(float));
+    const cudaError_t status = rope_attention_backward_cuda(dqkv, delta, dout, qkv, out, lse, groups, n_groups, T, A, E,
+                                                            (Dtype)dtype, 0);
+    return worse(status, cudaFree(delta));
+}
+
+}
