@@ -21,8 +21,8 @@ what is slower than its base says SLOWER. With a GPU, one call each, in this ord
     python bench.py gpu-5        trains for --minutes, measures, draws
     python bench.py check-OP     sinkhorn, loss or attention alone, as gpu-test asks it
 
-A gpu- call writes NAME.json after every row and tables for LOG.md at its end, NAME.md, to --out. --dry rehearses it on a
-CPU. Options:
+A gpu- call writes NAME.json after every row, and at its end NAME.md, tables for LOG.md, to --out. --dry rehearses it on
+a CPU. Options:
 """
 
 import json
@@ -212,6 +212,8 @@ def gpu_5(machine, report, config):
 ON_A_GPU = {f"check-{op}": partial(check, op) for op in versus.CASES} | {
     "gpu-build": gpu_build, "gpu-test": gpu_test, "gpu-1": gpu_1, "gpu-2": gpu_2, "gpu-3": gpu_3, "gpu-4": gpu_4,
     "gpu-5": gpu_5}
+# whose rehearsal runs the CUDA kernels; those of attention read no float32, which the trainer's first runs are in
+REHEARSED = {"gpu-2", "gpu-3", "gpu-4", *(f"check-{op}" for op in versus.CASES)}
 EMULATED = ("sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "assignment_loss_", "rope_attention",
             "rope_attention_backward")
 
@@ -235,12 +237,13 @@ def emulator():
 
 def on_gpu(name, config):
     here = machine(config.dry)
+    if config.dry:
+        torch.set_num_threads(1)  # nothing in a rehearsal is large enough for more
     if here.kind != "cuda" and not config.dry and name.startswith("gpu"):
         raise ValueError(f"{name}: no GPU here; add --dry to rehearse it on the CPU")
     report = Report(name, Path(config.out, f"{name}.json"), here, config.minutes * 60)
     report.note(f"kernels: {ops.describe(here.device)}")
-    # fp32 networks and the trainer's commands take the CPU's kernels: the CUDA ones of attention read no float32
-    with emulator() if config.dry and name in ("gpu-2", "gpu-3", "gpu-4") or name.startswith("check") and config.dry else nullcontext():
+    with emulator() if config.dry and name in REHEARSED else nullcontext():
         ON_A_GPU[name](here, report, config)
     report.close()
 

@@ -4,8 +4,8 @@ What one call of bench.py measured: JSON after every row, tables for LOG.md at t
     GOALS, verdict    what the kernels and the trainer are to reach on a GPU, and whether a row does
     Report            the rows of a call
 
-The goals were computed from bytes and operations before anything had run on a GPU, for an H200 whose copy moves 4.3 TB/s:
-on another card the times are scaled by its own copy. Ratios are to the base's time, in the same run.
+The goals were computed from bytes and operations before anything had run on a GPU, for an H200 whose copy moves 4.3
+TB/s: on another card the times are scaled by its own copy. Ratios are to the base's time, in the same run.
 """
 
 import json
@@ -56,7 +56,7 @@ def verdict(goal, measured, copy=COPY):
         value = measured.get(name)
         if value is None:
             short.append(f"{name} not measured, wanted {wanted:.3g}")
-        elif value > wanted if name in AT_MOST else value < wanted:
+        elif not (value <= wanted if name in AT_MOST else value >= wanted):  # nan is neither
             short.append(f"{name} {value:.3g}, wanted {wanted:.3g}")
     return f"{goal} met" if not short else f"{goal} not met: {'; '.join(short)}"
 

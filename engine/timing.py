@@ -42,6 +42,7 @@ class Cpu:
     backends = ()              # of scaled_dot_product_attention, that one may choose
     rotate = 0                 # bytes that rotating arguments must have in all; 0 = one set will do
     least = 0.0                # seconds that one round of a way lasts at least
+    most = 1000                # rounds
 
     def describe(self):
         capability = torch.backends.cpu.get_cpu_capability()
@@ -104,7 +105,7 @@ class Cpu:
 
 
 class Rehearsal(Cpu):
-    shapes, backends, rotate = "dry", tuple(BACKENDS), 1 << 12
+    shapes, backends, rotate, most = "dry", tuple(BACKENDS), 1 << 12, 2
 
     def describe(self):
         return super().describe() | dict(device="rehearsal on a CPU: its numbers mean nothing")
@@ -205,7 +206,7 @@ def profiled(function, activity, kind):
         function()
     sums = {}
     for event in found.events():
-        if event.device_type == kind and not event.is_user_annotation:
+        if event.device_type == kind and not event.is_user_annotation:  # a range that someone named, not work
             times, microseconds = sums.get(event.name, (0, 0.0))
             sums[event.name] = times + 1, microseconds + event.time_range.elapsed_us()
     return dict(sorted(sums.items(), key=lambda pair: -pair[1][1]))
@@ -237,11 +238,11 @@ def medians(machine, ways, sets=((),), rounds=15, failed=None, graph=True):
             failed[name] = str(error).strip().partition("\n")[0][:200]
     often = {name: max(1, math.ceil(machine.least / machine.clock(run, 1))) if machine.least else 1
              for name, (run, _) in runs.items()}
-    for _ in range(rounds):
+    for _ in range(min(rounds, machine.most)):
         for name, (run, _) in runs.items():
             values.setdefault(name, []).append(machine.clock(run, often[name]) / often[name] / len(sets))
     found = {}
     for name, (_, how) in runs.items():
-        low, middle, high = statistics.quantiles(values[name], n=4) if rounds > 1 else values[name] * 3
+        low, middle, high = statistics.quantiles(values[name], n=4)
         found[name] = Time(middle, (high - low) / middle, how)
     return found

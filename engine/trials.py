@@ -9,6 +9,7 @@ The trainer on trial, on a GPU or in a rehearsal on the CPU: does it work there,
 Each adds rows to a Report. It imports the commands it tries, and no command but bench.py imports it.
 """
 
+import copy
 import importlib
 import io
 import json
@@ -52,8 +53,8 @@ from train import (
 )
 
 # of a rehearsal: the smallest run that has everything a run has
-TINY = ("--steps 2 --batch 4 --n_local 1 --global_size 32 --local_size 16 --n_shapes 8 --dino_prototypes 32 "
-        "--ibot_prototypes 32 --dino_hidden 32 --ibot_hidden 32 --depth 2 --workers 0").split()
+TINY = ("--steps 2 --batch 2 --n_local 1 --global_size 32 --local_size 16 --n_shapes 4 --dino_prototypes 32 "
+        "--ibot_prototypes 32 --dino_hidden 32 --ibot_hidden 32 --depth 1 --workers 0").split()
 
 
 def command(script, *argv, apart=True, under=(), timeout=None):
@@ -65,7 +66,8 @@ def command(script, *argv, apart=True, under=(), timeout=None):
     argv = [str(word) for word in argv]
     if apart:
         try:
-            done = subprocess.run([*under, sys.executable, script, *argv], capture_output=True, text=True, timeout=timeout)
+            words = [*under, sys.executable, script, *argv]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             return 124, f"stopped after {timeout:.0f} s"
         return done.returncode, done.stdout + done.stderr[-2000:] if done.returncode else done.stdout
@@ -83,22 +85,18 @@ def command(script, *argv, apart=True, under=(), timeout=None):
 
 class Step:
     """
-    The lines of train.train between two batches, on one batch that stays: step() trains once more.
+    The lines of train.train between two batches, on one batch that stays: step() trains once more; returns the loss.
 
-    argv      of train.py    compiled  the blocks, by torch.compile
+    argv  of train.py
     """
-    def __init__(self, machine, argv, compiled=False):
+    def __init__(self, machine, argv):
         self.ranks = start_ranks(machine.kind)
         self.c = c = settle(configure([*argv, "--out", "build/bench", "--workers", "0"]), self.ranks)
-        self.source = open_source("shapes", c.batch)
-        self.student, self.teacher = build_networks(c, self.ranks), build_networks(c, self.ranks)
-        self.teacher.requires_grad_(False).eval()
+        self.source = open_source("shapes", c.n_shapes, c.seed)
+        self.student = build_networks(c, self.ranks)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # as two would start; sooner ready
         self.optimizer = torch.optim.AdamW(parameter_groups(c, self.student), betas=(c.beta1, c.beta2), fused=True)
         self.weights = term_weights(c)
-        if compiled:
-            torch.compiler.reset()  # its caches hold few shapes
-            for block in [*self.student["backbone"].blocks, *self.teacher["backbone"].blocks]:
-                machine.compile_module(block)
         self.waiting = self.prepared()
         self.batch = self.moved()
 
@@ -107,6 +105,12 @@ class Step:
         batches = Batches(self.c, self.source, 0, self.c.batch, colour_here=self.ranks.device.type == "cpu")
         cuda = self.ranks.device.type == "cuda"
         return {k: v.pin_memory() if cuda and isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
+
+    def compile(self, machine):
+        """Its blocks, from here on."""
+        torch.compiler.reset()  # its caches hold few shapes
+        for block in [*self.student["backbone"].blocks, *self.teacher["backbone"].blocks]:
+            machine.compile_module(block)
 
     def moved(self):
         return on_device(self.c, self.ranks, dict(self.waiting), {})
@@ -125,6 +129,7 @@ class Step:
         finite.check(0, self.ranks, batch, self.source)
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def update(self):
         clip_gradients(self.student, self.c.clip)
@@ -151,7 +156,8 @@ def trainer(machine, report, config):
         train("resumed", *argv, "--precision", "fp32", "--stop_after", 1 if config.dry else 10)
         train("resumed", "--resume", "--device", machine.kind)
         for name in "again", "resumed":
-            report.add("same bits as the run before", what=name, verdict=differences(folder / "fp32-auto", folder / name))
+            report.add("same bits as the run before", what=name,
+                       verdict=differences(folder / "fp32-auto", folder / name))
         report.add("the host waits", **waits(machine, config.dry))
         report.add("SIGTERM", **terminated(folder / "stopped", argv))
         small = "--limit 24 --resolution 32 --workers 0" if config.dry else "--limit 400"
@@ -192,7 +198,7 @@ def differences(one, other):
         a, b = (load_file(path / "teacher.safetensors") for path in (one, other))
     except OSError as error:
         return f"WRONG: {error}"
-    unequal = sorted({name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name])})
+    unequal = [name for name in a if not same(a[name], b[name])]
     return "right" if not unequal else f"WRONG: {len(unequal)} of {len(a)} tensors differ, {unequal[0]} first"
 
 
@@ -249,59 +255,64 @@ def evaluated(machine, report, config, task, weights, words, name=None):
 # --------------------------------------------------------------------------------
 # How fast
 
-ON_GPU = [  # size, options, batches to try until one fits; four blocks of the 7B, and its heads
-    ("s", [], (64,)), ("l", [], (64,)), ("b", [], (64,)), ("7b", ["--depth", "4", "--checkpointing", "false"], (16, 8)),
-    ("h+", [], (64, 32, 16))]
-FIRST_TO_COMPILE = "s", "l", "7b"
+ON_GPU = [  # size, options, batches to try until one fits, whether compiled too; four blocks of the 7B, and its heads
+    ("s", [], (64,), True), ("l", [], (64, 32), True),
+    ("7b", ["--depth", "4", "--checkpointing", "false"], (16, 8), True), ("b", [], (64,), False),
+    ("h+", [], (64, 32, 16), False)]
 
 
 def whole_steps(machine, report, config, card):
-    """Eager first, as that never fails; then pictures and inference; then, while time is left, compiled blocks."""
-    fits = {}
-    for size, argv, batches in [("tiny", TINY, (4,))] if config.dry else ON_GPU:
+    sizes = [("tiny", TINY, (2,), True)] if config.dry else ON_GPU
+    for i, (size, argv, batches, compiled) in enumerate(sizes):
         for batch in batches:
-            if steps_of(machine, report, card, size, [*argv, "--batch", str(batch)], compiled=False):
-                fits[size] = [*argv, "--batch", str(batch)]
+            if steps_of(machine, report, card, size, [*argv, "--batch", str(batch)], compiled):
                 break
-    pictures(machine, report, config)
-    inference(machine, report, config.dry)
-    for size in sorted(fits, key=lambda size: size not in FIRST_TO_COMPILE):
-        steps_of(machine, report, card, size, fits[size], compiled=True)
+        if i == min(1, len(sizes) - 1):
+            pictures(machine, report, config)
+            inference(machine, report, config.dry)
 
 
 def steps_of(machine, report, card, size, argv, compiled):
-    """A row for kernels auto and off; returns whether auto ran."""
-    how, failed, step = "compiled" if compiled else "eager", {}, None
+    """Rows for kernels auto and off, blocks eager, then compiled; returns whether the first ran, or time is over."""
     if report.over:
-        report.note(f"steps of {size}, {how}: no time was left")
-        return False
-    try:
-        step = Step(machine, ["--size", size, "--precision", "bf16", *argv], compiled)
-        ways = {choice: partial(with_kernels, choice, step) for choice in ("auto", "off")}
-        times = medians(machine, ways, rounds=7, failed=failed, graph=False)
-        flops = operations(ways["off"]) if not compiled and "off" in times else None
-        for choice, t in times.items():
-            launched = machine.launches(ways[choice])
-            rate = step.c.batch / t.seconds
-            goal = dict(goal=verdict("G13", dict(images_per_s=rate))) if (size, choice) == ("l", "auto") else {}
-            report.add("steps", size=size, images=step.c.batch, blocks=how, kernels=choice, ms=t.seconds * 1e3,
-                       spread=t.spread, images_per_s=rate, peak_gb=(machine.peak(ways[choice]) + machine.held()) / 1e9,
-                       launches=sum(n for n, _ in launched.values()),
-                       device_ms=sum(us for _, us in launched.values()) / 1e3,
-                       tflop_per_s=flops and flops / t.seconds / 1e12, mfu=flops and flops / t.seconds / 989.4e12,
-                       of_gemm=flops and flops / t.seconds / card["gemm"], **goal)
-            for name, (n, us) in list(launched.items())[:8]:
-                report.keep("what takes longest in a step", [dict(
-                    size=size, blocks=how, kernels=choice, what=name[:80], times=n, ms=us / 1e3)])
-        if size in ("l", "tiny") and not compiled:
-            update_alone(machine, report, card, step)
-    except RuntimeError as error:
-        failed["auto"] = str(error).strip().splitlines()[0][:200]
-    for choice, why in failed.items():
-        report.add("steps", size=size, images=int(argv[-1]), blocks=how, kernels=choice, note=why)
+        report.note(f"steps of {size}: no time was left")
+        return True
+    ran, step, flops = {}, None, None
+    for how in ("eager", "compiled") if compiled else ("eager",):
+        failed = {}
+        try:
+            step = step or Step(machine, ["--size", size, "--precision", "bf16", *argv])
+            if how == "compiled":
+                step.compile(machine)
+            ways = {choice: partial(with_kernels, choice, step) for choice in ("auto", "off")}
+            times = medians(machine, ways, rounds=7, failed=failed, graph=False)
+            flops = operations(ways["off"]) if how == "eager" and "off" in times else flops
+            for choice, t in times.items():
+                step_row(machine, report, card, size, how, choice, ways[choice], step.c.batch, t, flops)
+            if size in ("l", "tiny") and how == "eager":
+                update_alone(machine, report, card, step)
+        except RuntimeError as error:
+            failed["auto"] = str(error).strip().splitlines()[0][:200]
+        for choice, why in failed.items():
+            report.add("steps", size=size, images=int(argv[-1]), blocks=how, kernels=choice, note=why)
+        ran[how] = "auto" not in failed
+        if not ran["eager"]:
+            break
     step = ways = None  # their memory is the next size's
     machine.release()
-    return "auto" not in failed
+    return ran["eager"]
+
+
+def step_row(machine, report, card, size, how, choice, step, images, t, flops):
+    launched, rate = machine.launches(step), images / t.seconds
+    goal = dict(goal=verdict("G13", dict(images_per_s=rate))) if (size, choice) == ("l", "auto") else {}
+    report.add("steps", size=size, images=images, blocks=how, kernels=choice, ms=t.seconds * 1e3, spread=t.spread,
+               images_per_s=rate, peak_gb=(machine.peak(step) + machine.held()) / 1e9,
+               launches=sum(n for n, _ in launched.values()), device_ms=sum(us for _, us in launched.values()) / 1e3,
+               tflop_per_s=flops and flops / t.seconds / 1e12, mfu=flops and flops / t.seconds / 989.4e12,
+               of_gemm=flops and flops / t.seconds / card["gemm"], **goal)
+    report.keep("what takes longest in a step", [dict(size=size, blocks=how, kernels=choice, what=name[:80], times=n,
+                ms=us / 1e3) for name, (n, us) in list(launched.items())[:8]])
 
 
 def operations(step):
@@ -336,7 +347,7 @@ def pictures(machine, report, config):
         batch = on_device(c, ranks, dict(batch), {})
         return colour_batch(batch, c) if machine.kind == "cpu" else batch
     with tempfile.TemporaryDirectory() as folder:
-        root = config.data if config.data != "shapes" else jpegs(Path(folder), 4 if config.dry else 512)
+        root = config.data if config.data != "shapes" else jpegs(Path(folder), 2 if config.dry else 512)
         batches = Batches(c, open_source(str(root)), 0, c.batch, colour_here=False)
         for i, batch in enumerate(loader(batches, range(n), workers, pin_memory=machine.kind == "cuda")):
             if i == warm:
@@ -399,11 +410,14 @@ def inference(machine, report, dry):
 # What does it learn
 
 
+CURVE = "step", "loss", "dino_global", "dino_local", "ibot", "koleo", "dino_entropy", "prototypes_used", "cls_rank"
+
+
 def run(machine, report, config):
-    """As many steps as the minutes allow, after a short run that tells how long one takes; then scores and a picture."""
-    dry, out = config.dry, Path(config.out)
-    argv = ["--size", "tiny", *TINY] if dry else ["--size", config.size, "--batch", "128", "--data", config.data]
-    argv += ["--device", machine.kind]
+    """As many steps as the minutes allow, after a short run that tells how many; then scores and a picture."""
+    dry, out, size = config.dry, Path(config.out), "tiny" if config.dry else config.size
+    argv = ["--size", size, "--device", machine.kind]
+    argv += TINY if dry else ["--batch", "128", "--data", config.data]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         probe = trained(folder, "probe", *argv, *([] if dry else ["--steps", "40"]), dry=dry)
@@ -417,14 +431,13 @@ def run(machine, report, config):
         report.add("run", what="training", steps=len(found["rows"]), seconds=found["seconds"],
                    images_per_s=found["rows"][-1]["images_per_s"] if found["rows"] else None,
                    verdict="right" if found["code"] == 0 else f"WRONG: {found['says']}")
-        names = "step", "loss", "dino_global", "dino_local", "ibot", "koleo", "dino_entropy", "prototypes_used", "cls_rank"
         for row in found["rows"][:: max(1, len(found["rows"]) // 12)]:
-            report.add("curve", **{name: row.get(name) for name in names})
+            report.add("curve", **{name: row[name] for name in CURVE})
         shutil.copy(folder / "run/metrics.jsonl", out / "gpu-5.jsonl")
         small = "--limit 24 --resolution 32 --workers 0" if dry else f"--limit 2000 --data {config.data} --workers 8"
         for task, more in ("knn", ""), ("linear", f" --iterations {20 if dry else 2000}"):
             evaluated(machine, report, config, task, folder / "run", small + more, "trained")
-            evaluated(machine, report, config, task, f"untrained:{'tiny' if dry else config.size}", small + more, "untrained")
+            evaluated(machine, report, config, task, f"untrained:{size}", small + more, "untrained")
         images = [f"shapes:{i}" for i in range(2 if dry else 6)] if config.data == "shapes" else some(config.data, 6)
         code, output = command("visualize.py", "pca", *images, "--weights", folder / "run", "--out", out / "gpu-5.png",
                                apart=not dry)
