@@ -115,7 +115,7 @@ class Rehearsal(Cpu):
         return torch.compile(function, backend="aot_eager")  # all of it but the code generator
 
     def compile_module(self, module):
-        module.compile(backend="aot_eager")
+        module.compile(backend="eager")  # what traces Python, which is what a network can fail at
 
 
 class Cuda(Cpu):

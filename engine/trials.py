@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -391,7 +392,7 @@ def inference(machine, report, dry):
     if report.over:
         report.note("inference: no time was left")
         return
-    c, n, side = (SIZES["tiny"], 2, 32) if dry else (SIZES["l"], 64, 256)
+    c, n, side = (replace(SIZES["tiny"], depth=1), 1, 32) if dry else (SIZES["l"], 64, 256)
     images = torch.randn(n, 3, side, side, device=machine.device).bfloat16()
     ways, theirs = dict(ours=ViT(c).eval().to(machine.device, torch.bfloat16)), hugging_face(c)
     if theirs is not None:
