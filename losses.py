@@ -12,7 +12,7 @@ where the paper sums over all ranks, so do we. Dimension letters: see the top of
 """
 
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,7 @@ class Assignments:
 
     def written(self, dtype=torch.float32):
         """As a tensor, ... K."""
-        flat = ops.sinkhorn_targets(self.logits.flatten(0, -2), self.temperature, self.log_u, dtype)
-        return flat.view(self.shape)
+        return ops.sinkhorn_targets(self.logits, self.temperature, self.log_u, dtype)
 
 
 def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
@@ -120,11 +119,12 @@ def dino_loss(student_logits, targets, temperature=0.1, ignore_diagonal=False):
     return dino_losses(student_logits, targets, n_global, temperature)[0 if ignore_diagonal else 1]
 
 
-def dino_losses(student_logits, targets, n_global, temperature=0.1, overwrite=False):
+def dino_losses(student_logits, targets, n_global, temperature=0.1, factors=None):
     """
     dino_loss of the first n_global crops, without the diagonal, and of the others, in one pass; None for no crops.
 
-    overwrite  student_logits may become their gradient (ops.assignment_loss)
+    factors  what the two will be multiplied with in the sum of all losses: student_logits then become their gradient at
+             once (ops.assignment_loss), and nothing else may read them
     """
     if student_logits.shape[1:] != targets.shape[1:]:
         raise ValueError(f"dino_loss: student_logits are {tuple(student_logits.shape)} but targets are "
@@ -133,24 +133,39 @@ def dino_losses(student_logits, targets, n_global, temperature=0.1, overwrite=Fa
     n_pairs = n_global * T - min(n_global, T), (S - n_global) * T
     if not sum(n_pairs) * B:
         raise ValueError(f"dino_loss: {S} student and {T} teacher crops of {B} images leave no pair to compare")
-    pairs = torch.ones(S, T, device=student_logits.device)
-    pairs[:n_global].fill_diagonal_(0)
-    pairs[:n_global] /= max(n_pairs[0], 1)
-    pairs[n_global:] /= max(n_pairs[1], 1)
-    each = cross_entropy(student_logits, targets, pairs.new_full((B,), 1 / B), pairs, temperature, overwrite)   # S
+    pairs, weights, each = dino_weights(S, T, B, n_global, factors, student_logits.device)
+    each = cross_entropy(student_logits, targets, weights, pairs, temperature, each)                            # S
     return [part.sum() if len(part) else None for part in (each[:n_global], each[n_global:])]
 
 
+@cache
+def constant(values, device):
+    """values, numbers in tuples, as a float32 tensor that is made once: a copy to a GPU makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values).to(device)
+
+
+@cache
+def dino_weights(S, T, B, n_global, factors, device):
+    """What ops.assignment_loss wants: pairs  S T, weights  B, factors  S or None; on the device, made once."""
+    n_pairs = n_global * T - min(n_global, T), (S - n_global) * T
+    pairs = [[(s != t) / n_pairs[0] for t in range(T)] for s in range(n_global)]
+    pairs += [[1 / n_pairs[1]] * T for _ in range(S - n_global)]
+    each = [factors[0]] * n_global + [factors[1]] * (S - n_global) if factors else [0]
+    return (constant(tuple(map(tuple, pairs)), device), constant((1 / B,) * B, device),
+            constant(tuple(each), device) if all(each) else None)
+
+
 @float32
-def cross_entropy(student_logits, targets, weights, pairs, temperature, overwrite):
+def cross_entropy(student_logits, targets, weights, pairs, temperature, factors):
     """Of each student crop, S float32; see ops.cross_entropies.    targets  T B K, a tensor or Assignments"""
     if isinstance(targets, Assignments):
         return ops.assignment_loss(student_logits, targets.logits, targets.log_u, weights, pairs, temperature,
-                                   targets.temperature, overwrite)
+                                   targets.temperature, factors)
     return ops.cross_entropies(student_logits, targets.float(), weights, pairs, temperature)
 
 
-def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1, overwrite=False):
+def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1, factor=None):
     """
     Cross-entropy at the masked patches, each image's patches weighing 1 together.
 
@@ -160,7 +175,7 @@ def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1, overw
     targets         M K float32: the teacher saw the patch; or their Assignments
     weights         M, 1 / (masked patches of the same image)
     n_images        global crops on this rank, masked or not
-    overwrite       student_logits may become their gradient (ops.assignment_loss)
+    factor          what the loss will be multiplied with, as the factors of dino_losses
     returns         0-dim float32, nats; 0 when M is 0;  raises ValueError if the shapes do not fit
 
     paper:          DINOv3 §3.2, eq. 1
@@ -169,9 +184,10 @@ def ibot_loss(student_logits, targets, weights, n_images, temperature=0.1, overw
     if student_logits.shape != targets.shape or len(weights) != len(student_logits):
         raise ValueError(f"ibot_loss: student_logits are {tuple(student_logits.shape)}, targets "
                          f"{tuple(targets.shape)}, weights {tuple(weights.shape)}; want a row per masked patch")
-    weights, one = weights.float() / n_images, torch.ones(1, 1, device=student_logits.device)
-    return cross_entropy(student_logits[None], targets.unflatten(0, (1, len(weights))), weights, one, temperature,
-                         overwrite)[0]
+    weights, device = weights.float() / n_images, student_logits.device
+    factors = constant((factor,), device) if factor else None
+    return cross_entropy(student_logits[None], targets.unflatten(0, (1, len(weights))), weights,
+                         constant(((1.0,),), device), temperature, factors)[0]
 
 # --------------------------------------------------------------------------------
 # Regularisers of features

@@ -3,7 +3,7 @@ Fused operations. Each function ends with its definition in PyTorch, which is th
 
     python setup.py build_ext --inplace     builds csrc/ for this machine: C++ for the CPU, CUDA where there is nvcc
 
-    describe, use_kernels    which path runs, and the choice of it
+    CHOICES, use_kernels, describe     which path runs, by measurement; the user's word on it; the same in words
     sinkhorn_pass, sinkhorn_targets    balanced assignments of teacher logits             DINOv3 §3.2
     assignment_loss                    cross-entropies against them, never writing them   DINOv3 §3.2, eq. 1
     rope_attention                     positions, then attention, of packed crop groups   DINOv3 §3.2
@@ -12,36 +12,105 @@ This file alone imports the extension. Dimension letters: see the top of model.p
 """
 
 import importlib.util
+import os
+from contextlib import nullcontext
+from functools import cache
+from math import inf
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BUILT = importlib.util.find_spec("nanodino_C") is not None
 if BUILT:
     try:
-        import nanodino_C  # registers torch.ops.nanodino.*
+        import nanodino_C  # noqa: F401  registers torch.ops.nanodino.*
     except ImportError as error:  # built, but for another torch: fail here and now
         raise ImportError(f"ops: csrc is built but broken ({error}); python setup.py build_ext --inplace") from error
 OPS = "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_attention"
 KERNELS = {(op, key.lower()) for op in OPS for key in ("CPU", "CUDA")  # asked once: torch.compile cannot
            if BUILT and torch._C._dispatch_has_kernel_for_dispatch_key(f"nanodino::{op}", key)}
+BACKENDS = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+CPU_BF16 = torch.cpu._is_avx512_bf16_supported()
+*LEVELS, LEVEL = torch.ops.nanodino.cpu_levels() if BUILT else [""]  # of this processor; the one that runs
 mode = "auto"
+
+# --------------------------------------------------------------------------------
+# Which path runs
+
+# {(op, device): [(up to so many tokens, or prototypes; path)]}. Paths: kernel, csrc's; sdpa, the definition, whose
+# attention is PyTorch's; flash and cudnn, the same with the rotation compiled and that backend first.
+CHOICES = {
+    ("sinkhorn_pass", "cpu"): [(inf, "kernel")],
+    ("sinkhorn_targets", "cpu"): [(inf, "kernel")],
+    ("assignment_loss", "cpu"): [(inf, "kernel")],
+    ("rope_attention", "cpu"): [(inf, "kernel")],
+    # H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-ops` prints the rows to put here
+    ("sinkhorn_pass", "cuda"): [(inf, "kernel")],
+    ("sinkhorn_targets", "cuda"): [(inf, "kernel")],
+    ("assignment_loss", "cuda"): [(inf, "kernel")],
+    ("rope_attention", "cuda"): [(64, "kernel"), (320, "flash"), (inf, "cudnn")],
+}
 
 
 def use_kernels(choice):
-    """auto: where they are built; off: never; on: raise ValueError if they are not built."""
+    """auto: where CHOICES has them; off: never; on: the same as auto, but raise ValueError where one cannot run."""
     global mode
     if choice not in ("auto", "off", "on"):
         raise ValueError(f"--kernels {choice} is not known; choose auto, off or on")
     if choice == "on" and not BUILT:
         raise ValueError("--kernels on: csrc is not built here; run python setup.py build_ext --inplace, or take auto")
+    check_level()
     mode = choice
 
 
+def check_level():
+    asked = os.environ.get("NANODINO_CPU", LEVEL)
+    if asked != LEVEL and BUILT:
+        raise ValueError(f"NANODINO_CPU={asked}: this processor has {', '.join(LEVELS)}; choose one, or unset it")
+
+
+def readable(op, x):
+    """The dtype in which the kernels get x: its own, or float32; attention takes no other than its own."""
+    known = torch.float32, torch.bfloat16, *([torch.float16] if x.is_cuda else [])
+    return x.dtype if x.dtype in known or op == "rope_attention" else torch.float32
+
+
 def have(op, device):
-    """Whether torch.ops.nanodino.<op> is to run on tensors of this device."""
+    """Whether csrc is built for this device, and wanted."""
     return mode != "off" and (op, device.type) in KERNELS
+
+
+def path(op, x, size, E=0):
+    """What runs on x, of so many tokens or prototypes, with heads E wide: see CHOICES."""
+    if not have(op, x.device):
+        return "sdpa"
+    chosen = next(name for most, name in CHOICES[op, x.device.type] if size <= most)
+    return "sdpa" if chosen == "kernel" and not proven(op, readable(op, x), E, str(x.device)) else chosen
+
+
+@torch.compiler.assume_constant_result
+def proven(op, dtype, E, device):
+    """
+    Whether the kernel is right on this device, which its first use finds out in milliseconds: engine/proof.py. Where it
+    is not, or takes no such tensors, the definition runs, and one line says so. Raises ValueError under --kernels on.
+    """
+    why = obstacle(op, dtype, E, device)
+    if why and mode == "on":
+        raise ValueError(f"--kernels on: {op} in {str(dtype)[6:]} on {device}: {why}; take --kernels auto")
+    return not why
+
+
+@cache
+def obstacle(op, dtype, E, device):
+    check_level()
+    from engine.proof import failure  # here, as who runs definitions alone needs no proof
+    why = failure(op, dtype, E, device)
+    if why and mode != "on":
+        print(f"ops: {op} in {str(dtype)[6:]} on {device}: {why}; its definition in PyTorch runs", flush=True)
+    return why
 
 
 def describe(device):
@@ -52,18 +121,20 @@ def describe(device):
         return "PyTorch (--kernels off)"
     if not have("sinkhorn_pass", device):
         return f"PyTorch (csrc not built for {device.type})"
-    built = Path(nanodino_C.__file__).stat().st_mtime
-    stale = any(path.stat().st_mtime > built for path in Path(__file__).with_name("csrc").glob("*"))
-    return "csrc, as it was built before its last change: run python setup.py build_ext --inplace" if stale else "csrc"
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).with_name("csrc").glob("*")))
+    if crc32(sources) != torch.ops.nanodino.built_from():
+        return "csrc, as it was built before its last change: run python setup.py build_ext --inplace"
+    steps = CHOICES["rope_attention", device.type]
+    attention = ", ".join(name if most == inf else f"{name} to {most} tokens" for most, name in steps)
+    return f"csrc {LEVEL}" if device.type == "cpu" else f"csrc, attention by {attention}"
 
 # --------------------------------------------------------------------------------
 # Sinkhorn-Knopp and the cross-entropies of its assignments
 
 
 def for_kernels(x):
-    """In one piece, and in a dtype that the kernels read."""
-    known = x.dtype in (torch.float32, torch.bfloat16) or x.is_cuda and x.dtype == torch.float16
-    return (x if known else x.float()).contiguous()
+    """In one piece, and in a dtype that these kernels read."""
+    return x.to(readable("", x)).contiguous()
 
 
 def sinkhorn_pass(logits, temperature, log_u=None):
@@ -76,16 +147,17 @@ def sinkhorn_pass(logits, temperature, log_u=None):
     log_u    K float32, of the last pass; None = the first one, v = 1
     returns  K float32
     """
-    if have("sinkhorn_pass", logits.device):
+    if path("sinkhorn_pass", logits, logits.shape[1]) == "kernel":
         return torch.ops.nanodino.sinkhorn_pass(for_kernels(logits), log_u, temperature)
     x = logits.float() / temperature
     return (x if log_u is None else x - (x + log_u).logsumexp(1, keepdim=True)).logsumexp(0)
 
 
 def sinkhorn_targets(logits, temperature, log_u, dtype=torch.float32):
-    """softmax over k of logits_bk / temperature + log u_k.    logits  n K    log_u  K float32    returns  n K"""
-    if have("sinkhorn_targets", logits.device):
-        return torch.ops.nanodino.sinkhorn_targets(for_kernels(logits), log_u, temperature, dtype)
+    """softmax over k of logits_..k / temperature + log u_k.    logits  ... K    log_u  K float32    returns  ... K"""
+    if path("sinkhorn_targets", logits, logits.shape[-1]) == "kernel":
+        flat = for_kernels(logits).flatten(0, -2)
+        return torch.ops.nanodino.sinkhorn_targets(flat, log_u, temperature, dtype).view(logits.shape)
     return (logits.float() / temperature + log_u).softmax(-1).to(dtype)
 
 
@@ -100,41 +172,50 @@ def cross_entropies(student, targets, weights, pairs, temperature):
     return -(dots * pairs[:, :, None] * weights).sum((1, 2))
 
 
-def assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp, overwrite=False):
+def assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp, factors=None):
     """
     cross_entropies(student, sinkhorn_targets(teacher), ...), of which the kernel never writes the targets, and computes
     the gradient with the loss.
 
     student, teacher  S B K and T B K, any float dtype; the teacher gets no gradient
-    overwrite         the student's logits may become their gradient: nothing else will read them
+    factors           S float32, not 0: what the losses will be multiplied with before they are added up; the gradient,
+                      multiplied already, takes the place of the student's logits, which nothing else may read
+    raises            ValueError in the backward pass if the losses were multiplied with something else
     """
-    if have("assignment_loss", student.device) and (student.device.type == "cpu" or len(teacher) <= 2):
+    fits = student.device.type == "cpu" or len(teacher) <= 2
+    if fits and path("assignment_loss", student, student.shape[-1]) == "kernel":
         student, teacher = for_kernels(student), for_kernels(teacher.detach())
         if student.dtype != teacher.dtype:
             student, teacher = student.float(), teacher.float()
-        rest = teacher, log_u, weights, pairs, student_temp, teacher_temp
-        if overwrite and student.requires_grad and not student.is_leaf and not torch.compiler.is_compiling():
-            return OverwrittenLoss.apply(student, *rest)
-        return torch.ops.nanodino.assignment_loss(student, *rest)[0]
+        rest = teacher, log_u, weights
+        temperatures = student_temp, teacher_temp
+        if factors is None or not student.requires_grad or student.is_leaf or torch.compiler.is_compiling():
+            return torch.ops.nanodino.assignment_loss(student, *rest, pairs, *temperatures)[0]
+        return OverwrittenLoss.apply(student, factors, *rest, pairs * factors[:, None], *temperatures)
     targets = sinkhorn_targets(teacher.detach(), teacher_temp, log_u)             # T B K
     return cross_entropies(student, targets, weights, pairs, student_temp)
 
 
 class OverwrittenLoss(torch.autograd.Function):
-    """assignment_loss whose gradient takes the place of the student's logits; autograd notices if others need them."""
+    """assignment_loss whose gradient takes the place of the student's logits."""
     @staticmethod
-    def forward(ctx, student, *rest):
-        ctx.grad = student.detach()                                               # S B K, the same memory
-        return torch.ops.nanodino.assignment_loss_(ctx.grad, *rest)
+    def forward(ctx, student, factors, *rest):
+        ctx.grad, ctx.factors = student.detach(), factors                         # S B K, the same memory
+        torch.autograd.graph.increment_version(student)  # so that autograd notices who else needs the logits
+        return torch.ops.nanodino.assignment_loss_(ctx.grad, *rest) / factors
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_losses):
         if ctx.grad is None:
-            raise ValueError("assignment_loss: a second backward of logits that were overwritten; pass overwrite=False")
+            raise ValueError("assignment_loss: a second backward of logits that were overwritten; pass no factors")
         grad, ctx.grad = ctx.grad, None
-        for part, factor in zip(grad, grad_loss, strict=True):  # 0-dim factors: no copy of the gradient in float32
-            part.mul_(factor)
-        return (grad, *[None] * 6)
+        as_said = (torch.isclose(grad_losses, ctx.factors, rtol=1e-4) | ~grad_losses.isfinite()).all()  # inf ends a run
+        if grad_losses.is_cuda:  # where nobody waits for the answer
+            torch._assert_async(as_said, "assignment_loss: the losses were not multiplied with their factors")
+        elif not as_said:
+            raise ValueError(f"assignment_loss: the losses were multiplied with {grad_losses.tolist()}, but factors "
+                             f"are {ctx.factors.tolist()}; pass the same")
+        return (grad, *[None] * 7)
 
 
 if BUILT:
@@ -160,8 +241,8 @@ if BUILT:
 
     def scale_grad(ctx, grad_losses, grad_grad):
         grad, = ctx.saved_tensors
-        scaled = [part * factor for part, factor in zip(grad, grad_losses, strict=True)]
-        return (scaled[0][None] if len(scaled) == 1 else torch.stack(scaled), *[None] * 6)
+        scaled = torch.mul(grad, grad_losses[:, None, None], out=torch.empty_like(grad))  # in float32, rounded once
+        return scaled, *[None] * 6
 
     torch.library.register_autograd("nanodino::assignment_loss", scale_grad, setup_context=keep_grad)
 
@@ -175,11 +256,25 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+@cache
+def compiled_rotate():
+    """rotate in one pass over memory; as it is, with a line, where torch.compile cannot."""
+    fused = torch.compile(rotate)
+    try:
+        x = torch.zeros(1, 2, 2, 1, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        fused(x, *torch.ones(2, 2, 1, 1, 2, device="cuda")).sum().backward()
+    except Exception as error:  # of Triton, of a missing C compiler, of the driver; the eager one is right anyway
+        print(f"ops: no torch.compile here ({str(error).splitlines()[0]}); rotations run eagerly", flush=True)
+        return rotate
+    return fused
+
+
 def attention(q, k, v):
     """softmax(q k^T / sqrt(E)) v, the softmax in float32.    q, k, v, returns  B A N E"""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 128:
-        # to train: forward and backward take a sixth of the time of the CPU's fused kernel at N = 21 and 69, at
-        # three times its error, as the scores are rounded to bf16 (8e-3 against 3e-3 of the largest value, E = 64)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 128 and CPU_BF16:
+        # to train: forward and backward take a sixth of the time of the CPU's fused kernel at N = 21 and 69, at three
+        # times its error, as the scores are rounded to bf16 (8e-3 against 3e-3 of the largest value, E = 64); where the
+        # processor does not multiply bf16, five times as long
         scores = (q @ k.mT).float() * q.shape[-1] ** -0.5                     # B A N N
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -202,19 +297,31 @@ def rope_attention(qkv, n_images, rope, heads):
     kind, E = qkv.device.type, qkv.shape[1] // (3 * heads)
     if torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
-    fits = (qkv.dtype in (torch.float32, torch.bfloat16) if kind == "cpu" else
-            qkv.dtype in (torch.float16, torch.bfloat16) and E in (64, 128))
-    if fits and have("rope_attention", qkv.device):
-        tables = [table for pair in rope for table in pair]
-        return torch.ops.nanodino.rope_attention(qkv, tables, n_images, heads)[0]
-    out = []
+    ways = [path("rope_attention", qkv, len(cos), E) for cos, _ in rope]
+    if all(way == "kernel" for way in ways):
+        return attention_kernel(qkv, n_images, rope, heads)
     rows = qkv.split([n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True)])
-    for x, n, (cos, sin) in zip(rows, n_images, rope, strict=True):
-        x = x.view(n, len(cos), 3, heads, E)                                  # B N 3 A E
-        q, k = rotate(x[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)           # 2 of B A N E
-        y = attention(q, k, x[:, :, 2].transpose(1, 2))                       # B A N E
-        out.append(y.transpose(1, 2).reshape(n * len(cos), heads * E))        # (B N) D
+    out = [attention_kernel(x, [n], [angles], heads) if way == "kernel" else
+           attention_by_parts(x.view(n, len(angles[0]), 3, heads, E), *angles, way)
+           for x, n, angles, way in zip(rows, n_images, rope, ways, strict=True)]
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def attention_kernel(qkv, n_images, rope, heads):
+    tables = [table for pair in rope for table in pair]
+    return torch.ops.nanodino.rope_attention(qkv, tables, n_images, heads)[0]
+
+
+def attention_by_parts(x, cos, sin, way):
+    """Rotation, then attention, of one crop group.    x  B N 3 A E    way  sdpa, flash or cudnn    returns  (B N) D"""
+    turn, backends = rotate, nullcontext()
+    if way != "sdpa":
+        turn, first = compiled_rotate(), dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)[way]
+        backends = sdpa_kernel([first, *(kind for kind in BACKENDS if kind != first)], set_priority=True)
+    q, k = turn(x[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                 # 2 of B A N E
+    with backends:
+        y = attention(q, k, x[:, :, 2].transpose(1, 2))                       # B A N E
+    return y.transpose(1, 2).flatten(0, 1).flatten(1)                         # (B N) D
 
 
 if BUILT:

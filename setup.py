@@ -1,22 +1,32 @@
 """
 Builds csrc/ beside the sources, for what this machine has:    python setup.py build_ext --inplace
 
-    a C++ compiler            the CPU kernels
-    nvcc and a CUDA torch     the CUDA kernels too
+    a C++ compiler            the CPU kernels, once for each level of x86: the processor that runs them chooses
+    nvcc and a CUDA torch     the CUDA kernels too, for the architectures in NANODINO_ARCHS (80,89,90a unless it is set)
     neither                   nothing; ops.py computes the same from its definitions
 
 `pip install --no-build-isolation -e .` builds too; without the flag pip hides torch from here, and nothing is built.
 """
 
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from os import environ, path
+from os import environ, makedirs, path
+from pathlib import Path
+from zlib import crc32
 
 from setuptools import setup
+
+LEVELS = {"baseline": []}  # {a set of instructions: the flags that allow it}; elsewhere the compiler's own is the one
+if platform.machine().lower() in ("x86_64", "amd64"):
+    avx2 = ["-mavx2", "-mfma"]
+    LEVELS |= {"avx2": avx2, "avx512": [*avx2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]}
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def cuda_home(guess):
@@ -55,16 +65,43 @@ def extension():
     cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
     obstacle = cuda_obstacle(torch, cpp_extension.CUDA_HOME)
     print(f"csrc: the CPU kernels{f', not the CUDA ones: {obstacle}' if obstacle else ' and the CUDA ones'}")
-    cxx = ["-O3", "-std=c++20", "-march=native", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    cxx += ["-fopenmp"] if sys.platform == "linux" else []
-    sources = sorted(glob("csrc/*.cpp")) + ([] if obstacle else sorted(glob("csrc/*.cu")))
-    archs = ["80", "89", "90a"]
+    cxx, archs = ["-O3", "-std=c++20", *OPENMP], environ.get("NANODINO_ARCHS", "80,89,90a").replace(",", " ").split()
     nvcc = ["-O3", "-std=c++20", "-lineinfo", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
-    nvcc += ["-gencode=arch=compute_90,code=compute_90"]  # PTX, for cards that came later
+    if "NANODINO_ARCHS" not in environ:
+        nvcc += ["-gencode=arch=compute_90,code=compute_90"]  # PTX, for cards that came later
     kind = cpp_extension.CppExtension if obstacle else cpp_extension.CUDAExtension
+    sources = ["csrc/binding.cpp", *([] if obstacle else sorted(glob("csrc/*.cu")))]
     module = kind("nanodino_C", sources, define_macros=[] if obstacle else [("WITH_CUDA", None)],
-                  extra_compile_args=dict(cxx=cxx, nvcc=nvcc), extra_link_args=[f for f in cxx if f == "-fopenmp"])
-    return dict(ext_modules=[module], cmdclass=dict(build_ext=cpp_extension.BuildExtension))
+                  extra_compile_args=dict(cxx=cxx, nvcc=nvcc), extra_link_args=OPENMP)
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            module.extra_objects = cpu_objects(compiler, path.abspath(self.build_temp))
+            super().build_extensions()
+
+    return dict(ext_modules=[module], cmdclass=dict(build_ext=Build))
+
+
+def cpu_objects(compiler, folder):
+    """
+    Compiles csrc/*_cpu.cpp for every level, in namespaces of their own, and the checksum that ops.py compares; the
+    binding stays at the compiler's baseline. -> paths of the objects
+
+    differs: contraction is off, as levels must round alike; the kernels write their fused multiply-adds out
+    """
+    makedirs(folder, exist_ok=True)
+    built_from = path.join(folder, "built_from.cpp")
+    sources = b"".join(Path(file).read_bytes() for file in sorted(glob("csrc/*")))
+    with open(built_from, "w") as file:
+        file.write(f"#include <cstdint>\nextern const int64_t BUILT_FROM = {crc32(sources)};\n")
+    common = [compiler, "-c", "-O3", "-std=c++20", "-fPIC", "-fno-exceptions", "-ffp-contract=off", *OPENMP]
+    todo = {path.join(folder, "built_from.o"): [built_from]}
+    for level, flags in LEVELS.items():
+        for source in sorted(glob("csrc/*_cpu.cpp")):
+            todo[path.join(folder, f"{path.basename(source)[:-4]}_{level}.o")] = [source, f"-DLEVEL={level}", *flags]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda item: subprocess.check_call([*common, *item[1], "-o", item[0]]), todo.items()))
+    return list(todo)
 
 
 setup(**extension())

@@ -338,14 +338,15 @@ def loss_terms(c, student, batch, targets, noise, group):
     if c.n_local:
         crops, masks = [*crops, batch["local_crops"]], [*masks, None]
     features = student["backbone"](crops, masks, noise)
-    g, B = features[0], len(batch["indices"])
+    g, B, weights = features[0], len(batch["indices"]), term_weights(c)
     logits = student["dino_head"](torch.cat([f.cls for f in features])).unflatten(0, (-1, B))    # G+L B K
     ibot = student["ibot_head"](g.patches.flatten(0, 1)[batch["masked"]])                        # M K
     cls = g.cls.unflatten(0, (2, B))                                                             # G B D
-    dino_global, dino_local = dino_losses(logits, targets["dino"], 2, c.student_temp, overwrite=True)
+    dino_global, dino_local = dino_losses(logits, targets["dino"], 2, c.student_temp,
+                                          (weights["dino_global"], weights["dino_local"]))
     terms = dict(
         dino_global=dino_global,
-        ibot=ibot_loss(ibot, targets["ibot"], batch["weights"], 2 * B, c.student_temp, overwrite=True),
+        ibot=ibot_loss(ibot, targets["ibot"], batch["weights"], 2 * B, c.student_temp, weights["ibot"]),
         koleo=sum(koleo_loss(crop, group, c.koleo_group) for crop in cls),
     )
     if c.n_local:

@@ -11,12 +11,15 @@ are never written to memory.
 Bound by memory where the matrices leave the caches: student and teacher are read and the gradient is written once, 6
 bytes an element in bf16. An image's rows are worked on in L2: one exp2 an element of student and teacher.
 
-Alone:  g++ -std=c++20 -O3 -march=native -fopenmp -DALONE csrc/assignment_loss_cpu.cpp -o build/k && build/k
+Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/assignment_loss_cpu.cpp -o build/k && build/k
 */
 #include <algorithm>
 
-#include "kernels.h"
 #include "vector.h"
+
+#include "kernels_cpu.h"
+
+namespace LEVEL {
 
 static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 static constexpr float LOW = -1e9f;  // below any logit; finite, as 0 times it is to be 0
@@ -26,19 +29,20 @@ static constexpr int64_t BLOCK = 64 * LANES;  // sums of sums: float32 loses les
 static int64_t padded(int64_t K) { return (K + LANES - 1) / LANES * LANES; }
 
 template <typename X> static inline vec load_row(const X* x, int64_t k, int64_t K, float rest) {
-    return k + LANES <= K ? load(x + k) : load(x + k, K - k, rest);
+    return k + LANES <= K ? load(x + k) : load(x + k, (int)(K - k), rest);
 }
 
 // p_k = 2^(x_k scale + u_k - shift), shift the largest of these; returns their sum
 template <typename X>
 static float exponentials(float* p, float& shift, const X* x, const float* u, int64_t K, float scale) {
     vec top = splat(LOW), total = {};
-    for (int64_t k = 0; k < K; k += LANES) top = max(top, load_row(x, k, K, 0.f) * scale + load(u + k));
+    for (int64_t k = 0; k < K; k += LANES)
+        top = max(top, fma(load_row(x, k, K, 0.f), splat(scale), load(u + k)));
     shift = largest(top);
     for (int64_t k = 0; k < K;) {
         vec part = {};
         for (int64_t end = std::min(k + BLOCK, K); k < end; k += LANES) {
-            vec e = exp2(load_row(x, k, K, 0.f) * scale + (load(u + k) - shift));
+            vec e = exp2(fma(load_row(x, k, K, 0.f), splat(scale), load(u + k) - shift));
             store(p + k, e);
             part += e;
         }
@@ -51,7 +55,7 @@ static float exponentials(float* p, float& shift, const X* x, const float* u, in
 static void combine(float* a, const float* q, const float* sums, const float* pairs, int64_t T, int64_t P) {
     for (int64_t k = 0; k < P; k += LANES) {
         vec total = {};
-        for (int64_t t = 0; t < T; t++) total += load(q + t * P + k) * (pairs[t] / sums[t]);
+        for (int64_t t = 0; t < T; t++) total = fma(load(q + t * P + k), splat(pairs[t] / sums[t]), total);
         store(a + k, total);
     }
 }
@@ -69,15 +73,15 @@ static float row_loss(X* grad, float* p, const X* x, const float* a, float mass,
             vec z = (load_row(x, k, K, LOW) - shift) * scale, e = exp2(z);
             store(p + k, e);
             part += e;
-            dot_part += load(a + k) * z;
+            dot_part = fma(load(a + k), z, dot_part);
         }
         total += part;
         dot += dot_part;
     }
     const float Z = sum(total), of_softmax = weight / temp * mass / Z, of_a = weight / temp;
     for (int64_t k = 0; k < K; k += LANES) {
-        vec g = load(p + k) * of_softmax - load(a + k) * of_a;
-        k + LANES <= K ? store(grad + k, g) : store(grad + k, g, K - k);
+        vec g = fma(load(p + k), splat(of_softmax), load(a + k) * -of_a);
+        k + LANES <= K ? store(grad + k, g) : store(grad + k, g, (int)(K - k));
     }
     return weight * (mass * std::log(Z) - LN2 * sum(dot));
 }
@@ -125,12 +129,16 @@ void assignment_loss_cpu(float* losses, void* grad, const void* student, const v
     dtype == Dtype::f32 ? go((float*)grad) : go((bf16*)grad);
 }
 
+}  // namespace LEVEL
+
 // --------------------------------------------------------------------------------
 // check against a loop in double
 
 #ifdef ALONE
 #include <cstdio>
 #include <vector>
+
+using namespace LEVEL;
 
 int main() {
     const int S = 3, T = 2, B = 5, K = 1003;  // no multiple of what the kernel works in

@@ -17,9 +17,66 @@
 #include <sys/mman.h>
 #endif
 
-#include "kernels.h"
+#include <cstdlib>
+#include <cstring>
+
+#define LEVEL baseline
+#include "kernels_cpu.h"
+#ifdef __x86_64__
+#undef LEVEL
+#define LEVEL avx2
+#include "kernels_cpu.h"
+#undef LEVEL
+#define LEVEL avx512
+#include "kernels_cpu.h"
+#endif
 
 using at::Tensor;
+
+extern const int64_t BUILT_FROM;  // checksum of csrc/, which setup.py writes
+
+// --------------------------------------------------------------------------------
+// Levels of the CPU kernels: one set of kernels for each, of which this processor runs the last that it can
+
+static constexpr const char* LEVELS[] = {"baseline", "avx2", "avx512"};
+
+static int64_t highest_level() {
+#ifdef __x86_64__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    for (bool there : {__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+                       __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl")})
+        if (!there) return 1;
+    return 2;
+#else
+    return 0;
+#endif
+}
+
+// NANODINO_CPU, where it names a level of this processor; ops.py says so where it does not
+static int64_t choose_level() {
+    const int64_t highest = highest_level();
+    const char* asked = std::getenv("NANODINO_CPU");
+    for (int64_t i = 0; asked && i <= highest; i++)
+        if (!std::strcmp(asked, LEVELS[i])) return i;
+    return highest;
+}
+
+static int64_t level() {
+    static const int64_t chosen = choose_level();
+    return chosen;
+}
+
+static std::vector<std::string> cpu_levels() {  // those of this processor, and behind them the one that runs
+    std::vector<std::string> names(LEVELS, LEVELS + highest_level() + 1);
+    names.push_back(LEVELS[level()]);
+    return names;
+}
+
+#ifdef __x86_64__
+#define AT_LEVEL(call) (level() == 2 ? avx512::call : level() == 1 ? avx2::call : baseline::call)
+#else
+#define AT_LEVEL(call) baseline::call
+#endif
 
 // --------------------------------------------------------------------------------
 // What all kernels ask of their arguments
@@ -94,8 +151,8 @@ static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorLi
         return {out, lse};
     }
 #endif
-    rope_attention_cpu(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), qkv.const_data_ptr(), groups.data(),
-                       groups.size(), T, heads, D / heads, dtype, at::get_num_threads());
+    AT_LEVEL(rope_attention_cpu(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), qkv.const_data_ptr(),
+                                groups.data(), groups.size(), T, heads, D / heads, dtype, at::get_num_threads()));
     return {out, lse};
 }
 
@@ -120,9 +177,9 @@ static Tensor rope_attention_backward(const Tensor& dout, const Tensor& qkv, con
         return dqkv;
     }
 #endif
-    rope_attention_backward_cpu(dqkv.mutable_data_ptr(), dout.const_data_ptr(), qkv.const_data_ptr(),
-                                out.const_data_ptr(), lse.const_data_ptr<float>(), groups.data(), groups.size(), T,
-                                heads, D / heads, dtype, at::get_num_threads());
+    AT_LEVEL(rope_attention_backward_cpu(dqkv.mutable_data_ptr(), dout.const_data_ptr(), qkv.const_data_ptr(),
+                                         out.const_data_ptr(), lse.const_data_ptr<float>(), groups.data(),
+                                         groups.size(), T, heads, D / heads, dtype, at::get_num_threads()));
     return dqkv;
 }
 
@@ -162,9 +219,9 @@ static Tensor sinkhorn_pass(const Tensor& logits, const std::optional<Tensor>& l
     }
 #endif
     const int threads = threads_for(logits);
-    Tensor scratch = large_pages(at::empty({sinkhorn_scratch_cpu(n, K, threads)}, f32));
-    sinkhorn_pass_cpu(log_r.mutable_data_ptr<float>(), logits.const_data_ptr(), u, scratch.mutable_data_ptr<float>(),
-                      n, K, temperature, dtype, threads);
+    Tensor scratch = large_pages(at::empty({AT_LEVEL(sinkhorn_scratch_cpu(n, K, threads))}, f32));
+    AT_LEVEL(sinkhorn_pass_cpu(log_r.mutable_data_ptr<float>(), logits.const_data_ptr(), u,
+                               scratch.mutable_data_ptr<float>(), n, K, temperature, dtype, threads));
     return log_r;
 }
 
@@ -186,9 +243,10 @@ static Tensor sinkhorn_targets(const Tensor& logits, const Tensor& log_u, double
     }
 #endif
     const int threads = threads_for(logits);
-    Tensor scratch = at::empty({sinkhorn_scratch_cpu(n, K, threads)}, log_u.options());
-    sinkhorn_targets_cpu(targets.mutable_data_ptr(), to, logits.const_data_ptr(), log_u.const_data_ptr<float>(),
-                         scratch.mutable_data_ptr<float>(), n, K, temperature, dtype, threads);
+    Tensor scratch = at::empty({AT_LEVEL(sinkhorn_scratch_cpu(n, K, threads))}, log_u.options());
+    AT_LEVEL(sinkhorn_targets_cpu(targets.mutable_data_ptr(), to, logits.const_data_ptr(),
+                                  log_u.const_data_ptr<float>(), scratch.mutable_data_ptr<float>(), n, K,
+                                  temperature, dtype, threads));
     return targets;
 }
 
@@ -219,11 +277,12 @@ static Tensor run_assignment_loss(const Tensor& student, const Tensor& teacher, 
     }
 #endif
     const int threads = threads_for(student);
-    Tensor scratch = at::empty({assignment_loss_scratch_cpu(T, K, threads)}, log_u.options());
-    assignment_loss_cpu(losses.mutable_data_ptr<float>(), grad.mutable_data_ptr(), student.const_data_ptr(),
-                        teacher.const_data_ptr(), log_u.const_data_ptr<float>(), weights.const_data_ptr<float>(),
-                        pairs.const_data_ptr<float>(), scratch.mutable_data_ptr<float>(), S, T, B, K, student_temp,
-                        teacher_temp, dtype, threads);
+    Tensor scratch = at::empty({AT_LEVEL(assignment_loss_scratch_cpu(T, K, threads))}, log_u.options());
+    AT_LEVEL(assignment_loss_cpu(losses.mutable_data_ptr<float>(), grad.mutable_data_ptr(),
+                                 student.const_data_ptr(), teacher.const_data_ptr(), log_u.const_data_ptr<float>(),
+                                 weights.const_data_ptr<float>(), pairs.const_data_ptr<float>(),
+                                 scratch.mutable_data_ptr<float>(), S, T, B, K, student_temp, teacher_temp, dtype,
+                                 threads));
     return at::sum(losses, 1);
 }
 
@@ -243,6 +302,8 @@ static Tensor assignment_loss_(Tensor& student, const Tensor& teacher, const Ten
 // Registration; fake tensors, autograd and fallbacks: ops.py
 
 TORCH_LIBRARY(nanodino, m) {
+    m.def("cpu_levels() -> str[]", cpu_levels);
+    m.def("built_from() -> int", [] { return BUILT_FROM; });
     m.def("sinkhorn_pass(Tensor logits, Tensor? log_u, float temperature) -> Tensor");
     m.def("sinkhorn_targets(Tensor logits, Tensor log_u, float temperature, ScalarType dtype) -> Tensor");
     m.def("assignment_loss(Tensor student, Tensor teacher, Tensor log_u, Tensor weights, Tensor pairs, "

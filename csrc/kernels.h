@@ -1,4 +1,5 @@
-// Every launcher in csrc/, and nothing else: raw pointers, sizes. No torch, no allocation, no synchronisation.
+// Every launcher in csrc/, and nothing else: raw pointers, sizes. No torch, no allocation, no synchronisation. Those of
+// the CPU stand in kernels_cpu.h, once for each level.
 // Shapes and equations stand in the header of the file named above each; dimension letters: see the top of model.py.
 #pragma once
 
@@ -10,29 +11,6 @@ struct RopeGroup {  // n images of N tokens each, from row `first` of T on;  cos
     int64_t first, n, N;
     const float *cos, *sin;
 };
-
-// --------------------------------------------------------------------------------
-// CPU kernels: no half precision but bf16; `threads` changes the time, never the result
-
-// csrc/sinkhorn_cpu.cpp    scratch: so many floats, of any content; targets are f32 or bf16
-int64_t sinkhorn_scratch_cpu(int64_t n, int64_t K, int threads);
-void sinkhorn_pass_cpu(float* log_r, const void* logits, const float* log_u, float* scratch, int64_t n, int64_t K,
-                       double temperature, Dtype dtype, int threads);
-void sinkhorn_targets_cpu(void* targets, Dtype target_dtype, const void* logits, const float* log_u, float* scratch,
-                          int64_t n, int64_t K, double temperature, Dtype dtype, int threads);
-
-// csrc/assignment_loss_cpu.cpp    grad may be student
-int64_t assignment_loss_scratch_cpu(int64_t T, int64_t K, int threads);
-void assignment_loss_cpu(float* losses, void* grad, const void* student, const void* teacher, const float* log_u,
-                         const float* weights, const float* pairs, float* scratch, int64_t S, int64_t T, int64_t B,
-                         int64_t K, double student_temp, double teacher_temp, Dtype dtype, int threads);
-
-// csrc/rope_attention_cpu.cpp    even E
-void rope_attention_cpu(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T, int A,
-                        int E, Dtype dtype, int threads);
-void rope_attention_backward_cpu(void* dqkv, const void* dout, const void* qkv, const void* out, const float* lse,
-                                 const RopeGroup* groups, int n_groups, int64_t T, int A, int E, Dtype dtype,
-                                 int threads);
 
 // --------------------------------------------------------------------------------
 // CUDA kernels: each returns the status of its own launch

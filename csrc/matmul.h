@@ -1,40 +1,14 @@
-// Small products of float32 matrices on one core, and the vectors that they and their neighbours are made of. No torch.
-//
-// A vector is what one register holds, else GCC keeps accumulators in memory; vector.h, where nothing accumulates for
-// long, has 16 floats on any machine.
+// Small products of float32 matrices on one core, of registers of vector.h. No torch.
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
-#if defined(__AVX512F__)
-constexpr int W = 16, PANEL = 4;  // floats in a vector, vectors in a tile's row: 6 x 4 of 32 registers accumulate
-#elif defined(__AVX__)
-constexpr int W = 8, PANEL = 2;   // 6 x 2 of 16
-#else
-constexpr int W = 4, PANEL = 2;
-#endif
-constexpr int ROWS = 6, DEPTH = 64;  // a tile's rows; how much of the sum it takes while its right factor is in L1
-typedef float Vec __attribute__((vector_size(4 * W)));
-typedef uint32_t Bits __attribute__((vector_size(4 * W)));
-typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));  // a vector anywhere in memory
+#include "vector.h"
 
-static inline Vec load(const float* p) { return *(const Loose*)p; }
-static inline void store(float* p, Vec v) { *(Loose*)p = v; }
-static inline Vec all(float v) { return v - Vec{}; }  // v + 0 would be an instruction: it is not always v
+namespace LEVEL {
 
-// 2^x for x <= 1, 0 below 2^-100 (nothing subnormal: that is slow); relative error 1e-7
-static inline Vec exp2(Vec x) {
-    const Vec n = x + 12582912.f, f = x - (n - 12582912.f);  // 1.5 2^23: the integer nearest to x in the low bits of n
-    Vec p = all(1.5252734e-5f);                              // Taylor's (ln 2)^i / i!, and |f| <= 1/2: error 5e-9
-    for (float c : {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
-        p = p * f + c;
-    const Vec e = (Vec)((Bits)p + ((Bits)n << 23));
-    return x < -100.f ? Vec{} : e;                           // a NaN stays one
-}
+constexpr int PANEL = W == 16 ? 4 : 2;  // registers in a tile's row: 6 x 4 of AVX-512's 32, 6 x 2 of 16 accumulate
+constexpr int ROWS = 6, DEPTH = 64;     // a tile's rows; how much of the sum it takes while its right factor is in L1
 
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -46,15 +20,15 @@ static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // c[i, :] (+)= sum_k a[i, k] b[k, :]  for 6 rows and NV vectors; a[i, k] lies at a[i ai + k ak]
 template <int NV, bool ADD>
 static void tile(float* c, int64_t ldc, const float* a, int64_t ai, int64_t ak, const float* b, int64_t ldb, int K) {
-    Vec sum[ROWS][NV];
+    reg sum[ROWS][NV];
     UNROLL for (int i = 0; i < ROWS; i++)
-        UNROLL for (int v = 0; v < NV; v++) sum[i][v] = ADD ? load(c + i * ldc + v * W) : Vec{};
+        UNROLL for (int v = 0; v < NV; v++) if (ADD) load_into(sum[i][v], c + i * ldc + v * W); else sum[i][v] = reg{};
     for (int k = 0; k < K; k++, a += ak, b += ldb) {
-        Vec right[NV];
-        UNROLL for (int v = 0; v < NV; v++) right[v] = load(b + v * W);
+        reg right[NV];
+        UNROLL for (int v = 0; v < NV; v++) load_into(right[v], b + v * W);
         UNROLL for (int i = 0; i < ROWS; i++) {
-            const Vec left = all(a[i * ai]);
-            UNROLL for (int v = 0; v < NV; v++) sum[i][v] += left * right[v];
+            const reg left = in_all(a[i * ai]);
+            UNROLL for (int v = 0; v < NV; v++) sum[i][v] = fma(left, right[v], sum[i][v]);
         }
     }
     UNROLL for (int i = 0; i < ROWS; i++)
@@ -107,3 +81,5 @@ static void transpose(float* y, int64_t ldy, const float* x, int64_t ldx) {
         for (int j = 0; j < W; j++) y[j * ldy + i] = x[i * ldx + j];
 #endif
 }
+
+}  // namespace LEVEL

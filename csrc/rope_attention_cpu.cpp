@@ -11,17 +11,20 @@ The backward pass keeps nothing but qkv, out and lse: it turns q and k again, an
 Bound by arithmetic: 4 N^2 E FLOP forward, 10 N^2 E backward for an image and head, all in float32. A thread owns an
 image and head, converts and turns its rows once, into buffers that fit its L2 cache, and takes blocks of whole rows of
 scores from there: no online softmax, no sums across threads, so that the result does not depend on how many there are.
-Every product is one micro-kernel: 6 rows by 4 vectors of accumulators, its left factor broadcast from any strides.
+Every product is one micro-kernel: 6 rows by up to 4 registers of accumulators, its left factor broadcast from any strides.
 
-Alone:  g++ -std=c++20 -O3 -march=native -fopenmp -DALONE csrc/rope_attention_cpu.cpp -o build/k && build/k
+Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/rope_attention_cpu.cpp -o build/k && build/k
 */
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
 
-#include "kernels.h"
 #include "matmul.h"
+
+#include "kernels_cpu.h"
+
+namespace LEVEL {
 
 constexpr int MOST_ROWS = 96;  // queries in a block
 constexpr float LOG2E = 1.4426950f;
@@ -36,10 +39,10 @@ static void assign(uint16_t& to, float v) { uint32_t b; memcpy(&b, &v, 4); to = 
 
 struct Shape {
     int64_t N, M;           // tokens; made whole tiles
-    int A, E, wide, keys;   // wide: vectors of a row; keys: vectors of a row of scores
+    int A, E, wide, keys;   // wide: registers of a row; keys: registers of a row of scores
     int64_t ld, lds, rows;  // floats of a row, of a row of scores; queries in a block
     float scale;
-    Vec none;               // -inf where the last vector of scores has no key
+    reg none;               // -inf where the last register of scores has no key
     Shape(int64_t N, int A, int E) : N(N), M(up(N, ROWS)), A(A), E(E), wide(up(E, W) / W), keys(up(N, W) / W) {
         ld = wide * W, scale = 1 / std::sqrt((float)E);
         for (int i = 0; i < W; i++) none[i] = (keys - 1) * W + i < N ? 0 : -INFINITY;
@@ -63,7 +66,7 @@ static void turn(float* __restrict y, const T* __restrict x, const float* __rest
                  int H, float scale) {
     for (int e = 0; e < H; e++) {
         const float a = to_float(x[e]), b = to_float(x[e + H]), c = cos[e] * scale, s = sin[e] * scale;
-        y[e] = a * c - b * s, y[e + H] = b * c + a * s;
+        y[e] = fma(a, c, -(b * s)), y[e + H] = fma(b, c, a * s);
     }
 }
 template <typename T>
@@ -71,15 +74,16 @@ static void turn_back(T* __restrict y, const float* __restrict x, const float* _
                       const float* __restrict sin, int H, float scale) {
     for (int e = 0; e < H; e++) {
         const float a = x[e], b = x[e + H], c = cos[e] * scale, s = sin[e] * scale;
-        assign(y[e], a * c + b * s), assign(y[e + H], b * c - a * s);
+        assign(y[e], fma(a, c, b * s)), assign(y[e + H], fma(b, c, -(a * s)));
     }
 }
 
 static float dot(const float* x, const float* y, int E) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int e = 0; e < E; e++) sum += x[e] * y[e];
-    return sum;
+    vec total = splat(0);
+    int e = 0;
+    for (; e + LANES <= E; e += LANES) total = fma(load(x + e), load(y + e), total);
+    if (e < E) total = fma(load(x + e, E - e, 0), load(y + e, E - e, 0), total);
+    return sum(total);
 }
 
 // x^T in panels of PANEL W keys:  keys E -> panels E (PANEL W)
@@ -90,33 +94,44 @@ static void transposed(float* y, const float* x, const Shape& s) {
             transpose(y + n / side * side * s.ld + e * side + n % side, side, x + n * s.ld + e, s.ld);
 }
 
-
-// the scores of one query become exp2(s - largest);  returns their sum and the largest
-static float softmax(float* s, const Shape& shape, float& largest) {
-    float* last = s + (shape.keys - 1) * W;
-    store(last, load(last) + shape.none);
-    Vec top = load(s), sum{};
-    for (float* p = s; p <= last; p += W) top = top > load(p) ? top : load(p);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) top[i] = top[i] > top[i + half] ? top[i] : top[i + half];
-    const Vec shift = all(largest = top[0]);
-    for (float* p = s; p <= last; p += W) {
-        const Vec e = exp2(load(p) - shift);
-        store(p, e), sum += e;
-    }
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
+// the scores of one query become exp2(s - largest);  returns their sum, in the order of 16 lanes, and the largest
+static float softmax(float* s, const Shape& shape, float& most) {
+    float *last = s + (shape.keys - 1) * W, lanes[LANES] = {};
+    reg top, x;
+    load_into(x, last), store(last, x + shape.none), load_into(top, s);
+    for (float* p = s; p <= last; p += W) load_into(x, p), top = max(top, x);
+    store(lanes, top);
+    most = *std::max_element(lanes, lanes + W);
+    const reg shift = in_all(most);
+    constexpr int PARTS = LANES / W;
+    reg sums[PARTS] = {};
+    for (float* p = s; p <= last;)
+        for (int i = 0; i < PARTS && p <= last; i++, p += W) {
+            load_into(x, p);
+            const reg e = exp2(x - shift);
+            store(p, e), sums[i] += e;
+        }
+    for (int i = 0; i < PARTS; i++) store(lanes + i * W, sums[i]);
+    return sum(load(lanes));
 }
 
 // ----------------------------------------------------------------------------
 // one image, one head: pointers to its first row
 
-static float* scratch(int64_t floats) {  // a thread keeps what it once needed: fresh pages cost more than small images
-    static thread_local std::unique_ptr<float[]> memory;
-    static thread_local int64_t size = 0;
-    if (size < floats + 16) memory.reset(new float[size = floats + 16]());
-    return (float*)up((int64_t)memory.get(), 64);
+struct Memory {  // that a thread once needed, it keeps: fresh pages cost more than small images
+    float* start = nullptr;
+    int64_t size = 0;
+    ~Memory() { free(start); }
+};
+static float* scratch(int64_t floats) {
+    static thread_local Memory memory;
+    if (memory.size < floats) {
+        free(memory.start);
+        memory.start = (float*)aligned_alloc(64, up(floats * 4, 64));
+        memory.size = memory.start ? floats : 0;
+        if (!memory.start) abort();
+    }
+    return memory.start;
 }
 
 template <typename T>
@@ -174,8 +189,10 @@ static void backward(T* dqkv, const T* dout, const T* qkv, const T* out, const f
         product(ds, s.lds, d, ld, 1, vt, side * ld, side, M, s.keys, s.E, false);
         for (int64_t r = 0; r < m; r++)
             for (int64_t j = r * s.lds; j < r * s.lds + s.keys * W; j += W) {  // beyond N: anything, nobody asks
-                const Vec e = exp2(load(p + j) - all(lse[i + r]));
-                store(p + j, e), store(ds + j, e * (load(ds + j) - all(delta[r])));
+                reg x, y;
+                load_into(x, p + j), load_into(y, ds + j);
+                const reg e = exp2(x - in_all(lse[i + r]));
+                store(p + j, e), store(ds + j, e * (y - in_all(delta[r])));
             }
         product(dq, ld, ds, s.lds, 1, k, side, ld, M, s.wide, s.N, false);
         for (int64_t r = 0; r < m; r++)
@@ -202,13 +219,13 @@ static void each(const RopeGroup* groups, int n_groups, int A, int E, int thread
     threads = std::clamp<double>(flop / 2e6, 1, threads);  // to wake a thread takes as long as 2 MFLOP
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < tasks; task++) {
+        const NoSubnormals here;
         const RopeGroup* g = groups;
         int64_t i = task;
         for (; i >= g->n * A; g++) i -= g->n * A;
         if (g->N) work(*g, Shape(g->N, A, E), g->first + i / A * g->N, i % A);
     }
 }
-
 
 void rope_attention_cpu(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
                         int64_t T, int A, int E, Dtype dtype, int threads) {
@@ -235,11 +252,15 @@ void rope_attention_backward_cpu(void* dqkv, const void* dout, const void* qkv, 
     });
 }
 
+}  // namespace LEVEL
+
 // ----------------------------------------------------------------------------
 // check against loops in double
 
 #ifdef ALONE
 #include "rope_attention_check.h"
+
+using namespace LEVEL;
 
 int main() {
     return check({{2, 1, 2, 8}, {1, 21, 2, 64}, {2, 30, 1, 32}, {1, 103, 1, 64}, {1, 40, 1, 128}, {1, 9, 1, 12}}, 1e-5,

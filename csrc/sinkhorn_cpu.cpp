@@ -12,13 +12,16 @@ rows stays in L2 between its row sums and its column sums. In them: one exp2 an 
 With u from a pass, u_k exp(x_bk / T) lies below K, so the first try needs no shift; a row whose sum leaves [2^-60,
 2^60] is done again, shifted by its largest element. The sums are those of up to 16 chunks of rows, whoever computes.
 
-Alone:  g++ -std=c++20 -O3 -march=native -fopenmp -DALONE csrc/sinkhorn_cpu.cpp -o build/k && build/k
+Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/sinkhorn_cpu.cpp -o build/k && build/k
 */
 #include <algorithm>
 #include <limits>
 
-#include "kernels.h"
 #include "vector.h"
+
+#include "kernels_cpu.h"
+
+namespace LEVEL {
 
 static constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 static constexpr float LOW = -1e9f;  // below any logit; finite, as 0 times it is to be 0
@@ -30,7 +33,7 @@ static int64_t padded(int64_t K) { return ((K + LANES - 1) / LANES | 1) * LANES;
 static int64_t n_chunks(int64_t n) { return std::min<int64_t>(16, (n + 15) / 16); }
 
 template <typename T> static inline vec load_row(const T* x, int64_t k, int64_t K) {
-    return k + LANES <= K ? load(x + k) : load(x + k, K - k, 0.f);
+    return k + LANES <= K ? load(x + k) : load(x + k, (int)(K - k), 0.f);
 }
 
 // p_k = 2^(x_k scale + u_k - shift) for V vectors of R rows, which are independent work for the processor's pipelines
@@ -40,7 +43,8 @@ static inline void step(float* p, vec* parts, const T* x, const float* u, int64_
 #pragma GCC unroll 4
     for (int i = 0; i < R * V; i++) {
         const int64_t row = i / V, at = k + i % V * LANES;
-        vec e = exp2((V > 1 ? load(x + row * K + at) : load_row(x + row * K, at, K)) * scale + (load(u + at) - shift));
+        const vec own = V > 1 ? load(x + row * K + at) : load_row(x + row * K, at, K);
+        const vec e = exp2(fma(own, splat(scale), load(u + at) - shift));
         store(p + row * P + at, e);
         parts[row * (4 / R) + i % V] += e;
     }
@@ -66,7 +70,7 @@ static void exponentials(float* p, float* sums, const T* x, const float* u, int6
         if (sums[i] > 0x1p-60f && sums[i] < 0x1p60f) continue;
         if (shift) continue;  // done again already: not finite
         vec top = splat(LOW);
-        for (k = 0; k < K; k += LANES) top = max(top, load_row(x + i * K, k, K) * scale + load(u + k));
+        for (k = 0; k < K; k += LANES) top = max(top, fma(load_row(x + i * K, k, K), splat(scale), load(u + k)));
         const float again = largest(top);
         if (again) exponentials<1>(p + i * P, sums + i, x + i * K, u, K, P, scale, again);
     }
@@ -81,7 +85,7 @@ static void add_rows(float* r, float* p, const T* x, const float* u, int64_t K, 
     for (int64_t k = 0; k < K; k += LANES) {
         vec total = load(r + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < R; i++) total += load(p + i * P + k) * sums[i];
+        for (int i = 0; i < R; i++) total = fma(load(p + i * P + k), splat(sums[i]), total);
         store(r + k, total);
     }
 }
@@ -94,7 +98,7 @@ static inline void add_to_columns(vec& top, vec& total, const T* x, int64_t k, i
     for (int i = 0; i < R; i++) top = max(top, z[i] = load_row(x + i * K, k, K) * scale);
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) sums[i % 2] += exp2(z[i] - top);
-    total = total * exp2(old - top) + (sums[0] + sums[1]);
+    total = fma(total, exp2(old - top), sums[0] + sums[1]);
 }
 
 template <typename T>
@@ -135,11 +139,12 @@ static void run_pass(float* log_r, const T* x, const float* log_u, float* scratc
         for (int64_t c = 0; !log_u && c < chunks; c++) top = max(top, load(tops + c * P + k));
         for (int64_t c = 0; c < chunks; c++) {
             vec part = load(sums + c * P + k);
-            total += log_u ? part : part * exp2(load(tops + c * P + k) - top);
+            total = fma(part, log_u ? splat(1) : exp2(load(tops + c * P + k) - top), total);
         }
-        vec logs = log(total);
+        float logs[LANES], shifts[LANES];
+        store(logs, log(total)), store(shifts, top);
         for (int64_t i = k; i < std::min(k + LANES, K); i++)
-            log_r[i] = (float)(logs[i - k] + LN2 * ((double)top[i - k] - (log_u ? u[i] : 0)));
+            log_r[i] = (float)(logs[i - k] + LN2 * ((double)shifts[i - k] - (log_u ? u[i] : 0)));
     }
 }
 
@@ -157,7 +162,7 @@ static void run_targets(Q* q, const T* x, const float* log_u, float* scratch, in
         exponentials<1>(p, &total, x + b * K, u, K, P, scale, 0.f);
         int64_t k = 0;
         for (; k + LANES <= K; k += LANES) store(q + b * K + k, load(p + k) * (1 / total));
-        if (k < K) store(q + b * K + k, load(p + k) * (1 / total), K - k);
+        if (k < K) store(q + b * K + k, load(p + k) * (1 / total), (int)(K - k));
     }
 }
 
@@ -184,12 +189,16 @@ void sinkhorn_targets_cpu(void* targets, Dtype target_dtype, const void* logits,
     target_dtype == Dtype::f32 ? into((float*)targets) : into((bf16*)targets);
 }
 
+}  // namespace LEVEL
+
 // --------------------------------------------------------------------------------
 // check against a loop in double
 
 #ifdef ALONE
 #include <cstdio>
 #include <vector>
+
+using namespace LEVEL;
 
 int main() {
     const int n = 37, K = 1003;  // neither a multiple of what the kernel works in

@@ -142,7 +142,7 @@ def test_losses_and_gradients_are_those_of_float64(S, T, B, K, dtype, overwrite,
     exact = exact_loss(x, *rest)
     exact.backward(by.double())
     leaf = student.clone().requires_grad_()
-    losses = ops.assignment_loss(leaf * 1, *rest, overwrite=overwrite)
+    losses = ops.assignment_loss(leaf * 1, *rest, factors=by if overwrite else None)
     losses.backward(by)
     assert losses.dtype == torch.float32 and leaf.grad.dtype == dtype
     assert torch.allclose(losses.double(), exact, rtol=3e-6, atol=1e-6)  # measured: 4e-7 relative
@@ -155,20 +155,30 @@ def test_losses_and_gradients_are_those_of_float64(S, T, B, K, dtype, overwrite,
 @on_devices
 def test_overwriting_is_noticed_by_autograd(kernels, device):
     student, *rest = loss_arguments(1, 1, 3, 40, torch.float32, device)
-    x = student.requires_grad_() * 1
+    x, factors = student.requires_grad_() * 1, torch.tensor([0.3], device=device)
     also = x.exp().sum() + (x * x).sum()                                # needs x as it was
-    loss = ops.assignment_loss(x, *rest, overwrite=True).sum()
+    loss = ops.assignment_loss(x, *rest, factors=factors) @ factors
     if ops.BUILT and kernels == "auto":
         with pytest.raises(RuntimeError, match="inplace"):
             (loss + also).backward()
-        y = student * 1
-        loss = ops.assignment_loss(y, *rest, overwrite=True).sum()
+        loss = ops.assignment_loss(student * 1, *rest, factors=factors) @ factors
         loss.backward(retain_graph=True)
         with pytest.raises(ValueError, match="second backward"):
             loss.backward()
     before = student.detach().clone()                                   # a leaf is never overwritten
-    ops.assignment_loss(student, *rest, overwrite=True).sum().backward()
+    (ops.assignment_loss(student, *rest, factors=factors) @ factors).backward()
     assert torch.equal(student, before) and student.grad is not None
+
+
+@needs_build
+def test_other_factors_than_those_given_are_noticed(kernels):
+    """The gradient was computed with them already: another one would be wrong without a word."""
+    if kernels == "off":
+        pytest.skip("the definition takes none")
+    student, *rest = loss_arguments(3, 2, 2, 40, torch.float32, "cpu")
+    losses = ops.assignment_loss(student.requires_grad_() * 1, *rest, factors=torch.tensor([0.3, 0.3, 0.5]))
+    with pytest.raises(ValueError, match=r"multiplied with \[1.0, 1.0, 1.0\], but factors are \[0.3"):
+        losses.sum().backward()
 
 
 @on_devices

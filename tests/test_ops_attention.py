@@ -199,7 +199,7 @@ def test_network_is_the_same_with_kernels(checkpointing):
 @pytest.mark.parametrize("change, message", [
     (lambda qkv, *rest: (qkv.T.contiguous().T, *rest), "qkv has strides .*; wanted it contiguous; call .contiguous"),
     (lambda qkv, *rest: (qkv[1:], *rest), "qkv has 41 rows; wanted 42, the images times their tokens; check n_images"),
-    (lambda qkv, n, rope, A: (qkv, n, [(x[..., :4] for x in rope[0])], A), "cos is .*; wanted tokens x 8, half a head"),
+    (lambda qkv, n, rope, A: (qkv, n, [[x[..., :4] for x in rope[0]]], A), "cos is .*; wanted tokens x 8, half a head"),
     (lambda qkv, n, rope, A: (qkv, n, rope, 5), "qkv is .42, 96. for 5 heads; wanted tokens x 3 A E, E even"),
     (lambda qkv, n, rope, A: (qkv, [1, 1], rope, A), "got 2 tables for 2 crop groups; wanted cos and sin of each"),
     (lambda qkv, n, rope, A: (qkv, n, [(rope[0][0], rope[0][1].double())], A), "sin is Double; wanted Float; cast it"),
