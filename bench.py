@@ -108,21 +108,15 @@ ON_CPU = dict(forward=forward, data=data, attention=of_ops("attention"), sinkhor
 BY_LEVEL = "attention", "sinkhorn", "loss", "steps"
 
 
-def levels():
-    """Levels of the CPU kernels that this processor has, the highest first."""
-    have = dict(avx512=torch.cpu._is_avx512_supported(), avx2=torch.cpu._is_avx2_supported(), baseline=True)
-    return [level for level in have if have[level]]
-
-
 def on_cpu(names, config):
     report = Report("bench", config.json or None, here := Cpu())
-    forced = os.environ.get("NANODINO_CPU")
+    forced, best = os.environ.get("NANODINO_CPU"), ops.LEVELS[-1] if ops.BUILT else None
     for name in names:
         if name not in BY_LEVEL or forced or not ops.BUILT:
             print(f"{name}: {here.describe()['device']}; kernels: {ops.describe(here.device)}", flush=True)
-            ON_CPU[name](here, report, forced in (None, levels()[0]))  # what torch.compile makes: once
+            ON_CPU[name](here, report, forced in (None, best))  # what torch.compile makes: once
             continue
-        for level in levels():
+        for level in reversed(ops.LEVELS):
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder, "rows.json")
                 subprocess.run([sys.executable, __file__, name, "--json", rows], check=True,
@@ -226,13 +220,19 @@ def emulator():
         print("rehearsal: no g++, or csrc is not built: without the emulator of the CUDA kernels")
         yield
         return
+    # the proofs of first use are rehearsed too, and what they found is forgotten
+    proofs = [asked for asked in vars(ops).values() if hasattr(asked, "cache_clear")]
     library = torch.library.Library("nanodino", "IMPL")
-    for name in EMULATED:
-        library.impl(name, getattr(emulated, name), "CPU")
     try:
+        for name in EMULATED:
+            library.impl(name, getattr(emulated, name), "CPU")
+        for asked in proofs:
+            asked.cache_clear()
         yield
     finally:
         library._destroy()
+        for asked in proofs:
+            asked.cache_clear()
 
 
 def on_gpu(name, config):

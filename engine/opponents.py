@@ -4,7 +4,7 @@ What the ops are measured beside, and the arguments of both: the same mathematic
     textbook_sinkhorn, textbook_loss    exp, then divisions of the whole matrix; log-softmax
     attention_written_out               q and k turned by cat and rotate-half in float32, transposes, SDPA
     turned, by_sdpa                     the same in two halves, so that either may be compiled, or take another backend
-    with_kernels                        one call under another choice of kernels
+    with_kernels, by_kernels            one call under another choice of kernels, or by them in any case
 """
 
 import torch
@@ -26,9 +26,14 @@ def with_kernels(choice, function, *arguments):
         ops.use_kernels(before)
 
 
-def forced():
-    """The choice that takes the kernels wherever they are built."""
-    return "on" if ops.BUILT else "auto"
+def by_kernels(function, *arguments):
+    """One call in which the kernels run, where they are built, whatever ops.CHOICES prefers; arguments must fit."""
+    before = ops.path
+    ops.path = (lambda *_: "kernel") if ops.BUILT else before
+    try:
+        return function(*arguments)
+    finally:
+        ops.path = before
 
 
 def relative(x, exact):

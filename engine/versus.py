@@ -22,8 +22,8 @@ from engine.opponents import (
     attention_errors,
     attention_written_out,
     both_ways,
+    by_kernels,
     by_sdpa,
-    forced,
     in_calls,
     logits_like,
     our_dino,
@@ -102,9 +102,9 @@ def cases_of_loss(device, dtype, emulated):
             log_p = (student / student_temp).log_softmax(-1)
             return -torch.einsum("st,b,tbk,sbk->s", pairs.double(), weights.double(), q, log_p)
 
-        def kernel(student=student, run=run):
+        def kernel(student=student, run=run, by=by):
             plain = run(student, ops.assignment_loss)
-            return [*plain, run(student, ops.assignment_loss, overwrite=True)[1]]
+            return [*plain, run(student, ops.assignment_loss, factors=by)[1]]
 
         def true(student=student, run=run, exact=exact):
             found = run(student.double(), exact)
@@ -181,11 +181,11 @@ def compared(device, kernel, true, floors):
     exact = true()
     poison = [torch.full_like(x, math.nan, dtype=torch.float32) for x in exact]  # what is not written shall show
     del poison
-    ours, plain = with_kernels(forced(), kernel), with_kernels("off", kernel)
+    ours, plain = by_kernels(kernel), with_kernels("off", kernel)
     errors = [[relative(x, y) for x, y in zip(found, exact, strict=True)] for found in (ours, plain)]
     fine = [a <= max(2 * b, floor) for a, b, floor in zip(*errors, floors, strict=True)]  # nan is not
     equal = 1
-    while equal < REPEATS and all(map(same, ours, with_kernels(forced(), kernel))):
+    while equal < REPEATS and all(map(same, ours, by_kernels(kernel))):
         equal += 1
     word = "right" if all(fine) and equal == REPEATS else "WRONG"
     return dict(error=max(errors[0]), definition=max(errors[1]), equal=equal, goal=verdict("G20", dict(equal=equal)),
@@ -262,8 +262,8 @@ def sinkhorn(machine, report, card, compiled=True):
             ways |= {"textbook, compiled": (machine.compile(textbook_sinkhorn), "compiled"),
                      "definition, compiled": (partial(with_kernels, "off", machine.compile(define)), None)}
         ways |= {"definition": (partial(with_kernels, "off", define), None),
-                 "ours": (lambda x: with_kernels(forced(), assignments, x, TEMPERATURE).log_u, None),
-                 "ours, float32 targets": (partial(with_kernels, forced(), define), None)}
+                 "ours": (lambda x: by_kernels(assignments, x, TEMPERATURE).log_u, None),
+                 "ours, float32 targets": (partial(by_kernels, define), None)}
         exact = textbook_sinkhorn(sets[0][0].double())
         rows_of(machine, report, "Sinkhorn", f"{n} x {K}", ways, sets, 6 * n * K, goal, card, exact)
         del exact, sets, ways
@@ -288,7 +288,7 @@ def loss(machine, report, card, compiled=True):
             fused = partial(textbook, sinkhorn=machine.compile(textbook_sinkhorn))
             ways |= {"textbook, Sinkhorn compiled": (fused, "mixed")}
         ways |= {"definition": (partial(with_kernels, "off", ours), None),
-                 "ours": (partial(with_kernels, forced(), ours), None)}
+                 "ours": (partial(by_kernels, ours), None)}
         floor = 6 * (math.prod(student) + math.prod(teacher))
         exact = textbook(*(x.double() for x in sets[0])) if math.prod(student) < 2e8 else None  # 3 GB in float64 each
         rows_of(machine, report, "Sinkhorn, loss, gradient", title, ways, sets, floor, goal, card, exact)
@@ -339,14 +339,14 @@ def attention_ways(machine, packed, compiled):
     def by(backend, turn, *arguments):
         with machine.sdpa(backend):
             return by_sdpa(turn, *arguments)
-    ways = {"written out": attention_written_out, "ours": partial(with_kernels, forced(), ops.rope_attention),
+    ways = {"written out": attention_written_out, "ours": partial(by_kernels, ops.rope_attention),
             "definition": partial(with_kernels, "off", ops.rope_attention)}
     if compiled:
         spin, whole = machine.compile(turned), machine.compile(ops.rope_attention)
         ways |= {"definition, compiled": partial(with_kernels, "off", whole)}
     for backend in machine.backends:
         ways |= {f"{backend}, eager": partial(by, backend, turned), f"{backend}, compiled": partial(by, backend, spin)}
-    return ways | ({"ours, calls": partial(with_kernels, forced(), in_calls)} if packed else {})
+    return ways | ({"ours, calls": partial(by_kernels, in_calls)} if packed else {})
 
 
 GOAL_OF = {(261, "forward"): "G5", (261, "both ways"): "G6", (54, "both ways"): "G7", (1029, "both ways"): "G8",

@@ -33,7 +33,7 @@ def test_every_call_leaves_what_was_measured_before_its_time_was_over(tmp_path):
 def test_levels_run_apart_and_are_put_together(tmp_path, monkeypatch):
     monkeypatch.delenv("NANODINO_CPU", raising=False)
     monkeypatch.setattr(bench.ops, "BUILT", True)
-    monkeypatch.setattr(bench, "levels", lambda: ["avx2", "baseline"])
+    monkeypatch.setattr(bench.ops, "LEVELS", ["baseline", "avx2"])
     started = []
 
     def run(words, check, env):
@@ -50,18 +50,14 @@ def test_levels_run_apart_and_are_put_together(tmp_path, monkeypatch):
                                          ("attention", "attention")])
 def test_one_level(name, table, tmp_path, monkeypatch):
     """What torch.compile makes is left to the highest level."""
-    monkeypatch.setenv("NANODINO_CPU", "baseline")
-    monkeypatch.setattr(bench, "levels", lambda: ["avx2", "baseline"])
+    monkeypatch.setenv("NANODINO_CPU", bench.ops.LEVEL)
+    monkeypatch.setattr(bench.ops, "LEVELS", [bench.ops.LEVEL, "higher"])
     monkeypatch.setitem(versus.SHAPES, "cpu", dict(sinkhorn=[(4, 16, None)], ibot=[(4, 16, None)], dino=[],
                                                    attention=[([2], [16], 1, 16)]))
     bench.main([name, "--json", str(tmp_path / "cpu.json")])
     rows = json.loads((tmp_path / "cpu.json").read_text())["tables"][table]
     assert {row["way"] for row in rows} >= {"ours", "definition"} and not [r for r in rows if "compiled" in r["way"]]
     assert all(row["ms"] > 0 and row["base_over_this"] > 0 for row in rows)
-
-
-def test_levels_are_those_of_the_processor():
-    assert bench.levels()[-1] == "baseline" and ("avx512" in bench.levels()) == torch.cpu._is_avx512_supported()
 
 
 def test_help_names_everything(capsys):

@@ -10,8 +10,8 @@ from engine.opponents import (
     attention_errors,
     attention_written_out,
     both_ways,
+    by_kernels,
     by_sdpa,
-    forced,
     in_calls,
     our_dino,
     our_loss,
@@ -52,8 +52,11 @@ def test_attention_is_what_ours_is():
 
 
 def test_choices_are_given_back():
+    x, asked = torch.zeros(1), []
     assert with_kernels("off", lambda: ops.mode) == "off" and ops.mode == "auto"
-    assert with_kernels(forced(), lambda: ops.mode) == ("on" if ops.BUILT else "auto")
+    with_kernels("off", lambda: by_kernels(lambda: asked.append(ops.path("rope_attention", x, 9999, 64))))
+    assert asked == ["kernel" if ops.BUILT else "sdpa"]
+    assert with_kernels("off", ops.path, "sinkhorn_pass", x, 9) == "sdpa"
     with pytest.raises(ZeroDivisionError):
         with_kernels("off", lambda: 1 / 0)
     assert ops.mode == "auto"

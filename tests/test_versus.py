@@ -24,7 +24,6 @@ def fault(monkeypatch, name, wrong):
     """An op whose kernel, but not its definition, gives wrong(result, arguments)."""
     right = getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *a, **k: wrong(right(*a, **k), a) if ops.mode != "off" else right(*a, **k))
-    monkeypatch.setattr(versus, "forced", lambda: "auto")
 
 
 @pytest.mark.parametrize("op", versus.CASES)
