@@ -1,285 +1,268 @@
 """
 Every speed claim beside its baseline, in one run: interleaved, medians, on the machine at hand.
 
-    python bench.py              all
+    python bench.py              forward, data, attention, sinkhorn, loss: what a CPU can be asked in minutes
     python bench.py forward      ViT-S, 8 images of 256 px: ours beside transformers' DINOv3ViTModel (needs extra: test)
     python bench.py data         crops of one image for training: images per second of one core
     python bench.py sinkhorn     balanced assignments: ours beside the textbook's and what torch.compile makes of it
     python bench.py loss         the same with the cross-entropy and its gradient
     python bench.py attention    RoPE and attention: ours beside what is written elsewhere, and the errors of both
+    python bench.py steps        training steps of tiny and ViT-S, kernels off and auto
+
+The last four run once for each level of the CPU kernels that this processor has, or at the one that NANODINO_CPU names;
+what is slower than its base says SLOWER. With a GPU, one call each, in this order (make gpu-NAME):
+
+    python bench.py gpu-build    builds csrc/ there: NANODINO_ARCHS=90a for an H100 saves a minute
+    python bench.py gpu-test     kernels against float64, shape by shape; the tests of ops.py
+    python bench.py gpu-1        the trainer: losses beside the CPU's, resume, waits of the host, SIGTERM, evaluations
+    python bench.py gpu-2        what the card can do; Sinkhorn and the losses
+    python bench.py gpu-3        attention beside SDPA's backends
+    python bench.py gpu-4        whole steps of S, B, L, H+ and four blocks of the 7B; JPEG to batch
+    python bench.py gpu-5        trains for --minutes, measures, draws
+    python bench.py check-OP     sinkhorn, loss or attention alone, as gpu-test asks it
+
+A gpu- call writes NAME.json after every row, and at its end NAME.md, tables for LOG.md, to --out. --dry rehearses it on
+a CPU. Options:
 """
 
-import math
-import re
-import statistics
-import time
-from contextlib import nullcontext
-from dataclasses import replace
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ops
 from data import Batches, open_source
 from engine import config as command_line
-from losses import assignments, ibot_loss, sinkhorn_knopp
-from model import SIZES, ViT, rope_tables
+from engine import trials, versus
+from engine.opponents import with_kernels
+from engine.report import NO_BASE, Report
+from engine.timing import Cpu, machine, medians
+from model import SIZES, ViT
 from train import RECIPES
 
 
-def medians(functions, rounds):
-    """Seconds of each function, median over rounds in which each runs once, so that noise meets all alike."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 2):  # two to warm up
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+@dataclass(frozen=True)
+class BenchConfig:
+    json: str = ""             # forward to steps: a file to write the rows to, and NAME.md beside it
+    out: str = "build/gpu"     # gpu-: folder of what is written
+    minutes: float = 7.5       # gpu-: no row is begun later, so that a call ends within 8; gpu-5: of it all
+    data: str = "shapes"       # gpu-4, gpu-5: photos, a folder as train.py takes it; shapes = generated
+    size: str = "s"            # gpu-5: what is trained
+    largest: int = 0           # check-OP: elements of the largest shape; 0 = all
+    dry: bool = False          # gpu-: on the CPU, on tiny shapes: every line runs, no number means anything
+
+# --------------------------------------------------------------------------------
+# On a CPU
 
 
 @torch.inference_mode()
-def forward():
-    try:
-        from transformers import DINOv3ViTConfig, DINOv3ViTModel
-    except ImportError as error:
-        raise ValueError("bench forward: transformers is not installed; pip install -e '.[test]'") from error
-    c = SIZES["s"]
-    ours = ViT(c).eval()
-    theirs = DINOv3ViTModel(DINOv3ViTConfig(
-        hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.hidden,
-        num_register_tokens=c.n_registers, attn_implementation="sdpa")).eval()
+def forward(machine, report, compiled):
+    theirs, ours = trials.hugging_face(SIZES["s"]), ViT(SIZES["s"]).eval()
+    if theirs is None:
+        raise ValueError("bench forward: transformers is not installed; pip install -e '.[test]'")
     for dtype in torch.float32, torch.bfloat16:
         images = torch.randn(8, 3, 256, 256, dtype=dtype)
-        both = dict(ours=ours.to(dtype), transformers=theirs.to(dtype))
-        t = medians({name: lambda vit=vit, x=images: vit(x) for name, vit in both.items()}, 15)
-        print(f"forward ViT-S 8x256 px {str(dtype)[6:]:9} ours {1e3 * t['ours']:7.1f} ms   transformers "
-              f"{1e3 * t['transformers']:7.1f} ms   ratio {t['transformers'] / t['ours']:.2f}")
+        times = medians(machine, dict(transformers=theirs.to(dtype), ours=ours.to(dtype)), [(images,)])
+        for name, t in times.items():
+            report.add("forward", what="ViT-S, 8 x 256 px", dtype=str(dtype)[6:], way=name, ms=t.seconds * 1e3,
+                       spread=t.spread, base_over_this=times["transformers"].seconds / t.seconds)
 
 
-def data():
+def data(machine, report, compiled):
     source = open_source("shapes", 64)
     for name in "tiny", "l":
         c = replace(RECIPES[name], batch=64, group=16)
         c = replace(c, patch_size=c.vit.patch_size)
         batches = Batches(c, source, 0, 64)
-        t = medians(dict(batch=lambda b=batches: b[0]), 5)["batch"]
-        print(f"data    crops of recipe {name:5} {64 / t:7.1f} images/s, {torch.get_num_threads()} threads")
+        t = medians(machine, dict(batch=lambda b=batches: b[0]), rounds=5)["batch"]
+        report.add("crops", recipe=name, images_per_s=64 / t.seconds, spread=t.spread)
 
 
-# --------------------------------------------------------------------------------
-# RoPE attention
+def of_ops(name):
+    """The benchmark of versus.py for a CPU, where a card's limits are not asked."""
+    return lambda machine, report, compiled: getattr(versus, name)(machine, report, {}, compiled)
 
 
-CPU_SHAPES = [  # images, patches a side, heads, head width: 3 to 16 a side are tiny's and the recipes' crops
-    ([64], [3], 6, 64), ([64], [4], 6, 64), ([64], [5], 6, 64), ([32], [7], 6, 64), ([16], [14], 6, 64),
-    ([16], [16], 6, 64), ([8], [16], 3, 128), ([2], [32], 6, 64)]
-GPU_SHAPES = [([128], [16], 16, 64), ([32], [16], 32, 128), ([512], [7], 16, 64), ([76], [7], 32, 128),
-              ([16], [32], 16, 64), ([16], [48], 32, 128), ([128, 512], [16, 7], 16, 64), ([19, 76], [16, 7], 32, 128)]
+def steps(machine, report, compiled):
+    for size, argv, rounds in ("tiny", ["--batch", "32"], 5), ("s", ["--batch", "4"], 3):
+        step = trials.Step(machine, ["--size", size, "--precision", "fp32", *argv])
+        ways = {choice: partial(with_kernels, choice, step) for choice in ("off", "auto")}
+        times = medians(machine, ways, rounds=rounds)
+        for choice, t in times.items():
+            slower = choice == "auto" and t.seconds > times["off"].seconds
+            report.add("training steps", size=size, images=step.c.batch, kernels=choice, ms=t.seconds * 1e3,
+                       spread=t.spread, base_over_this=times["off"].seconds / t.seconds,
+                       **dict(flag="SLOWER than without kernels") if slower else {})
 
 
-def attention_written_out(qkv, n_images, rope, heads):
-    """The base: q and k turned in float32 by cat and rotate-half, heads transposed to the front, SDPA."""
-    out, start, wide = [], 0, torch.promote_types(qkv.dtype, torch.float32)
-    for n, (cos, sin) in zip(n_images, rope, strict=True):
-        N, end = len(cos), start + n * len(cos)
-        cos, sin = (torch.cat([x, x], dim=-1).view(N, -1) for x in (cos, sin))                # N E
-        q, k, v = qkv[start:end].view(n, N, 3, heads, -1).permute(2, 0, 3, 1, 4)              # B A N E
-        q, k = ((x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin).to(v.dtype)
-                for x in (q.to(wide), k.to(wide)))
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * N, -1))
-        start = end
-    return torch.cat(out)
+ON_CPU = dict(forward=forward, data=data, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),
+              loss=of_ops("loss"), steps=steps)
+BY_LEVEL = "attention", "sinkhorn", "loss", "steps"
 
 
-def without_kernels(function, *arguments):
-    ops.use_kernels("off")
-    try:
-        return function(*arguments)
-    finally:
-        ops.use_kernels("auto")
-
-
-def both_ways(function, qkv, grad, *rest):
-    qkv = qkv.detach().requires_grad_()
-    out = function(qkv, *rest)
-    return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
-
-
-def attention_arguments(device, dtype, n_images, sides, heads, E):
-    periods = 100 ** (torch.arange(E // 4) / (E // 4))
-    rope = [tuple(x[0].to(device) for x in rope_tables(side, side, 5, periods, [1.0])) for side in sides]
-    T = sum(n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True))
-    qkv, grad = (torch.randn(T, k * heads * E, device=device, dtype=dtype) for k in (3, 1))
-    return qkv, grad, n_images, rope, heads
-
-
-def attention_error(function, device, dtype, n_images, *shape):
-    """The larger relative error, of the result and of its gradient, against float64, for one image of each size."""
-    qkv, grad, *rest = attention_arguments(device, dtype, [1] * len(n_images), *shape)
-    exact = both_ways(attention_written_out, qkv.double(), grad.double(), *rest)
-    pairs = zip(both_ways(function, qkv, grad, *rest), exact, strict=True)
-    return max(((ours - true).norm() / true.norm()).item() for ours, true in pairs)
-
-
-def best_backend(dtype, n_images, sides, heads, E):
-    """The fastest of SDPA's backends for the largest of these shapes on the GPU, forward and backward."""
-    x = torch.randn(n_images[0], heads, sides[0] ** 2 + 5, E, device="cuda", dtype=dtype, requires_grad=True)
-    runs = {}
-    for backend in SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION:
-        def run(backend=backend):
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(x, x, x).sum().backward()
-        try:
-            run()
-        except RuntimeError:  # it was not built, or not for this shape
+def on_cpu(names, config):
+    report = Report("bench", config.json or None, here := Cpu())
+    forced, best = os.environ.get("NANODINO_CPU"), ops.LEVELS[-1] if ops.BUILT else None
+    for name in names:
+        if name not in BY_LEVEL or forced or not ops.BUILT:
+            print(f"{name}: {here.describe()['device']}; kernels: {ops.describe(here.device)}", flush=True)
+            ON_CPU[name](here, report, forced in (None, best))  # what torch.compile makes: once
             continue
-        runs[backend] = run
-    times = medians(runs, 10)
-    return min(times, key=times.get)
-
-
-def attention():
-    gpu = torch.cuda.is_available()
-    if not gpu:
-        print("attention    no GPU here: its shapes are not measured")
-    if not ops.have("rope_attention", torch.device("cuda" if gpu else "cpu")):
-        print("attention    csrc is not built: what is called ours is the definition")
-    for *shape, dtype in [(*shape, dtype) for shape in (GPU_SHAPES if gpu else CPU_SHAPES)
-                          for dtype in ([] if gpu else [torch.float32]) + [torch.bfloat16]]:
-        device, (n_images, sides, heads, E) = "cuda" if gpu else "cpu", shape
-        backend = best_backend(dtype, *shape) if gpu else None
-        qkv, grad, *rest = attention_arguments(device, dtype, *shape)
-        functions = dict(base=attention_written_out, definition=partial(without_kernels, ops.rope_attention),
-                         ours=ops.rope_attention)
-        if gpu or sides == [16]:  # on a CPU it takes 10 s to compile
-            torch.compiler.reset()  # its caches hold few shapes
-            functions["compiled"] = partial(without_kernels, torch.compile(ops.rope_attention))
-        if len(n_images) > 1:
-            sizes = [n * len(cos) for n, (cos, _) in zip(n_images, rest[1], strict=True)]
-            functions["calls"] = lambda x, n_images, rope, A, sizes=sizes: torch.cat([
-                ops.rope_attention(x, [n], [r], A) for x, n, r in zip(x.split(sizes), n_images, rope, strict=True)])
-        with sdpa_kernel(backend) if gpu else nullcontext():
-            runs = [{name: partial(torch.no_grad()(f), qkv, *rest) for name, f in functions.items()},
-                    {name: partial(both_ways, f, qkv, grad, *rest) for name, f in functions.items()}]
-            times = [medians(each, 15) for each in runs]
-            memory = {name: peak_memory(runs[1][name]) for name in ("base", "ours")} if gpu else {}
-        flop = 4 * heads * E * sum(n * (side * side + 5) ** 2 for n, side in zip(n_images, sides, strict=True))
-        print(f"attention    {str(dtype)[6:]} B {n_images} N {[side * side + 5 for side in sides]} A {heads} E {E}"
-              f"  error {attention_error(ops.rope_attention, device, dtype, *shape):.1e}, of the base "
-              f"{attention_error(attention_written_out, device, dtype, *shape):.1e}"
-              + "".join(f"  peak of {name} {size / 1e6:.0f} MB" for name, size in memory.items()), flush=True)
-        for what, t, products in zip(("forward", "both ways"), times, (1, 3.5), strict=True):
-            print(f"  {what:9} " + "   ".join(f"{name} {1e3 * seconds:8.3f} ms" for name, seconds in t.items())
-                  + f"   base/ours {t['base'] / t['ours']:.2f}   best of the others/ours "
-                  f"{min(v for k, v in t.items() if k not in ('ours', 'calls')) / t['ours']:.2f}   "
-                  f"{products * flop / t['ours'] / 1e9:.0f} GFLOP/s", flush=True)
-
-
-def peak_memory(function):
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+        for level in reversed(ops.LEVELS):
+            with tempfile.TemporaryDirectory() as folder:
+                rows = Path(folder, "rows.json")
+                subprocess.run([sys.executable, __file__, name, "--json", rows], check=True,
+                               env=os.environ | dict(NANODINO_CPU=level))
+                for table, found in json.loads(rows.read_text())["tables"].items():
+                    report.keep(table, [dict(level=level) | row for row in found])
+    report.close()
 
 # --------------------------------------------------------------------------------
-# Sinkhorn-Knopp and the cross-entropies: rows and prototypes of the heads' logits
+# With a GPU
 
 
-def textbook_sinkhorn(logits):
-    q = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / 0.07).exp()            # n K
-    for _ in range(3):
-        q = q / q.sum(0, keepdim=True)
-        q = q / q.sum(1, keepdim=True)
-    return q
+def gpu_build(machine, report, config):
+    words = ["--name"] if config.dry else ["build_ext", "--inplace"]  # the former only asks what would be built
+    code, output = trials.command("setup.py", *words)
+    says = next((line for line in output.splitlines() if line.startswith("csrc:")), "")
+    size = sum(path.stat().st_size for path in Path().glob("nanodino_C*.so"))
+    report.add("build", what="setup.py", seconds=report.seconds, mb=size / 1e6, says=says)
+    if code:
+        raise ValueError(f"gpu-build: setup.py ended with {code}: {output[-1500:]}")
+    code, output = trials.command("bench.py", "--help", apart=not config.dry)  # a fresh process: what was built loads
+    report.add("build", what="import", verdict="right" if code == 0 else f"WRONG: {output[-300:]}")
 
 
-def textbook_loss(student, logits):
-    x, q = student.detach().requires_grad_(), textbook_sinkhorn(logits)
-    loss = -(q * (x.to(q.dtype) / 0.1).log_softmax(-1)).sum(-1).mean()
-    return torch.autograd.grad(loss, x)[0]
+def check(op, machine, report, config):
+    if machine.kind == "cuda" and not ops.BUILT:
+        raise ValueError(f"check-{op}: csrc is not built here; run make gpu-build")
+    versus.check(machine, report, op, config.largest or float("inf"))
 
 
-def our_loss(student, logits):
-    x, weights = student.detach().requires_grad_(), torch.ones(len(logits), device=logits.device)
-    return torch.autograd.grad(ibot_loss(x, assignments(logits, 0.07), weights, len(logits)), x)[0]
+def gpu_test(machine, report, config):
+    """Each op in a process of its own: a kernel that takes the card's context down takes no other op with it."""
+    for op in versus.CASES:
+        for table, found in checked(op, report, config, apart=not config.dry or op == "sinkhorn").items():
+            report.keep(table, found)
+    tests = ["--collect-only", "tests/test_house.py"] if config.dry else [
+        f"tests/test_{name}.py" for name in ("ops", "ops_attention", "ops_extension")] + ["-k", "cuda and not cpu"]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], capture_output=True, text=True)
+    report.add("tests", what="pytest", says=done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr[-200:],
+               verdict="right" if done.returncode == 0 else f"WRONG: {done.returncode}")
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED", "ERROR")):
+            report.note(line[:200])
+    if shutil.which("compute-sanitizer") and not config.dry:
+        for op in versus.CASES:
+            checked(op, report, replace(config, largest=30_000), True, ["compute-sanitizer", "--error-exitcode", "3"])
 
 
-def peak(function):
-    """MB that a call adds to what is held before it; on the CPU of Linux, from what the kernel counts."""
-    if torch.cuda.is_available():
-        return peak_memory(function) / 1e6
+def checked(op, report, config, apart, under=()):
+    """Tables of check-OP; where it died, if it did.    under  a command that runs it"""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"check-{op}", "--out", folder, "--largest", config.largest, *(["--dry"] if config.dry else [])]
+        left = max(30, 60 * config.minutes - report.seconds)
+        code, output = trials.command("bench.py", *words, apart=apart, under=under, timeout=left)
+        path = Path(folder, f"check-{op}.json")
+        found = json.loads(path.read_text()) if path.exists() else dict(tables={}, notes=[])
+    for note in found["notes"][1:]:
+        report.note(" ".join([*under[:1], note]))
+    report.add("tests", what=" ".join([*under[:1], f"check-{op}"]),
+               verdict="right" if code == 0 else f"WRONG: {code} at {found.get('at', 'its end')}: {output[-300:]}")
+    return found["tables"]
+
+
+def gpu_1(machine, report, config):
+    trials.trainer(machine, report, config)
+
+
+def gpu_2(machine, report, config):
+    card = versus.limits(machine, report)
+    versus.sinkhorn(machine, report, card)
+    versus.loss(machine, report, card)
+
+
+def gpu_3(machine, report, config):
+    versus.attention(machine, report, versus.limits(machine, report))
+
+
+def gpu_4(machine, report, config):
+    trials.whole_steps(machine, report, config, versus.limits(machine, report))
+    report.note(NO_BASE)
+
+
+def gpu_5(machine, report, config):
+    trials.run(machine, report, config)
+
+
+ON_A_GPU = {f"check-{op}": partial(check, op) for op in versus.CASES} | {
+    "gpu-build": gpu_build, "gpu-test": gpu_test, "gpu-1": gpu_1, "gpu-2": gpu_2, "gpu-3": gpu_3, "gpu-4": gpu_4,
+    "gpu-5": gpu_5}
+# whose rehearsal runs the CUDA kernels; those of attention read no float32, which the trainer's first runs are in
+REHEARSED = {"gpu-2", "gpu-3", "gpu-4", *(f"check-{op}" for op in versus.CASES)}
+EMULATED = ("sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "assignment_loss_", "rope_attention",
+            "rope_attention_backward")
+
+
+@contextmanager
+def emulator():
+    """Within, the CUDA kernels, which tests/emulated.py runs, take the place of the CPU's."""
+    from tests import emulated
+    if not emulated.AVAILABLE or not ops.BUILT:
+        print("rehearsal: no g++, or csrc is not built: without the emulator of the CUDA kernels")
+        yield
+        return
+    # the proofs of first use are rehearsed too, and what they found is forgotten
+    proofs = [asked for asked in vars(ops).values() if hasattr(asked, "cache_clear")]
+    library = torch.library.Library("nanodino", "IMPL")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-        function()
-        return (int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) - before) / 1e3
-    except OSError:
-        return math.nan
+        for name in EMULATED:
+            library.impl(name, getattr(emulated, name), "CPU")
+        for asked in proofs:
+            asked.cache_clear()
+        yield
+    finally:
+        library._destroy()
+        for asked in proofs:
+            asked.cache_clear()
 
 
-def compare(title, ways, inputs, n_bytes):
-    """A line for each way, of which the first is the base; relative errors against it in float64."""
-    runs = {name: partial(way, *inputs) for name, way in ways.items()}
-    exact, times = next(iter(ways.values()))(*(x.double() for x in inputs)), medians(runs, 15)
-    print(f"{title}, {n_bytes / 1e6:.0f} MB to move at least")
-    for name, t in times.items():
-        x = runs[name]()
-        error = f"  error {((x - exact).norm() / exact.norm()).item():.1e}" if x.shape == exact.shape else ""
-        del x
-        print(f"  {name:21} {1e3 * t:8.2f} ms  base/this {times['textbook'] / t:5.2f}  {n_bytes / t / 1e9:7.1f} GB/s  "
-              f"peak {peak(runs[name]):5.0f} MB{error}", flush=True)
-
-
-def heads(cpu, gpu):
-    """Logits as of heads whose rows are unit vectors."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for n, K in gpu if device == "cuda" else cpu:
-        torch.compiler.reset()
-        yield n, K, [torch.randn(n, K, device=device).mul(0.3).bfloat16() for _ in range(2)]
-
-
-def sinkhorn():
-    for n, K, (logits, _) in heads([(64, 65536), (256, 65536), (32, 262144), (128, 4096), (64, 256)],
-                                   [(1274, 98304), (32, 262144), (4941, 65536), (128, 65536)]):
-        define = partial(sinkhorn_knopp, temperature=0.07)
-        compare(f"sinkhorn {n} x {K}", {
-            "textbook": textbook_sinkhorn, "textbook, compiled": torch.compile(textbook_sinkhorn),
-            "definition": partial(without_kernels, define),
-            "definition, compiled": partial(without_kernels, torch.compile(define)),
-            "ours": define, "ours, bfloat16 out": lambda x: assignments(x, 0.07).written(torch.bfloat16),
-            "ours, log u only": lambda x: assignments(x, 0.07).log_u}, [logits], 6 * n * K)
-
-
-def loss():
-    for n, K, pair in heads([(64, 65536), (256, 65536), (128, 4096), (128, 256)],
-                            [(1274, 98304), (4941, 65536), (128, 65536)]):
-        compare(f"sinkhorn, loss and gradient {n} x {K}", {
-            "textbook": textbook_loss, "textbook, compiled": torch.compile(textbook_loss),
-            "definition": partial(without_kernels, our_loss), "ours": our_loss}, pair, 12 * n * K)
-
-
-BENCHMARKS = dict(forward=forward, data=data, attention=attention, sinkhorn=sinkhorn, loss=loss)
+def on_gpu(name, config):
+    here = machine(config.dry)
+    if config.dry:
+        torch.set_num_threads(1)  # nothing in a rehearsal is large enough for more
+    if here.kind != "cuda" and not config.dry and name.startswith("gpu"):
+        raise ValueError(f"{name}: no GPU here; add --dry to rehearse it on the CPU")
+    report = Report(name, Path(config.out, f"{name}.json"), here, config.minutes * 60)
+    report.note(f"kernels: {ops.describe(here.device)}")
+    with emulator() if config.dry and name in REHEARSED else nullcontext():
+        ON_A_GPU[name](here, report, config)
+    report.close()
 
 
 def main(argv):
     if "--help" in argv:
-        print(__doc__.strip())
+        print(__doc__.strip(), command_line.describe(BenchConfig()), sep="\n\n")
         return
-    _, names = command_line.read_words(argv, {"help": bool})
-    for name in names or BENCHMARKS:
-        if name not in BENCHMARKS:
-            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for name in names or BENCHMARKS:
-        BENCHMARKS[name]()
+    values, names = command_line.read_words(argv, command_line.types(BenchConfig()))
+    config = command_line.apply(BenchConfig(), values)
+    for name in names:
+        if name not in ON_CPU | ON_A_GPU:
+            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(ON_CPU | ON_A_GPU)}")
+    chosen = [name for name in names or [*ON_CPU][:-1] if name in ON_CPU]
+    if chosen:
+        on_cpu(chosen, config)
+    for name in names:
+        if name in ON_A_GPU:
+            on_gpu(name, config)
 
 
 if __name__ == "__main__":

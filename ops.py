@@ -13,6 +13,7 @@ This file alone imports the extension. Dimension letters: see the top of model.p
 
 import importlib.util
 import os
+import platform
 from contextlib import nullcontext
 from functools import cache
 from math import inf
@@ -47,12 +48,14 @@ CHOICES = {
     ("sinkhorn_targets", "cpu"): [(inf, "kernel")],
     ("assignment_loss", "cpu"): [(inf, "kernel")],
     ("rope_attention", "cpu"): [(inf, "kernel")],
-    # H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-ops` prints the rows to put here
+    # H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-2` and -3 print what to put here
     ("sinkhorn_pass", "cuda"): [(inf, "kernel")],
     ("sinkhorn_targets", "cuda"): [(inf, "kernel")],
     ("assignment_loss", "cuda"): [(inf, "kernel")],
     ("rope_attention", "cuda"): [(64, "kernel"), (320, "flash"), (inf, "cudnn")],
 }
+if LEVEL == "baseline" and platform.machine() in ("x86_64", "AMD64"):  # each fused multiply-add by way of double:
+    CHOICES["rope_attention", "cpu"] = [(inf, "sdpa")]                 # a tenth to a half of PyTorch's speed, LOG.md
 
 
 def use_kernels(choice):
@@ -132,9 +135,9 @@ def describe(device):
     sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).with_name("csrc").glob("*")))
     if crc32(sources) != torch.ops.nanodino.built_from():
         return "csrc, as it was built before its last change: run python setup.py build_ext --inplace"
-    steps = CHOICES["rope_attention", device.type]
+    level, steps = f" {LEVEL}" if device.type == "cpu" else "", CHOICES["rope_attention", device.type]
     attention = ", ".join(name if most == inf else f"{name} to {most} tokens" for most, name in steps)
-    return f"csrc {LEVEL}" if device.type == "cpu" else f"csrc, attention by {attention}"
+    return f"csrc{level}" + ("" if attention == "kernel" else f", attention by {attention}")
 
 # --------------------------------------------------------------------------------
 # Sinkhorn-Knopp and the cross-entropies of its assignments

@@ -1,6 +1,7 @@
 // The only file in csrc/ that knows torch. It checks everything, allocates, picks the device and stream, and launches.
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -108,14 +109,17 @@ static void check(const char* who, const char* name, const Tensor& x, at::IntArr
 // --------------------------------------------------------------------------------
 // RoPE attention
 
+// as the CUDA kernels read it, 16 bytes at a time; it seldom lies otherwise, as a view that starts inside another tensor
+static Tensor aligned(const Tensor& x) {
+    return x.is_cuda() && (uintptr_t)x.const_data_ptr() % 16 ? at::clone(x) : x;
+}
+
 // The crop groups packed into qkv, which is T x 3 A E. tables: cos, sin of each, N ... E/2
 static std::vector<RopeGroup> rope_groups(const char* who, const Tensor& qkv, at::TensorList tables,
                                           at::IntArrayRef n_images, int64_t heads) {
     TORCH_CHECK(qkv.dim() == 2 && heads > 0 && qkv.size(1) % (6 * heads) == 0, who, ": qkv is ", qkv.sizes(), " for ",
                 heads, " heads; wanted tokens x 3 A E, E even; flatten it");
     check(who, "qkv", qkv, {-1, -1}, qkv, qkv.scalar_type());
-    TORCH_CHECK(!qkv.is_cuda() || (uintptr_t)qkv.const_data_ptr() % 16 == 0, who,
-                ": qkv starts off a multiple of 16 bytes; wanted it aligned; clone it");
     TORCH_CHECK(tables.size() == 2 * n_images.size(), who, ": got ", tables.size(), " tables for ", n_images.size(),
                 " crop groups; wanted cos and sin of each; pass both");
     std::vector<RopeGroup> groups;
@@ -127,6 +131,8 @@ static std::vector<RopeGroup> rope_groups(const char* who, const Tensor& qkv, at
                     "; wanted tokens x ", half, ", half a head; make it with rope_tables");
         check(who, "cos", cos, cos.sizes(), qkv, at::kFloat);
         check(who, "sin", sin, cos.sizes(), qkv, at::kFloat);
+        const auto places = (uintptr_t)cos.const_data_ptr() | (uintptr_t)sin.const_data_ptr();
+        TORCH_CHECK(!qkv.is_cuda() || places % 16 == 0, who, ": cos or sin starts off a multiple of 16 bytes; clone it");
         TORCH_CHECK(n_images[i] >= 0, who, ": got ", n_images[i], " images; wanted 0 or more; count them");
         groups.push_back({T, n_images[i], N, cos.const_data_ptr<float>(), sin.const_data_ptr<float>()});
         T += n_images[i] * N;
@@ -145,7 +151,8 @@ static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorLi
 #ifdef WITH_CUDA
     if (qkv.is_cuda()) {
         const c10::cuda::CUDAGuard guard(qkv.device());
-        C10_CUDA_CHECK(rope_attention_cuda(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), qkv.const_data_ptr(),
+        const Tensor x = aligned(qkv);
+        C10_CUDA_CHECK(rope_attention_cuda(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), x.const_data_ptr(),
                                            groups.data(), groups.size(), T, heads, D / heads, dtype,
                                            c10::cuda::getCurrentCUDAStream()));
         return {out, lse};
@@ -170,9 +177,10 @@ static Tensor rope_attention_backward(const Tensor& dout, const Tensor& qkv, con
     if (qkv.is_cuda()) {
         const c10::cuda::CUDAGuard guard(qkv.device());
         Tensor delta = at::empty_like(lse);
+        const Tensor d = aligned(dout), x = aligned(qkv), o = aligned(out);
         C10_CUDA_CHECK(rope_attention_backward_cuda(
-            dqkv.mutable_data_ptr(), delta.mutable_data_ptr<float>(), dout.const_data_ptr(), qkv.const_data_ptr(),
-            out.const_data_ptr(), lse.const_data_ptr<float>(), groups.data(), groups.size(), T, heads, D / heads, dtype,
+            dqkv.mutable_data_ptr(), delta.mutable_data_ptr<float>(), d.const_data_ptr(), x.const_data_ptr(),
+            o.const_data_ptr(), lse.const_data_ptr<float>(), groups.data(), groups.size(), T, heads, D / heads, dtype,
             c10::cuda::getCurrentCUDAStream()));
         return dqkv;
     }
@@ -268,11 +276,12 @@ static Tensor run_assignment_loss(const Tensor& student, const Tensor& teacher, 
         TORCH_CHECK(T == 1 || T == 2, who, ": got ", T, " crops of the teacher; wanted 1 or 2 on CUDA; ",
                     "call it for each two");
         const c10::cuda::CUDAGuard guard(student.device());
+        Tensor scratch = at::empty({assignment_loss_scratch_cuda(T, B, K)}, log_u.options());
         C10_CUDA_CHECK(assignment_loss_cuda(
             losses.mutable_data_ptr<float>(), grad.mutable_data_ptr(), student.const_data_ptr(),
             teacher.const_data_ptr(), log_u.const_data_ptr<float>(), weights.const_data_ptr<float>(),
-            pairs.const_data_ptr<float>(), S, T, B, K, student_temp, teacher_temp, dtype,
-            c10::cuda::getCurrentCUDAStream()));
+            pairs.const_data_ptr<float>(), scratch.mutable_data_ptr<float>(), S, T, B, K, student_temp, teacher_temp,
+            dtype, c10::cuda::getCurrentCUDAStream()));
         return at::sum(losses, 1);
     }
 #endif

@@ -8,4 +8,7 @@ What the commands stand on, and nobody types.
     views, sliding  what a network sees           classify       what classifications share
     match           the most similar points       metrics        every score
     pictures        what --out draws              attention, explore    one row of the matrix; a page of similarities
+    timing          stopwatch of CPU and GPU      report         rows, tables, goals
+    opponents       what the ops stand beside     versus         the ops: right, how fast
+    trials          the trainer on a GPU
 """

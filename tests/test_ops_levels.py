@@ -40,10 +40,10 @@ for dtype in torch.float32, torch.bfloat16:
     for N, A, E in (14, 2, 64), (54, 1, 128), (21, 3, 12), (201, 1, 64):
         angles = normal(N, 1, 1, E // 2)
         qkv = normal(2 * N, 3 * A * E).to(dtype).requires_grad_()
-        out = ops.rope_attention(qkv, [2], [(angles.cos(), angles.sin())], A)
+        out, lse = torch.ops.nanodino.rope_attention(qkv, [angles.cos(), angles.sin()], [2], A)
         out.backward(normal(2 * N, A * E, seed=2).to(dtype))
-        add(out, qkv.grad)
-print(ops.describe(torch.device("cpu")), found.hexdigest())
+        add(out, lse, qkv.grad)
+print(ops.LEVEL, found.hexdigest())
 """
 
 
@@ -60,7 +60,7 @@ def test_all_levels_give_the_same_bits_in_a_moved_checkout(tmp_path):
     found = [python("-c", DIGEST, level=level, cwd=tmp_path) for level in ops.LEVELS]
     assert not any(run.returncode for run in found), [run.stderr for run in found]
     names, digests = zip(*(run.stdout.rsplit(maxsplit=1) for run in found), strict=True)
-    assert list(names) == [f"csrc {level}" for level in ops.LEVELS]
+    assert list(names) == ops.LEVELS
     assert len(set(digests)) == 1
 
 
@@ -69,6 +69,14 @@ def test_a_level_that_is_not_there_is_named(level):
     run = python("train.py", "--steps", "1", level=level)
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert f"NANODINO_CPU={level}: this processor has {', '.join(ops.LEVELS)}; choose one" in run.stderr
+
+
+def test_the_level_is_named():
+    says = dict(baseline="csrc baseline, attention by sdpa" if len(ops.LEVELS) > 1 else "csrc baseline",
+                avx2="csrc avx2", avx512="csrc avx512")
+    for level in ops.LEVELS:
+        run = python("-c", "import ops, torch; print(ops.describe(torch.device('cpu')))", level=level)
+        assert run.stdout == says[level] + "\n", run.stderr
 
 
 def test_levels_share_no_symbol():

@@ -1,0 +1,78 @@
+"""bench.py: every call for a GPU rehearsed, as make gpu-NAME DRY=1 does; the levels of the CPU's kernels; mistakes."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+from engine import versus
+
+
+@pytest.mark.parametrize("name", [name for name in bench.ON_A_GPU if name.startswith("gpu-")])
+def test_rehearsal(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(bench.__file__).parent)
+    bench.main([name, "--dry", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    text = (tmp_path / f"{name}.md").read_text()
+    rows = [row for table in found["tables"].values() for row in table]
+    assert rows and all(f"**{table}**" in text for table in found["tables"]) and "rehearsal" in found["device"]
+    assert "WRONG" not in text and "no time was left" not in text
+    assert not [row for row in rows if row.get("note")]                 # a way or a size that failed
+    assert "at" not in found and len(list(tmp_path.iterdir())) <= 4
+
+
+def test_every_call_leaves_what_was_measured_before_its_time_was_over(tmp_path):
+    bench.main(["gpu-2", "--dry", "--minutes", "0", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu-2.json").read_text())
+    assert found["tables"].keys() == {"limits"} and "Sinkhorn 9 x 40: no time was left" in found["notes"]
+
+
+def test_levels_run_apart_and_are_put_together(tmp_path, monkeypatch):
+    monkeypatch.delenv("NANODINO_CPU", raising=False)
+    monkeypatch.setattr(bench.ops, "BUILT", True)
+    monkeypatch.setattr(bench.ops, "LEVELS", ["baseline", "avx2"])
+    started = []
+
+    def run(words, check, env):
+        started.append((words[2], env["NANODINO_CPU"]))
+        Path(words[4]).write_text(json.dumps(dict(tables=dict(Sinkhorn=[dict(way="ours", ms=len(started))]))))
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
+    bench.main(["sinkhorn", "--json", str(tmp_path / "cpu.json")])
+    assert started == [("sinkhorn", "avx2"), ("sinkhorn", "baseline")]
+    assert json.loads((tmp_path / "cpu.json").read_text())["tables"]["Sinkhorn"] == [
+        dict(level="avx2", way="ours", ms=1), dict(level="baseline", way="ours", ms=2)]
+
+
+@pytest.mark.parametrize("name, table", [("sinkhorn", "Sinkhorn"), ("loss", "Sinkhorn, loss, gradient"),
+                                         ("attention", "attention")])
+def test_one_level(name, table, tmp_path, monkeypatch):
+    """What torch.compile makes is left to the highest level."""
+    monkeypatch.setenv("NANODINO_CPU", bench.ops.LEVEL)
+    monkeypatch.setattr(bench.ops, "LEVELS", [bench.ops.LEVEL, "higher"])
+    monkeypatch.setitem(versus.SHAPES, "cpu", dict(sinkhorn=[(4, 16, None)], ibot=[(4, 16, None)], dino=[],
+                                                   attention=[([2], [16], 1, 16)]))
+    bench.main([name, "--json", str(tmp_path / "cpu.json")])
+    rows = json.loads((tmp_path / "cpu.json").read_text())["tables"][table]
+    assert {row["way"] for row in rows} >= {"ours", "definition"} and not [r for r in rows if "compiled" in r["way"]]
+    assert all(row["ms"] > 0 and row["base_over_this"] > 0 for row in rows)
+
+
+def test_help_names_everything(capsys):
+    bench.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in bench.ON_CPU | bench.ON_A_GPU if not name.startswith("check-"))
+    assert "check-OP" in said and all(f"--{field} " in said for field in vars(bench.BenchConfig()))
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["sinkhorn", "losses"], "unknown benchmark 'losses'; choose from forward, data"),
+    (["gpu-2"], "gpu-2: no GPU here; add --dry to rehearse it"),
+    (["gpu-2", "--minute", "3"], "did you mean --minutes"), (["gpu-2", "--minutes", "x"], "--minutes wants float"),
+])
+def test_mistakes(argv, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=says):
+        bench.main([*argv, "--out", str(tmp_path)])
