@@ -1,4 +1,5 @@
-# make demo   train, evaluate and look, on any machine      make test   lint and tests      make bench   speed, beside others
+# make demo   train, evaluate and look, on any machine      make bench       speed, beside others
+# make test   lint and tests                                make test-long   what takes too long for each change
 
 PYTHON ?= python3
 export OMP_WAIT_POLICY ?= PASSIVE  # threads that wait leave the core to the processes that prepare images
@@ -10,6 +11,9 @@ test: .venv/ready-test .venv/built
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
 
+test-long: .venv/ready-test .venv/built
+	.venv/bin/python -m pytest -q -m long
+
 bench: .venv/ready-test .venv/built
 	.venv/bin/python bench.py
 
@@ -17,7 +21,6 @@ bench: .venv/ready-test .venv/built
 # JSON and the tables for LOG.md. DRY=1 rehearses a call on a CPU. MORE="--data PHOTOS --size s --minutes 9": bench.py --help
 OUT ?= build/gpu
 GPU = $(PYTHON) bench.py $@ --out $(OUT) $(if $(DRY),--dry) $(MORE)
-export NANODINO_ARCHS ?= 90a
 
 gpu-build:
 	$(GPU)
@@ -45,4 +48,4 @@ build/gpu/built: setup.py $(wildcard csrc/*)
 	grep csrc: .venv/build.log
 	touch $@
 
-.PHONY: demo test bench gpu-build gpu-test gpu-bench-1 gpu-bench-2 gpu-bench-3 gpu-bench-4 gpu-bench-5
+.PHONY: demo test test-long bench gpu-build gpu-test gpu-bench-1 gpu-bench-2 gpu-bench-3 gpu-bench-4 gpu-bench-5

@@ -2,7 +2,8 @@
 Builds csrc/ beside the sources, for what this machine has:    python setup.py build_ext --inplace
 
     a C++ compiler            the CPU kernels, once for each level of x86: the processor that runs them chooses
-    nvcc and a CUDA torch     the CUDA kernels too, for the architectures in NANODINO_ARCHS (80,89,90a unless it is set)
+    nvcc and a CUDA torch     the CUDA kernels too, for the GPUs that are here; where none is, for 80, 89, 90a and PTX;
+                              NANODINO_ARCHS=90a names others
     neither                   nothing; ops.py computes the same from its definitions
 
 `pip install --no-build-isolation -e .` builds too; without the flag pip hides torch from here, and nothing is built.
@@ -65,10 +66,13 @@ def extension():
     cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
     obstacle = cuda_obstacle(torch, cpp_extension.CUDA_HOME)
     print(f"csrc: the CPU kernels{f', not the CUDA ones: {obstacle}' if obstacle else ' and the CUDA ones'}")
-    cxx, archs = ["-O3", "-std=c++20", *OPENMP], environ.get("NANODINO_ARCHS", "80,89,90a").replace(",", " ").split()
-    nvcc = ["-O3", "-std=c++20", "-lineinfo", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
-    if "NANODINO_ARCHS" not in environ:
-        nvcc += ["-gencode=arch=compute_90,code=compute_90"]  # PTX, for cards that came later
+    cxx, here = ["-O3", "-std=c++20", *OPENMP], {torch.cuda.get_device_capability(i)
+                                                 for i in range(torch.cuda.device_count())}
+    archs = environ.get("NANODINO_ARCHS", "").replace(",", " ").split()
+    archs = archs or [f"{major}{minor}{'a' * (major == 9)}" for major, minor in sorted(here)]
+    nvcc = ["-O3", "-std=c++20", "-lineinfo", *(f"-gencode=arch=compute_{a},code=sm_{a}"
+                                                for a in archs or ("80", "89", "90a"))]
+    nvcc += [] if archs else ["-gencode=arch=compute_90,code=compute_90"]  # PTX, for cards that came later
     kind = cpp_extension.CppExtension if obstacle else cpp_extension.CUDAExtension
     sources = ["csrc/binding.cpp", *([] if obstacle else sorted(glob("csrc/*.cu")))]
     module = kind("nanodino_C", sources, define_macros=[] if obstacle else [("WITH_CUDA", None)],
