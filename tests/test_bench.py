@@ -11,7 +11,8 @@ import bench
 from engine import versus
 
 
-@pytest.mark.parametrize("name", [name for name in bench.ON_A_GPU if name.startswith("gpu-")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name == "gpu-test" else [])
+                                  for name in bench.ON_A_GPU if name.startswith("gpu-")])
 def test_rehearsal(name, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(bench.__file__).parent)
     bench.main([name, "--dry", "--out", str(tmp_path)])
