@@ -66,7 +66,6 @@ def start(out, *words, ranks=1, prepare=lambda rank: None, base=MICRO, main=trai
         if not pid:
             code = 1
             try:
-                os.setpgid(0, pids[0] if pids else 0)
                 with open(log, "a") as file:
                     os.dup2(file.fileno(), 1)
                     os.dup2(file.fileno(), 2)
@@ -85,5 +84,6 @@ def start(out, *words, ranks=1, prepare=lambda rank: None, base=MICRO, main=trai
                 traceback.print_exc()
             finally:
                 os._exit(code)
+        os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)
     return Group(pids, log, store)
