@@ -300,6 +300,17 @@ def standing(c, name, ranks):
     return done, done + train.saved_config(out, DistillConfig).joined
 
 
+def begin(c, ranks, source, students):
+    """Before the first step: the students' and the run's config.json, metrics.jsonl, what will be done."""
+    for student in students:
+        open_log(student.c, student.step, parameters=asdict(student.c.vit))
+    if ranks.main:
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | dict(commit=commit()), indent=1))
+        print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
+              f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
+
+
 def distill(c, ranks, interrupt):
     """Trains all students; returns whether all have all their steps.    paper: §5.2, Fig. 12"""
     if c.batch % ranks.count:
@@ -321,13 +332,7 @@ def distill(c, ranks, interrupt):
                         Verdicts(group, interrupt, source.name)) for name in mine]
     end = start + c.steps - min(done[name] for name in counts)
     wait(ranks)  # all have read what stands in OUT
-    for student in students if group.main else []:
-        open_log(student.c, student.step, parameters=asdict(student.c.vit))
-    if ranks.main:
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | dict(commit=commit()), indent=1))
-        print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
-              f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
+    ranks.together(lambda: begin(c, ranks, source, students if group.main else []))
     stream = loader(batches, range(start, end), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
     unreadable, failed, heard, progress = {}, [], None, Progress(c, ranks, start, end)
 
