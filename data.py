@@ -32,6 +32,7 @@ import shapes
 
 UPRIGHT = {i + 2: turn for i, turn in enumerate(Image.Transpose[name] for name in (  # EXIF orientations 2 to 8
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))}
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 # --------------------------------------------------------------------------------
@@ -75,6 +76,9 @@ class Shapes:
     def name(self, i):
         return f"shapes {i}"
 
+    def digest(self):
+        return f"shapes {len(self)} {self.seed}"
+
 
 class Folder:
     """All images below a folder; the first folder below it names the class."""
@@ -104,6 +108,10 @@ class Folder:
 
     def name(self, i):
         return str(self.root / self.paths[i])
+
+    def digest(self):
+        """Of the images' names and order, not of their pixels: the folder may move."""
+        return hashlib.sha1("\n".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def scan(root):
@@ -254,32 +262,39 @@ def augment(crops, colours, mean, std):
     """
     Colour jitter, grey, blur, solarize, then normalisation.
 
-    crops    n 3 H W, uint8    colours  n 12, on the host: which crop gets what costs the device no wait
+    crops    n 3 H W, uint8    colours  what `sort_colours` made of the n rows of a table, its tensors on any device
     returns  n 3 H W, float32, normalised
 
     differs: the released pipeline rounds to uint8 after every operation; this one keeps float32 in between
     """
-    x, device = crops.float() / 255, crops.device
-    rows = {name: colours[:, column].nonzero()[:, 0] for name, column in
-            dict(jitter=APPLY, grey=GREY, blur=SIGMA, solarize=SOLARIZE).items()}
-    operations = (adjust_brightness, BRIGHTNESS), (adjust_contrast, CONTRAST), (adjust_saturation, SATURATION), \
-        (adjust_hue, HUE)
-    for turn in range(4):
-        order = colours[rows["jitter"], 5 + turn]
-        for which, (operation, column) in enumerate(operations):
-            chosen = rows["jitter"][order == which]
-            if len(chosen):
-                amount = colours[chosen, column].to(device, non_blocking=True)[:, None, None, None]
-                chosen = chosen.to(device, non_blocking=True)
-                x[chosen] = operation(x[chosen], amount)
-    for name, operation in ("grey", to_grey), ("blur", blur), ("solarize", solarize):
-        chosen = rows[name]
+    x, counts = crops.float() / 255, colours["counts"]
+    rows, amounts = (colours[name].to(x.device, non_blocking=True).split(counts) for name in ("rows", "amounts"))
+    for operation, chosen, amount in zip(4 * JITTER + (to_grey, blur, solarize), rows, amounts, strict=True):
         if len(chosen):
-            sigma = colours[chosen, SIGMA].to(device, non_blocking=True)
-            chosen = chosen.to(device, non_blocking=True)
-            x[chosen] = operation(x[chosen], sigma)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
-    return (x - mean) / std
+            x[chosen] = operation(x[chosen], amount[:, None, None, None])
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to the device
+        x[:, channel].sub_(m).div_(s)
+    return x
+
+
+def sort_colours(colours):
+    """
+    Which crops each operation works on, in the order of `augment`: how many is known to the host, before any device is.
+
+    colours  n 12, one row for each crop
+    returns  counts  crops of each of the 4 x 4 turns of the jitter, of grey, blur, solarize;  rows, amounts  of all
+    """
+    rows, amounts = [], []
+    jittered = colours[:, APPLY].nonzero()[:, 0]
+    for turn in range(4):
+        order = colours[jittered, 5 + turn]
+        for which, column in enumerate((BRIGHTNESS, CONTRAST, SATURATION, HUE)):
+            rows.append(jittered[order == which])
+            amounts.append(colours[rows[-1], column])
+    for column in GREY, SIGMA, SOLARIZE:
+        rows.append(colours[:, column].nonzero()[:, 0])
+        amounts.append(colours[rows[-1], column])
+    return dict(counts=[len(chosen) for chosen in rows], rows=torch.cat(rows), amounts=torch.cat(amounts))
 
 
 def luma(x):
@@ -306,7 +321,7 @@ def adjust_hue(x, shift):
     r, g, b = x.split(1, dim=1)
     sector = torch.where(top == r, (g - b) / (chroma + 1e-12),
                          torch.where(top == g, 2 + (b - r) / (chroma + 1e-12), 4 + (r - g) / (chroma + 1e-12)))
-    k = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1) + sector + 6 * shift   # n 3 H W
+    k = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + sector + 6 * shift            # n 3 H W
     k = k % 6
     return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -318,7 +333,7 @@ def to_grey(x, _):
 def blur(x, sigma):
     """9-tap Gaussian, each crop its own sigma in pixels, edges mirrored."""
     taps = torch.arange(-4, 5, device=x.device)
-    weight = (-0.5 * (taps / sigma[:, None]) ** 2).exp()
+    weight = (-0.5 * (taps / sigma.view(-1, 1)) ** 2).exp()
     weight = (weight / weight.sum(1, keepdim=True)).repeat_interleave(3, 0)                  # (n 3) 9
     n, _, H, W = x.shape
     x = F.pad(x, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]                           # 1 (n 3) H+8 W+8
@@ -328,6 +343,9 @@ def blur(x, sigma):
 
 def solarize(x, _):
     return torch.where(x >= 128 / 255, 1 - x, x)
+
+
+JITTER = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
 
 # --------------------------------------------------------------------------------
 # Masks
@@ -380,17 +398,19 @@ class Batches(Dataset):
     """
     batches[step] -> this rank's part of the global batch of that step, a dict of
 
-        global_crops  (G B) C H W   local_crops  (L B) C h w: float32, or uint8 with `colours` beside
+        global_crops  (G B) C H W   local_crops  (L B) C h w: float32, or uint8 with `colours` of both beside
         masks         (G B) P bool  masked  M: where they are True   weights  M: 1 / masked of its image
         indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
 
     Sample i of step s is number s batch + i of an endless series of shuffled epochs.
     config          a CropConfig that also has batch, steps, seed, group, patch_size, mean, std
     first, samples  what this rank holds of the global batch
+    colour_here     False: on the training device, by whoever receives the batch
+    noise           step -> what is random in the student's forward, made ahead with the batch, as batch["noise"]
     """
-    def __init__(self, config, source, first, samples, colour_here=True):
+    def __init__(self, config, source, first, samples, colour_here=True, noise=None):
         self.config, self.source, self.first, self.samples = config, source, first, samples
-        self.colour_here = colour_here  # False: on the training device, by whoever receives the batch
+        self.colour_here, self.noise = colour_here, noise
         self.unreadable = {}
 
     def __len__(self):
@@ -407,10 +427,13 @@ class Batches(Dataset):
             colours.append(colour)
             indices.append(index)
         crops = [torch.stack(views) for views in zip(*cuts, strict=True)]                     # G+L of B C H W
-        colours = torch.from_numpy(np.stack(colours, axis=1)).flatten(0, 1)                   # ((G+L) B) 12
-        batch = dict(global_crops=torch.cat(crops[:2]), colours=colours, indices=torch.tensor(indices), broken=broken)
+        colours = torch.from_numpy(np.stack(colours, axis=1)).split([2, c.n_local])           # G, L of B 12
+        batch = dict(global_crops=torch.cat(crops[:2]), indices=torch.tensor(indices), broken=broken)
         batch["local_crops"] = torch.cat(crops[2:]) if c.n_local else torch.zeros(0, 3, c.local_size, c.local_size)
+        batch["colours"] = [sort_colours(rows.flatten(0, 1)) for rows in colours]
         batch |= self.masks(step)
+        if self.noise:
+            batch["noise"] = self.noise(step)
         return colour_batch(batch, c) if self.colour_here else batch
 
     def read(self, n, broken):
@@ -439,9 +462,9 @@ class Batches(Dataset):
 
 def colour_batch(batch, config):
     """Replaces uint8 crops by what `augment` makes of them, on the device where they are."""
-    G = len(batch["global_crops"])
-    parts = zip(("global_crops", "local_crops"), batch["colours"].split([G, len(batch["colours"]) - G]), strict=True)
-    return batch | {key: augment(batch[key], colours, config.mean, config.std) for key, colours in parts}
+    rest = dict(batch)
+    parts = zip(("global_crops", "local_crops"), rest.pop("colours"), strict=True)
+    return rest | {key: augment(batch[key], colours, config.mean, config.std) for key, colours in parts}
 
 
 def place(seed, size, n):
@@ -456,11 +479,21 @@ def epoch_order(seed, epoch, size):
     return np.random.default_rng([seed, 5, epoch]).permutation(size)
 
 
-def ignore_interrupt(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which still wants this batch
+def ignore_signals(worker):
+    """They are for the main process, which still wants this batch; the whole process group gets them."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(dataset, steps, workers, **kwargs):
-    """dataset[step] for each of `steps`, in order, made ahead by worker processes."""
-    return DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=ignore_interrupt,
-                      persistent_workers=False, **kwargs)
+    """dataset[step] for each of `steps`, in order, made ahead by worker processes. Raises ValueError, in one line."""
+    try:
+        yield from DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
+                              worker_init_fn=ignore_signals, persistent_workers=False, **kwargs)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        # it was killed: often by the system, for want of memory
+        raise ValueError(f"--workers {workers}: {str(error).partition(chr(10))[0]}") from error
+    except ValueError as error:    # raised in a worker, it comes with a traceback
+        raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error

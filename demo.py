@@ -16,6 +16,7 @@ import evaluate
 import train
 import visualize
 from engine import config as command_line
+from engine.checkpoint import newest, saved
 
 OUT = Path("runs/demo")
 # differs from the paper: the scenes' colours tell no class, so those of the crops vary more; in a network so small the
@@ -29,11 +30,10 @@ ROWS = ("raw 16x16 pixels", "pixels"), ("ViT, untrained", "untrained:tiny"), ("V
 def train_or_resume():
     """Seconds that training took in all, remembered beside the run."""
     note, start = OUT / "seconds.json", time.perf_counter()
-    resumed = (OUT / "checkpoint").exists()
+    resumed = bool(saved(OUT))
     before = json.loads(note.read_text()) if resumed and note.exists() else 0
     if resumed:
-        done = json.loads((OUT / "checkpoint/step.json").read_text())["step"]
-        if done == json.loads((OUT / "config.json").read_text())["steps"]:
+        if newest(OUT)[0] == json.loads((OUT / "config.json").read_text())["steps"]:
             print(f"{OUT} is trained already; delete it to train again")
             return before
     else:

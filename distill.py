@@ -16,30 +16,29 @@ OUT/NAME is a student's run: teacher.safetensors there is its average. Dimension
 """
 
 import json
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import train
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader, open_source
 from engine import config as command_line
 from engine.cache import Cached, folder_of
-from engine.checkpoint import load_checkpoint, load_teacher, open_checkpoint, save_checkpoint
+from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, save_checkpoint, saved
 from engine.groups import clock, make_group, make_plan, share, wait
-from engine.ranks import start_ranks
+from engine.interrupt import Interrupt, Later, Peers, Verdicts
+from engine.progress import Progress, open_log
+from engine.ranks import count_workers, start_ranks
 from losses import assignments
 from model import SIZES, Noise, ViTConfig, set_std
 from train import TrainConfig, schedule
-from weights import commit, identify, load_backbone
+from weights import commit, identify, stream_backbone
 
 # --------------------------------------------------------------------------------
 # Configuration
@@ -95,8 +94,11 @@ def configure(argv):
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     out = values.get("out", "runs/distilled")
+    begun = Path(out, "config.json").exists()
+    if values.get("resume", "").lower() == "auto":
+        values["resume"] = str(begun)
     if values.get("resume", "").lower() == "true":
-        c = command_line.apply(replace(train.saved_config(out, DistillConfig), stop_after=0), values)
+        c = train.go_on(train.saved_config(out, DistillConfig), values, out, ("students", "cache"))
     else:
         said = of_teacher(values.get("teacher", ""), values.get("mode", "heads"))
         recipe = RECIPES["tiny" if said.pop("width") <= SIZES["tiny"].width else "paper"]
@@ -104,7 +106,7 @@ def configure(argv):
         shrink = [name for name in (*train.WARMUPS, "cooldown") if name not in values]
         c = replace(c, **{name: round(getattr(c, name) * c.steps / recipe.steps) for name in shrink})
         c = replace(c, group=min(c.group, c.batch), koleo_group=min(c.koleo_group, c.batch))
-        if Path(out, "config.json").exists():
+        if begun:
             raise ValueError(f"--out {out} holds a run already; add --resume to go on, or name another folder")
     read_students(c.students)
     train.check(c)
@@ -118,7 +120,7 @@ def of_teacher(path, mode):
     """What a teacher settles: normalisation, patches and, if it is a run, crops and the objective with its heads."""
     if mode not in ("heads", "features") or not path:
         raise ValueError(f"--teacher {path or '(none)'} --mode {mode}: name a run, or weights and --mode features")
-    found, run = identify(path).config, Path(path, "checkpoint").exists()
+    found, run = identify(path).config, bool(saved(path))
     if mode == "heads" and not run:
         raise ValueError(f"--teacher {path} has no heads: it is not the folder of a run; take --mode features")
     if found.in_chans != 3:
@@ -146,17 +148,24 @@ def read_students(text):
 
 
 def make_teacher(c, ranks):
-    """Backbone and, in mode heads, heads, frozen. Each rank holds it whole; as bfloat16 where autocast rounds it."""
+    """Backbone and, in mode heads, heads. Each rank holds it whole, bfloat16 where autocast rounds it; no host does."""
     if c.mode == "heads":
         with torch.device("meta"):
             teacher = train.make_networks(train.saved_config(c.teacher, DistillConfig))
-        load_teacher(c.teacher, teacher.to_empty(device="cpu"))
     else:
-        teacher = nn.ModuleDict(dict(backbone=load_backbone(c.teacher)))
+        model, tensors = stream_backbone(c.teacher)
+        teacher = nn.ModuleDict(dict(backbone=model))
     for part in teacher.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision == "bf16":
             part.bfloat16()
-    return teacher.requires_grad_(False).eval().to(ranks.device)
+    teacher = teacher.to_empty(device=ranks.device).requires_grad_(False).eval()
+    if c.mode == "heads":
+        load_teacher(c.teacher, teacher)
+    else:
+        own = teacher["backbone"].state_dict()
+        for name, x in tensors:
+            own[name].copy_(x)
+    return teacher
 
 
 def seen(backbone, c):
@@ -169,7 +178,7 @@ def teacher_says(c, teacher, batch):
     """What of the teacher travels, of unmasked global crops:  cls  (G B) Z,  patches  M Z;  in mode features D wide"""
     with autocast(c, batch):
         features, = seen(teacher["backbone"], c)([batch["global_crops"]])
-        patches = features.patches.flatten(0, 1)[batch["masked"]]                            # M D
+        patches = features.patches.flatten(0, 1).index_select(0, batch["masked"])            # M D
         if c.mode == "features":
             return dict(cls=features.cls, patches=patches)
         return dict(cls=teacher["dino_head"].bottleneck(features.cls), patches=teacher["ibot_head"].bottleneck(patches))
@@ -181,9 +190,9 @@ def teacher_says(c, teacher, batch):
 class Student:
     """One student on the ranks of its group: networks, their average, optimizer, and schedules by its own step."""
 
-    def __init__(self, c, ranks, width, done=0):
-        """width: of the teacher;  done: steps, if there is a checkpoint to go on from"""
-        self.c, self.ranks, self.step, self.norms = c, ranks, done, {}
+    def __init__(self, c, ranks, width, done=0, verdicts=None):
+        """width: of the teacher;  done: steps, if there is a checkpoint to go on from;  verdicts: None = never asked"""
+        self.c, self.ranks, self.step, self.verdicts = c, ranks, done, verdicts
         self.networks, self.ema = (train.build_networks(c, ranks, lambda c: make_student(c, width)) for _ in range(2))
         self.ema.requires_grad_(False).eval()
         groups = train.parameter_groups(c, self.networks)
@@ -193,30 +202,32 @@ class Student:
         self.weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
         self.momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
         self.temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
+        begin_state(self.optimizer)
         if done:
-            load_checkpoint(c, self.networks, self.ema, self.optimizer, ranks.group)
+            load_checkpoint(c, ranks, self.networks, self.ema, self.optimizer)
 
-    def learn(self, teacher, batch, noise, source, meters=False):
-        """One step; returns its numbers, 0-dim. One that is not finite raises ValueError first, on all its ranks."""
+    def learn(self, teacher, batch, noise, meters=False):
+        """One step; returns its numbers, 0-dim. A loss that is not finite raises ValueError, on all its ranks."""
         c, t = self.c, self.step
         train.set_schedules(self.optimizer, self.lr[t], self.weight_decay[t], t < c.freeze_last_layer)
         with autocast(c, batch):
             terms, weights, health = (head_terms if c.mode == "heads" else feature_terms)(self, teacher, batch, noise)
         loss = sum(weights[name] * term for name, term in terms.items())
-        means = self.ranks.mean(torch.stack([loss, *terms.values()]).detach())
-        row = dict(zip(("loss", *terms), means, strict=True))
-        finite = train.Finite(row)
         loss.backward()
-        finite.check(t, self.ranks, batch, source)
-        self.norms = train.clip_gradients(self.networks, c.clip)
+        norms = train.clip_gradients(self.networks, c.clip)
+        row = self.verdicts.judge(t, dict(loss=loss, **terms), norms, batch["indices"])
+        self.optimizer.found_inf = self.verdicts.skip
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         train.update_ema(self.ema, self.networks, self.momentum[t])
         self.step += 1
-        return row | self.norms | dict(lr=self.lr[t]) | (health() if meters else {})
+        if not meters:
+            return row
+        self.verdicts.settle()
+        return row | dict(lr=self.lr[t], skipped=self.verdicts.skipped) | health()
 
     def save(self):
-        train.check_norms(self.step, self.norms)
+        self.verdicts.settle()
         save_checkpoint(self.c, self.ranks, self.step, self.networks, self.ema, self.optimizer)
 
 
@@ -249,7 +260,7 @@ def head_terms(student, teacher, batch, noise):
 def feature_terms(student, teacher, batch, noise):
     """Cosine distance and smooth L1 to the teacher's features, of the student's after a linear map; each weighs 1."""
     features, = seen(student.networks["backbone"], student.c)([batch["global_crops"]], None, noise)
-    own, terms = dict(cls=features.cls, patches=features.patches.flatten(0, 1)[batch["masked"]]), {}
+    own, terms = dict(cls=features.cls, patches=features.patches.flatten(0, 1).index_select(0, batch["masked"])), {}
     for name, x in own.items():
         x, target = student.networks[f"{name}_adapter"](x).float(), batch[name].float()      # rows D of the teacher
         terms |= {f"{name}_cosine": 1 - F.cosine_similarity(x, target, dim=-1).mean(),
@@ -257,7 +268,7 @@ def feature_terms(student, teacher, batch, noise):
     cls = features.cls.detach().float()
 
     def health():  # the meter of train.health that needs no prototypes
-        return dict(cls_rank=torch.distributions.Categorical(torch.linalg.svdvals(cls)).perplexity().item())
+        return dict(cls_rank=train.effective_rank(cls).item())
     return terms, dict.fromkeys(terms, 1.0), health
 
 
@@ -275,24 +286,36 @@ def step_to_time(c, teacher, source, name, ranks, n):
     batch |= teacher_says(c, teacher, batch)
     if name == "teacher":
         return partial(teacher_says, c, teacher, batch)
-    student = Student(replace(c, size=name, steps=max(c.steps, 3)), ranks, teacher["backbone"].config.width)
-    return partial(student.learn, teacher, batch, noise, source)
+    own, verdicts = replace(c, size=name, steps=max(c.steps, 3)), Verdicts(ranks, Interrupt(), source.name)
+    student = Student(own, ranks, teacher["backbone"].config.width, verdicts=verdicts)
+    return partial(student.learn, teacher, batch, noise)
 
 
-def standing(c, name):
+def standing(c, name, ranks):
     """Own steps that a student's checkpoint holds, and the step of the run at which it was saved; 0, 0 without one."""
     out = Path(c.out, name)
-    if not any((out / folder).exists() for folder in ("checkpoint", "checkpoint.old")):
+    if not saved(out):
         return 0, 0
-    done = open_checkpoint(out)[1]
+    done = newest(out, ranks)[0]
     return done, done + train.saved_config(out, DistillConfig).joined
 
 
-def distill(c, ranks):
+def begin(c, ranks, source, students):
+    """Before the first step: the students' and the run's config.json, metrics.jsonl, what will be done."""
+    for student in students:
+        open_log(student.c, student.step, parameters=asdict(student.c.vit))
+    if ranks.main:
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | dict(commit=commit()), indent=1))
+        print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
+              f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
+
+
+def distill(c, ranks, interrupt):
     """Trains all students; returns whether all have all their steps.    paper: §5.2, Fig. 12"""
     if c.batch % ranks.count:
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks")
-    found = {name: standing(c, name) for name in read_students(c.students)}
+    found = {name: standing(c, name, ranks) for name in read_students(c.students)}
     done, start = {name: own for name, (own, _) in found.items()}, max(at for _, at in found.values())
     counts = {name: n for name, n in read_students(c.students).items() if done[name] < c.steps}
     if not counts:
@@ -305,19 +328,13 @@ def distill(c, ranks):
     plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))
     group, keep, mine = make_group(c, ranks, plan)
     own = {name: replace(c, size=name, out=str(Path(c.out, name)), joined=start - done[name]) for name in mine}
-    students = [Student(own[name], group, teacher["backbone"].config.width, done[name]) for name in mine]
+    students = [Student(own[name], group, teacher["backbone"].config.width, done[name],
+                        Verdicts(group, interrupt, source.name)) for name in mine]
     end = start + c.steps - min(done[name] for name in counts)
     wait(ranks)  # all have read what stands in OUT
-    for student in students if group.main else []:
-        train.open_log(student.c, student.step)
-    if ranks.main:
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-        Path(c.out, "config.json").write_text(json.dumps(asdict(c) | dict(commit=commit()), indent=1))
-        print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
-              f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
-    stream = iter(loader(batches, range(start, end), c.workers, pin_memory=ranks.device.type == "cuda"))
-    interrupt, unreadable, failed, before, logged = train.Interrupt(), {}, [], time.perf_counter(), start
-    bar = tqdm(total=end, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True)
+    ranks.together(lambda: begin(c, ranks, source, students if group.main else []))
+    stream = loader(batches, range(start, end), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
+    unreadable, failed, heard, progress = {}, [], None, Progress(c, ranks, start, end)
 
     def attempt(student, work, *args):
         """work(*args), unless it raises: that ends the student, and no other."""
@@ -333,16 +350,18 @@ def distill(c, ranks):
     for step in range(start, end + 1):
         # save: once in a while, and before leaving; who has all its steps is saved already
         logs = step % c.log_every == 0
-        leave = step == end or step == start + c.stop_after > start or interrupt.agreed(ranks, step, c.log_every) or \
-            logs and not ranks.mean(torch.tensor(float(len(students)), device=ranks.device))
+        asked, busy = heard.read() if heard else (0, 1)  # of the step before
+        leave = step == end or step == start + c.stop_after > start or asked or not busy
         if step > start and (leave or step % c.save_every == 0):
             for student in list(students):
                 attempt(student, student.save)
         if leave:
             break
+        state = [torch.full((1,), float(x), device=ranks.device) for x in (bool(interrupt.asked), len(students))]
+        heard = Later(ranks.mean(torch.cat(state)))
 
         # the teacher sees this rank's part of the batch; then all groups get theirs
-        batch = next(stream)
+        batch = progress.next(stream)
         path = batch.pop("path", None)
         batch = train.on_device(c, ranks, batch, unreadable)
         t0 = clock(ranks, logs)
@@ -362,21 +381,21 @@ def distill(c, ranks):
         noise = Noise(c.seed, step, keep.start, keep.stop - keep.start, c.group, c.drop_path, c.rope_rescale)
         for student in list(students):
             t0, last = clock(ranks, logs), student.step == c.steps - 1
-            numbers = attempt(student, student.learn, teacher, batch, noise, source, logs or last)
+            numbers = attempt(student, student.learn, teacher, batch, noise, logs or last)
             t1 = clock(ranks, logs)
             if numbers and group.main and (logs or last):
                 row |= {name: float(x) for name, x in numbers.items()} | dict(
-                    ms_student=1000 * (t1 - t0), images_per_s=c.batch * (step + 1 - logged) / (t1 - before))
-                train.log(student.c, bar, dict(step=student.step - 1, **row, unreadable=len(unreadable)))
+                    ms_student=1000 * (t1 - t0), **progress.speed(step))
+                progress.log(student.c.out, dict(step=student.step - 1, **row, unreadable=len(unreadable)))
             if numbers and last:
                 attempt(student, student.save)
                 students = [other for other in students if other is not student]
-        bar.update()
+        interrupt.collect(step)
+        progress.bar.update()
         if logs:
-            before, logged = clock(ranks), step + 1
+            progress.mark(step)
 
-    bar.close()
-    interrupt.release()
+    progress.bar.close()
     for name, reason in unreadable.items():
         print(f"rank {ranks.rank}: skipped unreadable {name}: {reason}")
     wait(ranks)  # some still save
@@ -391,11 +410,8 @@ def main(argv):
         print(__doc__.strip(), "\n".join(line for line in lines if line.split()[0][2:] in OPTIONS), sep="\n\n")
         return
     c = configure(argv)
-    ranks = start_ranks(c.device)
-    finished = distill(train.settle(c, ranks), ranks)
-    if ranks.group is not None:
-        dist.destroy_process_group()
-    return finished
+    with Interrupt() as interrupt, Peers(start_ranks(c.device)) as ranks:
+        return distill(train.settle(c, ranks), ranks, interrupt)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The DINOv3 vision transformer: patches, registers, axial RoPE, and the projectio
     ViT                images -> Features(cls, registers, patches, grid)
     ProjectionHead     features -> logits over prototypes                           DINOv3 Tab. 2
     initialise         every parameter and buffer, as a function of (seed, its name)
+    shard              this rank's rows of a tensor
 
 Dimension letters, here and in every other file:
 
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from ops import rope_attention
@@ -76,6 +78,10 @@ class Features:
         """The patches as an image: B D h w."""
         return self.patches.transpose(1, 2).unflatten(2, self.grid)
 
+
+_pytree.register_pytree_node(  # so that FSDP2, before torch 2.12, finds the tensors that its backward hooks belong to
+    Features, lambda f: ([f.cls, f.registers, f.patches], f.grid), lambda tensors, grid: Features(*tensors, grid))
+
 # --------------------------------------------------------------------------------
 # Rotary position embedding
 
@@ -88,7 +94,7 @@ def rope_tables(h, w, n_prefix, periods, scales):
         angle                      = 2 pi coordinate / period,  rows first, then columns
 
     periods   E/4, in units of half an image side
-    scales    one or `depth` factors s: box jitter in training, 1 otherwise
+    scales    of one or `depth` factors s: box jitter in training; None = 1
     returns   cos, sin, each  len(scales) N 1 1 E/2; the prefix (cls, registers) has angle 0, so it does not turn
 
     paper:    DINOv3 §3.2, custom RoPE on coordinates of a [-1, 1] box
@@ -99,7 +105,10 @@ def rope_tables(h, w, n_prefix, periods, scales):
     j = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) / w * 2 - 1
     box = torch.stack(torch.meshgrid(i, j, indexing="ij"), dim=-1).view(h * w, 2, 1)         # P 2 1
     angles = (2 * math.pi * box / periods.float()).flatten(1)                                # P E/2
-    angles = torch.as_tensor(scales, dtype=torch.float32, device=device)[:, None, None] * angles
+    if scales is None:
+        angles = angles[None]                                                                # 1 P E/2
+    else:
+        angles = torch.as_tensor(scales, dtype=torch.float32, device=device)[:, None, None] * angles
     angles = F.pad(angles, (0, 0, n_prefix, 0))[:, :, None, None]                            # scales N 1 1 E/2
     return angles.cos(), angles.sin()
 
@@ -139,6 +148,39 @@ class Noise:
         mask = np.concatenate(masks, axis=-1)[..., offset : offset + self.samples]
         return mask.reshape(depth, 2, -1), size / n_kept
 
+    def draw(self, depth, n_images, n_tokens, device="cpu"):
+        """
+        All that is random in one forward of crop groups, each of n_images images of n_tokens tokens:
+
+            rope    `depth` factors for each crop group
+            counts  images of each crop group that enter a branch; block-major, then branch
+            rows    where their tokens lie among the packed ones, of all branches in that order
+            scales  what each of those rows is multiplied by
+        """
+        assert not any(n % self.samples for n in n_images), "every crop group holds each sample equally often"
+        found = dict(rope=[torch.from_numpy(self.rope_scales(i, depth)).float() for i in range(len(n_images))])
+        if self.drop_path:
+            masks = [self.kept(i, n // self.samples, depth) for i, n in enumerate(n_images)]
+            starts, rows, scales, counts = np.cumsum([0, *np.multiply(n_images, n_tokens)]), [], [], []
+            for block, branch in np.ndindex(depth, 2):
+                kept = [np.flatnonzero(mask[block, branch]) for mask, _ in masks]
+                for images, start, N, (_, scale) in zip(kept, starts[:-1], n_tokens, masks, strict=True):
+                    rows.append((start + images[:, None] * N + np.arange(N)).astype(np.int32).ravel())
+                    scales.append(np.full(len(rows[-1]), scale, np.float32))
+                counts.append([len(images) for images in kept])
+            found |= dict(rows=torch.from_numpy(np.concatenate(rows)), scales=torch.from_numpy(np.concatenate(scales)))
+            found |= dict(counts=counts)
+        return to_device(found, device)
+
+
+def to_device(x, device):
+    """A tensor, or lists and dicts with tensors in them, on a device; the host waits for no copy of pinned memory."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, dict):
+        return {key: to_device(value, device) for key, value in x.items()}
+    return [to_device(value, device) for value in x] if isinstance(x, list) else x
+
 
 @dataclass
 class Subset:
@@ -148,7 +190,7 @@ class Subset:
     scale: torch.Tensor = None  # what their result is multiplied by, so that its expectation is that of all samples
 
     def take(self, x):
-        return x if self.rows is None else x[self.rows]
+        return x if self.rows is None else x.index_select(0, self.rows)  # x[rows] would sort them in its backward
 
     def add(self, x, y, gamma):
         """The residual sum x + gamma y, of the tokens that y is of."""
@@ -164,35 +206,21 @@ class Packing:
 
     grids     h, w of each crop group
     n_images  images in each
+    noise     Noise, drawn here and now, or what its draw() returned: ahead of time, and on the device by now
     """
     def __init__(self, config, periods, grids, n_images, noise=None):
         depth, n_prefix = config.depth, 1 + config.n_registers
         self.n_tokens = [n_prefix + h * w for h, w in grids]
-        scales = [noise.rope_scales(i, depth) if noise else [1.0] for i in range(len(grids))]
+        drawn = noise.draw(depth, n_images, self.n_tokens, periods.device) if isinstance(noise, Noise) else noise
+        scales = drawn["rope"] if drawn else [None] * len(grids)
         tables = [rope_tables(h, w, n_prefix, periods, s) for (h, w), s in zip(grids, scales, strict=True)]
         self.rope = [[(cos[i % len(cos)], sin[i % len(sin)]) for cos, sin in tables] for i in range(depth)]
         self.subsets = [(Subset(n_images),) * 2] * depth
-        if noise and noise.drop_path:
-            self.subsets = self.draw(noise, depth, n_images, periods.device)
-
-    def draw(self, noise, depth, n_images, device):
-        """A subset for every block and branch; indices travel to the device once for the whole forward."""
-        rows, scales, counts = [], [], []                       # block-major, then branch, then crop group
-        assert not any(n % noise.samples for n in n_images), "every crop group holds each sample equally often"
-        masks = [noise.kept(i, n // noise.samples, depth) for i, n in enumerate(n_images)]
-        starts = np.cumsum([0, *np.multiply(n_images, self.n_tokens)])
-        for block in range(depth):
-            for branch in range(2):
-                kept = [np.flatnonzero(mask[block, branch]) for mask, _ in masks]
-                for images, start, N, (_, scale) in zip(kept, starts[:-1], self.n_tokens, masks, strict=True):
-                    rows.append((start + images[:, None] * N + np.arange(N)).ravel())
-                    scales.append(np.full(len(rows[-1]), scale, np.float32))
-                counts.append([len(images) for images in kept])
-        lengths = [int(np.dot(count, self.n_tokens)) for count in counts]
-        rows = torch.from_numpy(np.concatenate(rows)).to(device, non_blocking=True).split(lengths)
-        scales = torch.from_numpy(np.concatenate(scales)).to(device, non_blocking=True)[:, None].split(lengths)
-        flat = [Subset(*each) for each in zip(counts, rows, scales, strict=True)]
-        return list(zip(flat[::2], flat[1::2], strict=True))
+        if drawn and "rows" in drawn:
+            lengths = [int(np.dot(count, self.n_tokens)) for count in drawn["counts"]]
+            rows, scales = drawn["rows"].split(lengths), drawn["scales"][:, None].split(lengths)
+            flat = [Subset(*each) for each in zip(drawn["counts"], rows, scales, strict=True)]
+            self.subsets = list(zip(flat[::2], flat[1::2], strict=True))
 
 # --------------------------------------------------------------------------------
 # Layers; parameters carry the released checkpoints' names
@@ -447,10 +475,17 @@ def initialise(module, seed=0):
             full = torch.full(tensor.shape, math.nan, device=tensor.device)
             seed_here = zlib.crc32(f"{seed} {path}.{leaf}".encode())
             initial_value(part, leaf, full, torch.Generator(tensor.device).manual_seed(seed_here))
-            if isinstance(tensor, DTensor):
-                full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.copy_(full)
+            own, first = shard(tensor)
+            own.copy_(full[first : first + len(own)])
     return module
+
+
+def shard(x):
+    """The rows of a tensor that this rank holds, live, and the number of the first; all, of one that is not sharded."""
+    if not isinstance(x, DTensor):
+        return x, 0
+    ranks, at = x.device_mesh.size(), x.device_mesh.get_local_rank()
+    return x.to_local(), min(at * -(-len(x) // ranks), len(x))  # as FSDP2 cuts: equal parts, the last ones shorter
 
 
 def initial_value(part, leaf, x, generator):

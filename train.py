@@ -3,7 +3,7 @@ Pretrain a DINOv3 ViT.
 
     python train.py                                                  tiny, on the generated `shapes`, on anything
     python train.py --size s --data PHOTOS --out runs/s              one GPU, or patience
-    python train.py --out runs/s --resume                            go on, bit for bit
+    python train.py --out runs/s --resume                            go on, bit for bit; --resume auto: or begin
     torchrun --nproc-per-node 8 train.py --size 7b --data PHOTOS     FSDP2, any number of ranks and nodes
 
     TrainConfig, RECIPES   every number, with what the paper has         DINOv3 §3.2, Tab. 2
@@ -17,31 +17,29 @@ Everything random in a step is a function of (seed, step, sample or block). Dime
 
 import json
 import math
-import os
-import signal
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import ops
 from convnext import ConvNeXt, ConvNeXtConfig
 from data import Batches, CropConfig, colour_batch, loader, open_source
 from engine import config as command_line
-from engine.checkpoint import load_checkpoint, save_checkpoint, start_from
+from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved, start_from
+from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
-from engine.ranks import choose_precision, start_ranks
+from engine.progress import Progress, open_log
+from engine.ranks import choose_precision, count_workers, start_ranks
 from losses import assignments, dino_losses, ibot_loss, koleo_loss
-from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, initialise
-from weights import commit, identify
+from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, initialise, to_device
+from weights import identify
 
 # --------------------------------------------------------------------------------
 # Configuration
@@ -55,13 +53,15 @@ class TrainConfig(CropConfig):
     n_shapes: int = 4096           # images of the generated set
     out: str = ""                  # folder of the run; empty = runs/SIZE
     init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
-    resume: bool = False           # go on from OUT's checkpoint, with its config
+    resume: bool = False           # go on from OUT's newest checkpoint, with its config; auto = or begin
     seed: int = 0                  # of weights, crops, masks, stochastic depth
     device: str = "auto"           # auto, cpu, cuda, mps
     kernels: str = "auto"          # csrc: auto = where it is built, off, or on = stop where it is not
     precision: str = "auto"        # bf16 (autocast: float32 weights and residual stream), fp32, or auto
     workers: int = -1              # processes that prepare batches, for each rank; -1 = as the machine allows
     save_every: int = 1000         # steps between checkpoints
+    keep: int = 3                  # checkpoints, the newest ones
+    keep_every: int = 0            # steps between checkpoints that are kept besides; 0 = none
     log_every: int = 10            # steps between lines of metrics.jsonl; each makes the host wait for the device
     stop_after: int = 0            # save and leave after this many steps of this run; 0 = at the end
     steps: int = 1000              # optimizer steps; the warm-ups of the recipe shrink and grow with it
@@ -146,6 +146,8 @@ RECIPES = {
     ),
 }
 WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
+FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
+        "log_every", "stop_after", "steps", "checkpointing")  # what a resumed run may change; data must be equal
 
 
 def configure(argv):
@@ -153,22 +155,37 @@ def configure(argv):
     values, words = command_line.read_words(argv, command_line.types(TrainConfig()))
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
-    if values.get("resume", "").lower() == "true":
-        return resumed_config(values)
+    if values.get("out") and resumes(values, values["out"]):
+        return resumed_config(values, values["out"])
+    given = values
     if values.get("init"):
         values = say_init(values["init"]) | values
     size = values.get("size", "tiny")
     if size not in RECIPES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(RECIPES)}")
+    if not values.get("out") and resumes(given, f"runs/{size}"):
+        return resumed_config(given, f"runs/{size}")
     recipe = RECIPES[size]
     c = command_line.apply(recipe, values)
     shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
-    c = replace(c, **shrink, out=c.out or f"runs/{size}", patch_size=c.vit.patch_size, depth=c.vit.depth)
-    c = replace(c, group=min(c.group, c.batch), koleo_group=min(c.koleo_group, c.batch))
+    c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
     check(c)
-    if Path(c.out, "checkpoint").exists():
+    if saved(c.out):
         raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
     return c
+
+
+def resumes(values, out):
+    """Whether the command line asks to go on with the run in `out`; puts an answer in the place of "auto"."""
+    if values.get("resume", "").lower() == "auto":
+        values["resume"] = str(bool(saved(out)))
+    return values.get("resume", "").lower() == "true"
+
+
+def derive(c):
+    """c with what follows from other fields."""
+    return replace(c, patch_size=c.vit.patch_size, depth=c.vit.depth, group=min(c.group, c.batch),
+                   koleo_group=min(c.koleo_group, c.batch))
 
 
 def say_init(path):
@@ -182,22 +199,51 @@ def say_init(path):
     return dict(size=size) | {name: str(getattr(found, name)) for name in names}
 
 
-def resumed_config(values):
-    """The config that the run was started with, and what the command line changes of it."""
-    out = Path(values.get("out", f"runs/{values.get('size', 'tiny')}"))
-    c = replace(command_line.apply(replace(saved_config(out), stop_after=0), values), out=str(out), resume=True)
+def resumed_config(values, out):
+    """The config that the run was started with, and what the command line may change of it."""
+    c = go_on(saved_config(out), values, out)
+    done = newest(out)[0]
+    if c.steps < done:
+        raise ValueError(f"--steps {c.steps}: {out} has {done} steps already; ask for as many, or for more")
     check(c)
+    return c
+
+
+def go_on(before, values, out, free=()):
+    """The saved config with the command line's words. Raises ValueError if they would make it another run."""
+    values = {name: text for name, text in values.items() if (name, text) != ("precision", "auto")}  # as it was settled
+    c = derive(replace(command_line.apply(replace(before, stop_after=0), values), out=str(out), resume=True))
+    changed = [name for name in values if name not in (*FREE, *free) and getattr(c, name) != getattr(before, name)]
+    if changed:
+        said, was = (", ".join(f"--{name} {getattr(each, name)}" for name in changed) for each in (c, before))
+        raise ValueError(f"--resume: {out} was begun with {was}, not with {said}: that would be another run; leave it "
+                         "out, or name another --out")
     return c
 
 
 def saved_config(out, kind=TrainConfig):
     """The config in a run's folder, as a `kind`."""
+    saved, given = saved_text(out), {}
+    for name, old in vars(kind()).items():
+        if name in saved:
+            value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+            given[name] = float(value) if type(old) is float and type(value) is int else value
+            if not command_line.fits(given[name], old):
+                raise ValueError(f"{out}/config.json: {name} is {value!r}, where a {type(old).__name__} belongs; "
+                                 "restore it from a copy")
+    return kind(**given)
+
+
+def saved_text(out):
+    """config.json of a run's folder, as a dict."""
+    path = Path(out, "config.json")
     try:
-        saved = json.loads(Path(out, "config.json").read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{out}: no run to go on with, or to learn from ({error}); name the folder of one") from error
-    known = command_line.types(kind())
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object; restore it from a copy")
+    return found
 
 
 def check(c):
@@ -207,7 +253,7 @@ def check(c):
     ops.use_kernels(c.kernels)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
-    for name in ("steps", "batch", "group", "koleo_group", "log_every", "save_every"):
+    for name in ("steps", "batch", "group", "koleo_group", "log_every", "save_every", "keep"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name} is {getattr(c, name)}; it must be at least 1")
     if c.seed < 0:
@@ -238,10 +284,8 @@ def schedule(start, peak, end, warmup, steps):
 
 
 def settle(c, ranks):
-    """c with the precision and the workers that this machine has in place of auto and -1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = c.workers if c.workers >= 0 else max(1, min(12, cores // ranks.count - 1))
-    return replace(c, precision=choose_precision(c.precision, ranks.device), workers=workers)
+    """c with the precision that this machine has in place of auto."""
+    return replace(c, precision=choose_precision(c.precision, ranks.device))
 
 
 def make_networks(c):
@@ -258,12 +302,15 @@ def build_networks(c, ranks, make=make_networks):
     with torch.device("meta"):
         networks = make(c)
     networks["backbone"].checkpointing = c.checkpointing
+    if not c.n_local and getattr(c.vit, "local_norm", False):
+        networks["backbone"].local_cls_norm.requires_grad_(False)  # no crop passes it
     if ranks.group is not None:
         mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
         # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used
         bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = bf16 if c.precision == "bf16" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
-        for part in [*networks["backbone"].blocks, *networks.values()]:
+        prototypes = [head.last_layer for name, head in networks.items() if name.endswith("_head")]
+        for part in [*networks["backbone"].blocks, *prototypes, *networks.values()]:
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return initialise(networks.to_empty(device=ranks.device), c.seed)
 
@@ -323,7 +370,7 @@ def teacher_targets(teacher, batch, temperature, group):
     """Assignments of the two global crops, unmasked:  dino  G B K,  ibot  M K.    paper: §3.2"""
     features = teacher["backbone"](batch["global_crops"])
     dino = teacher["dino_head"](features.cls)                                            # (G B) K
-    ibot = teacher["ibot_head"](features.patches.flatten(0, 1)[batch["masked"]])         # M K
+    ibot = teacher["ibot_head"](features.patches.flatten(0, 1).index_select(0, batch["masked"]))  # M K
     dino = assignments(dino, temperature, group=group).unflatten(0, (2, -1))             # G B K
     return dict(dino=dino, ibot=assignments(ibot, temperature, group=group))
 
@@ -340,7 +387,7 @@ def loss_terms(c, student, batch, targets, noise, group):
     features = student["backbone"](crops, masks, noise)
     g, B, weights = features[0], len(batch["indices"]), term_weights(c)
     logits = student["dino_head"](torch.cat([f.cls for f in features])).unflatten(0, (-1, B))    # G+L B K
-    ibot = student["ibot_head"](g.patches.flatten(0, 1)[batch["masked"]])                        # M K
+    ibot = student["ibot_head"](g.patches.flatten(0, 1).index_select(0, batch["masked"]))        # M K
     cls = g.cls.unflatten(0, (2, B))                                                             # G B D
     dino_global, dino_local = dino_losses(logits, targets["dino"], 2, c.student_temp,
                                           (weights["dino_global"], weights["dino_local"]))
@@ -373,68 +420,19 @@ def health(c, targets, cls):
     dino = targets["dino"].written().flatten(0, 1)
     entropy = -(dino * (dino + 1e-30).log()).sum(-1).mean() / math.log(c.dino_prototypes)
     used = len(dino.argmax(-1).unique()) / min(dino.shape)
-    spectrum = torch.linalg.svdvals(cls.float().flatten(0, 1))
+    return dict(dino_entropy=entropy.item(), prototypes_used=used, cls_rank=effective_rank(cls.flatten(0, 1)).item())
+
+
+def effective_rank(x):
+    """exp of the entropy of the singular values, by way of the eigenvalues of the smaller Gram matrix.    x  n D"""
+    x = x.cpu().double()
+    gram = x @ x.mT if len(x) < x.shape[1] else x.mT @ x
+    spectrum = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = spectrum / spectrum.sum().clamp(min=1e-12)
-    rank = (-(p * (p + 1e-12).log()).sum()).exp()
-    return dict(dino_entropy=entropy.item(), prototypes_used=used, cls_rank=rank.item())
+    return (-(p * (p + 1e-12).log()).sum()).exp()
 
 # --------------------------------------------------------------------------------
-# Interrupts and reports
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM once: save and leave after this step. Twice: leave at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.old = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def release(self):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def agreed(self, ranks, step, log_every):
-        """All ranks leave at the same step: they ask one another at every logged one."""
-        if ranks.group is None:
-            return self.asked
-        if step % log_every:
-            return False
-        return bool(ranks.mean(torch.tensor(float(self.asked), device=ranks.device)))
-
-
-class Finite:
-    """Whether the loss terms are finite, known to the host without waiting for the backward pass."""
-
-    def __init__(self, terms):
-        self.names, values = list(terms), torch.stack([term.detach() for term in terms.values()])
-        self.event = None
-        if values.is_cuda:
-            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.values = values.cpu()
-
-    def check(self, step, ranks, batch, source):
-        if self.event:
-            self.event.synchronize()
-        bad = [f"{n} is {v}" for n, v in zip(self.names, self.values.tolist(), strict=True) if not math.isfinite(v)]
-        if bad:
-            images = ", ".join(source.name(i) for i in batch["indices"].tolist())
-            raise ValueError(f"step {step}, rank {ranks.rank}: {', '.join(bad)}; stopped before the optimizer "
-                             f"step, the last checkpoint stands. Images: {images}")
-
-
-def check_norms(step, norms):
-    """Raises ValueError if the last step's gradients were not finite: what it left must not become a checkpoint."""
-    bad = [f"{name} is {norm.item()}" for name, norm in norms.items() if not norm.isfinite()]
-    if bad:
-        raise ValueError(f"step {step - 1}: {', '.join(bad)}; its weights are not saved, the last checkpoint stands")
+# Reports
 
 
 def print_plan(c, ranks, source, student):
@@ -455,7 +453,7 @@ def print_plan(c, ranks, source, student):
 # The loop
 
 
-def train(c, ranks):
+def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §3.2"""
     if c.batch % ranks.count:
         near = max(c.batch // ranks.count, 1) * ranks.count
@@ -466,92 +464,91 @@ def train(c, ranks):
         start_from(c.init, ranks, student, teacher)
     teacher.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(parameter_groups(c, student), betas=(c.beta1, c.beta2), fused=True)
-    start = load_checkpoint(c, student, teacher, optimizer) if c.resume else 0
-    if ranks.main:
-        print_plan(c, ranks, source, student)
-        open_log(c, start)
+    begin_state(optimizer)
+    start = load_checkpoint(c, ranks, student, teacher, optimizer) if c.resume else 0
+    ranks.together(lambda: ranks.main and begin(c, ranks, start, source, student, teacher, optimizer))
 
     lr = schedule(0, c.lr, c.lr_end, c.lr_warmup, c.steps) * c.lr_factor
     weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
     momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
     teacher_temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
     weights, samples = term_weights(c), c.batch // ranks.count
-    batches = Batches(c, source, ranks.rank * samples, samples, colour_here=ranks.device.type == "cpu")
+    first = ranks.rank * samples
+    batches = Batches(c, source, first, samples, ranks.device.type == "cpu", partial(draw_noise, c, first, samples))
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
-    stream = iter(loader(batches, range(start, c.steps), c.workers, pin_memory=ranks.device.type == "cuda"))
-    interrupt, norms, unreadable, clock, logged = Interrupt(), {}, {}, time.perf_counter(), start
-    bar = tqdm(total=c.steps, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True)
+    stream = loader(batches, range(start, c.steps), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
+    verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
+    progress = Progress(c, ranks, start, c.steps)
 
     for step in range(start, c.steps + 1):
         # save: at the end, once in a while, and before leaving
-        leave = step == c.steps or step == start + c.stop_after > start or interrupt.agreed(ranks, step, c.log_every)
+        leave = step == c.steps or step == start + c.stop_after > start or verdicts.leave
         if step > start and (leave or step % c.save_every == 0):
-            check_norms(step, norms)
+            verdicts.settle()
             save_checkpoint(c, ranks, step, student, teacher, optimizer)
         if leave:
             break
 
         # a batch and this step's numbers
-        batch = on_device(c, ranks, next(stream), unreadable)
-        noise = Noise(c.seed, step, batches.first, samples, c.group, c.drop_path, c.rope_rescale)
+        batch = on_device(c, ranks, progress.next(stream), unreadable)
         set_schedules(optimizer, lr[step], weight_decay[step], step < c.freeze_last_layer)
 
         # forward: the teacher sees the global crops whole and leaves no graph
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
             with torch.no_grad():
                 targets = teacher_targets(teacher, batch, teacher_temp[step], ranks.group)
-            terms, cls = loss_terms(c, student, batch, targets, noise, ranks.group)
+            terms, cls = loss_terms(c, student, batch, targets, batch["noise"], ranks.group)
         loss = sum(weights[name] * term for name, term in terms.items())
 
-        # backward and update; the teacher follows the student's new weights
-        finite = Finite(terms)
+        # backward and update, unless a number is not finite; the teacher follows the student's new weights
         loss.backward()
-        finite.check(step, ranks, batch, source)
         norms = clip_gradients(student, c.clip)
+        means = verdicts.judge(step, dict(loss=loss, **terms), norms, batch["indices"])
+        optimizer.found_inf = verdicts.skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(teacher, student, momentum[step])
+        interrupt.collect(step)
 
         # log: the only lines that make the host wait for the device
-        bar.update()
+        progress.bar.update()
         if step % c.log_every == 0 or step == c.steps - 1:
-            values = {name: ranks.mean(term.detach()).item() for name, term in dict(loss=loss, **terms).items()}
-            values |= {name: norm.item() for name, norm in norms.items()} | health(c, targets, cls)
-            now = time.perf_counter()
-            speed, clock, logged = c.batch * (step + 1 - logged) / (now - clock), now, step + 1
+            verdicts.settle()
+            row = {name: x.item() for name, x in means.items()} | health(c, targets, cls) | progress.speed(step)
             if ranks.main:
-                log(c, bar, dict(step=step, **values, lr=lr[step], images_per_s=speed, unreadable=len(unreadable)))
+                progress.log(c.out, dict(step=step, **row, lr=lr[step], skipped=verdicts.skipped,
+                                         unreadable=len(unreadable)))
+            progress.mark(step)
 
-    bar.close()
-    interrupt.release()
+    progress.bar.close()
     report(c, ranks, step, unreadable)
     return step == c.steps
 
 
+def begin(c, ranks, start, source, student, teacher, optimizer):
+    """On main, before the first step: is it the same data, is there room; what will be done; config.json."""
+    digest = source.digest()
+    if c.resume and saved_text(c.out).get("data_digest", digest) != digest:
+        raise ValueError(f"--data {c.data} does not hold the images that {c.out} was begun with; name the same ones, "
+                         "or another --out")
+    check_space(c, start, student, teacher, optimizer)
+    print_plan(c, ranks, source, student)
+    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest)
+
+
+def draw_noise(c, first, samples, step):
+    """What is random in the student's forward of a step; no function of the device, so it is drawn with the batch."""
+    grids = [(side // c.patch_size) ** 2 for side in (c.global_size, c.local_size)][: 1 + bool(c.n_local)]
+    noise = Noise(c.seed, step, first, samples, c.group, c.drop_path, c.rope_rescale)
+    n_images = [2 * samples, c.n_local * samples][: len(grids)]
+    return noise.draw(c.vit.depth, n_images, [1 + c.vit.n_registers + P for P in grids])
+
+
 def on_device(c, ranks, batch, unreadable):
-    """The batch on this rank's device, coloured; adds the images that could not be read."""
+    """The batch on this rank's device, coloured; adds the images that could not be read. Indices stay on the host."""
     unreadable |= dict(batch.pop("broken"))
-    batch = {k: v.to(ranks.device, non_blocking=True) if k != "colours" else v for k, v in batch.items()}
+    batch = to_device({k: v for k, v in batch.items() if k != "indices"}, ranks.device) | dict(indices=batch["indices"])
     return batch if ranks.device.type == "cpu" else colour_batch(batch, c)
-
-
-def open_log(c, start):
-    """config.json, and metrics.jsonl without what a resumed run will do again."""
-    out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    versions = dict(commit=commit(), torch=torch.__version__, numpy=np.__version__)
-    derived = dict(lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit))
-    (out / "config.json").write_text(json.dumps(asdict(c) | derived | versions, indent=1))
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if start and metrics.exists() else []
-    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
-
-
-def log(c, bar, row):
-    with open(Path(c.out, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-    shown = "loss", "dino_global", "dino_local", "ibot", "koleo"
-    bar.set_postfix_str(" ".join(f"{k} {row[k]:.3f}" for k in shown if k in row) + f" {row['images_per_s']:.0f} img/s")
 
 
 def report(c, ranks, step, unreadable):
@@ -568,11 +565,8 @@ def main(argv):
         print(__doc__.strip(), command_line.describe(RECIPES.get(size, TrainConfig())), sep="\n\n")
         return
     c = configure(argv)
-    ranks = start_ranks(c.device)
-    finished = train(settle(c, ranks), ranks)
-    if ranks.group is not None:
-        dist.destroy_process_group()
-    return finished
+    with Interrupt() as interrupt, Peers(start_ranks(c.device)) as ranks:
+        return train(settle(c, ranks), ranks, interrupt)
 
 
 if __name__ == "__main__":

@@ -156,18 +156,27 @@ def load_backbone(path, size=None, dtype=torch.float32):
     dtype   of the parameters; None: as in the file. The periods of RoPE are float32 always
     raises  ValueError: no such file, of no layout, or tensors that are missing, unexpected or misshapen, by name
     """
+    model, tensors = stream_backbone(path, size, dtype)
+    model.load_state_dict(dict(tensors), assign=True)
+    return model.eval()
+
+
+def stream_backbone(path, size=None, dtype=torch.float32):
+    """load_backbone, one tensor at a time: the network without storage, and an iterator over (name, tensor) of all."""
     file = identify(path)
     if size is not None and size != (found := size_of(file.config)):
         raise ValueError(f"{path} is {found}, not {size!r}; leave --size out, or name another file")
     model = empty(file.config)
     own, lacking = model.state_dict(), layouts.account(*file, model)
-    state = {key: gather(file, key, like, dtype) for key, like in own.items() if key not in lacking}
-    state |= {key: layouts.initial(model, key, state["norm.weight"].dtype) for key in lacking}
-    mend(file, model, state)
-    model.load_state_dict(state, assign=True)
+    norm = gather(file, "norm.weight", own["norm.weight"], dtype)
+
+    def read(key):
+        return layouts.initial(model, key, norm.dtype) if key in lacking else gather(file, key, own[key], dtype)
+    mended = {key: read(key) for key in own if key.endswith(("periods", "bias_mask", "qkv.bias"))}  # kilobytes
+    mend(file, model, mended)
     if file.notes:
         print(f"{path}, read as {file.layout}, {size_of(file.config)}: {'; '.join(dict.fromkeys(file.notes))}")
-    return model.eval()
+    return model, ((key, mended[key] if key in mended else read(key)) for key in own)
 
 
 def empty(config):

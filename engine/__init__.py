@@ -1,8 +1,10 @@
 """
 What the commands stand on, and nobody types.
 
-    config          the command line              ranks          processes, devices, precision
-    checkpoint      what a run leaves             groups, cache  of distillation: who trains what; the teacher's words
+    config          the command line              ranks          processes, devices, precision, cores
+    checkpoint      what a run leaves             shards         tensors in files, by rows
+    interrupt       signals, failures, NaN        legacy         checkpoints of before, read without trust
+    progress        what a run says               groups, cache  of distillation: who trains what; the teacher's words
     layouts         names in weight files         task           what a task of evaluate.py declares
     features        frozen features               chunks         the same on disk, by many ranks
     views, sliding  what a network sees           classify       what classifications share

@@ -47,8 +47,10 @@ class Cached(Batches):
 
     def __getitem__(self, step):
         batch, digest = super().__getitem__(step), hashlib.sha1()
-        for name in ("global_crops", "colours", "masked"):
-            digest.update(batch[name].numpy())
+        colours = batch["colours"][0]  # of the global crops
+        digest.update(repr(colours["counts"]).encode())
+        for x in (batch["global_crops"], colours["rows"], colours["amounts"], batch["masked"]):
+            digest.update(x.numpy())
         path = self.folder / digest.hexdigest()
         try:
             said = load_file(path)

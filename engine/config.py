@@ -29,7 +29,7 @@ def read_words(argv, known):
         if field not in known:
             near = get_close_matches(field, known, n=1, cutoff=0)[0]
             raise ValueError(f"unknown option --{field}; did you mean --{near}? --help lists all")
-        if not equals and known[field] is bool and (not argv or argv[0].lower() not in ("true", "false")):
+        if not equals and known[field] is bool and (not argv or argv[0].lower() not in ("true", "false", "auto")):
             text = "True"
         elif not equals:
             if not argv or argv[0].startswith("--"):
@@ -50,13 +50,17 @@ def convert(field, text, old):
         value = text
     if kind is float and type(value) is int:
         value = float(value)
-    wrong = type(value) is not kind
-    if kind is tuple and not wrong:
-        wrong = len(value) != len(old) or not all(type(v) in (int, float) for v in value)
-    if wrong:
+    if not fits(value, old):
         like = f"{len(old)} numbers, as in {','.join(map(str, old))}" if kind is tuple else kind.__name__
         raise ValueError(f"--{field} wants {like}, got {text!r}")
     return value
+
+
+def fits(value, old):
+    """Whether it has the type of the field's old value: for a tuple, as many numbers."""
+    if type(old) is tuple and type(value) is tuple:
+        return len(value) == len(old) and all(type(v) in (int, float) for v in value)
+    return type(value) is type(old)
 
 
 def apply(config, values):
@@ -89,18 +93,24 @@ def describe(config):
 
 def run(main):
     """
-    Runs main(argv) as a program. A mistake of the user ends in one line and exit code 2: any exception that our own
-    code raised on purpose, in a sentence. Everything else is a bug, and keeps its traceback.
+    Runs main(argv) as a program. A mistake of the user ends in one line, of one rank, and exit code 2. Everything else
+    is a bug, and keeps its traceback.
     """
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        place = os.path.dirname(os.path.relpath(last.filename, root))
-        if not (last.line or "").startswith("raise ") or place not in ROOMS:
+        if not on_purpose(error):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks have the same words, and find the same mistake
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def on_purpose(error):
+    """Whether our own code raised it, in a sentence for the user."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    place = os.path.dirname(os.path.relpath(last.filename, root))
+    return isinstance(error, (ValueError, OSError)) and (last.line or "").startswith("raise ") and place in ROOMS

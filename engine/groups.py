@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine.ranks import Ranks
+from engine.ranks import PATIENCE, Ranks
 
 # --------------------------------------------------------------------------------
 # Plan
@@ -106,10 +106,13 @@ def make_group(c, ranks, plan):
     for first, n, names in plan:
         if ranks.main:
             print(f"ranks {first} to {first + n - 1}: {' and '.join(names)}, {c.batch // n} images each")
-        group = ranks.group if n == ranks.count else dist.new_group(list(range(first, first + n)))  # all ranks call it
+        group, files, members = ranks.group, ranks.files, list(range(first, first + n))
+        if n < ranks.count:  # all ranks make each of the groups
+            group = dist.new_group(members)
+            files = dist.new_group(members, backend="gloo", timeout=PATIENCE)
         if first <= ranks.rank < first + n:
             own, b = ranks.rank - first, c.batch // n
-            found = Ranks(own, n, ranks.device, group), slice(own * b, (own + 1) * b), names
+            found = Ranks(own, n, ranks.device, group, files), slice(own * b, (own + 1) * b), names
     return found
 
 
@@ -163,4 +166,4 @@ def share(c, ranks, batch, keep):
     masked = kept.flatten().nonzero()[:, 0]                                                  # M of the kept
     return out | dict(patches=patches[pick(row.view_as(masks), 2)[kept]].float(), masked=masked, masks=kept,
                       weights=1 / kept.sum(1).clamp(min=1)[masked // P].float(),
-                      indices=pick(gather(batch["indices"]), 1)), received
+                      indices=pick(gather(batch["indices"].to(masks.device)), 1)), received

@@ -1,9 +1,11 @@
 """
-Where a process stands among the others that torchrun started, its device, and what that device multiplies fast.
+Where a process stands among the others that torchrun started, its device, and what this machine has.
 
     start_ranks        --device -> Ranks, with a process group if there are several
+    Ranks.mean         of a tensor;  Ranks.together  what all do, or fail at, with files
     exchange, leading  Python objects between ranks; rank 0's part, after which, well or not, the others may leave
     choose_precision   auto -> bf16 or fp32
+    count_workers      -1 -> processes that prepare batches for each rank
 """
 
 import os
@@ -11,11 +13,14 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from engine import config as command_line
+
+PATIENCE = timedelta(hours=2)  # of those who wait while one rank writes or reads files; NCCL's own is 10 minutes
 
 
 @dataclass
@@ -25,6 +30,7 @@ class Ranks:
     count: int = 1             # S
     device: torch.device = torch.device("cpu")
     group: object = None       # torch.distributed process group of all ranks, or None
+    files: object = None       # the same ranks through gloo, for what waits for disks
 
     @property
     def main(self):
@@ -37,6 +43,25 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x / self.count
 
+    def together(self, work):
+        """
+        [what work() returns] of each rank, in order.
+
+        raises  ValueError on all ranks, with the first one's sentence, if it raises ValueError or OSError on any
+        """
+        try:
+            mine = work(), None
+        except (ValueError, OSError) as error:
+            mine = None, str(error)
+        each = [mine]
+        if self.group is not None:
+            each = [None] * self.count
+            dist.all_gather_object(each, mine, self.files)
+        for rank, (_, error) in enumerate(each):
+            if error:
+                raise ValueError(f"rank {rank}: {error}" if self.group is not None else error)
+        return [value for value, _ in each]
+
 
 def start_ranks(device, talk=False):
     """
@@ -45,7 +70,6 @@ def start_ranks(device, talk=False):
     talk  the ranks exchange Python objects alone: gloo does for any device, several ranks may share a GPU, and one may
           wait for another for days
     """
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves by itself
     kind = command_line.choose_device(device).type
     if "RANK" not in os.environ:
         return Ranks(device=torch.device(kind))
@@ -56,8 +80,8 @@ def start_ranks(device, talk=False):
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if nccl else "gloo", device_id=place if nccl else None)
-    group = dist.new_group(timeout=timedelta(days=30)) if talk else dist.group.WORLD
-    return Ranks(dist.get_rank(), dist.get_world_size(), place, group)
+    talking = dist.new_group(backend="gloo", timeout=timedelta(days=30) if talk else PATIENCE)
+    return Ranks(dist.get_rank(), dist.get_world_size(), place, talking if talk else dist.group.WORLD, talking)
 
 
 def exchange(ranks, collective, *args):
@@ -92,3 +116,23 @@ def choose_precision(precision, device):
     fast = {"cuda": torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8,
             "cpu": torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()}
     return "bf16" if fast.get(device.type) else "fp32"
+
+
+def count_workers(workers):
+    """Processes that prepare batches for this rank; -1: the machine's share of it but one core, 1 to 12."""
+    if workers >= 0:
+        return workers
+    return max(1, min(12, int(cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def cores(control=Path("/sys/fs/cgroup")):
+    """Cores that this process may use: by its affinity, and by the quota of its container (cgroups 2 or 1)."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for words in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((control / word).read_text() for word in words).split()
+        except (OSError, ValueError):
+            continue  # another kind of machine, or of cgroups
+        if quota not in ("max", "-1"):
+            found = min(found, int(quota) / int(period))
+    return found

@@ -35,7 +35,7 @@ def teacher(tmp_path_factory):
 def run(teacher, out, *words):
     """Numbers of each step, without its times, and what is saved at the end."""
     distill.main(["--teacher", str(teacher), "--students", "tiny_half", *SHORT, "--out", str(out), *map(str, words)])
-    times = "ms_teacher", "ms_share", "ms_student", "images_per_s"
+    times = "ms_teacher", "ms_share", "ms_student", "images_per_s", "waiting"
     found = [{name: x for name, x in row.items() if name not in times} for row in rows(out / "tiny_half")]
     return found, load_file(out / "tiny_half/teacher.safetensors")
 

@@ -275,7 +275,8 @@ def test_mistakes_end_in_one_line(teacher, tmp_path, words, says):
 
 
 def test_every_option_is_read():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("distill", "engine/groups", "train", "data"))
+    names = "distill", "engine/groups", "engine/checkpoint", "train", "data"
+    source = "".join((ROOT / f"{name}.py").read_text() for name in names)
     unread = [name for name in distill.OPTIONS if not re.search(rf"\b(c|config)\.{name}\b", source)]
     assert not unread
 
@@ -283,3 +284,28 @@ def test_every_option_is_read():
 def test_a_run_is_not_overwritten(teacher, pair):
     with pytest.raises(ValueError, match="holds a run already"):
         run(teacher, pair)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--batch", "16"], "was begun with --batch 8, not with --batch 16: that would be another run"),
+    (["--lr", "1", "--seed", "3"], "--seed 0, not with --lr 1.0, --seed 3"),
+])
+def test_another_run_is_refused_and_nothing_changed(pair, words, says):
+    before = (pair / "config.json").read_bytes()
+    with pytest.raises(ValueError) as error:
+        distill.main(["--out", str(pair), "--resume", *words])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert (pair / "config.json").read_bytes() == before
+
+
+def test_auto_begins_and_goes_on(teacher, pair, tmp_path):
+    for stop in "1", "0":
+        run(teacher, tmp_path / "run", "--resume", "auto", "--stop_after", stop, students="tiny_half")
+    assert losses(rows(tmp_path / "run/tiny_half")) == losses(rows(pair / "tiny_half"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(teacher, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Not a directory: '.*file/tiny_half'|exists: '.*file'") as error:
+        run(teacher, tmp_path / "file", students="tiny_half")
+    assert "\n" not in str(error.value)

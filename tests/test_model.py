@@ -5,13 +5,16 @@ depth that skips work and does not know the number of ranks; initialisation; err
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
+import model
 from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, build, rope_tables
 from ops import attention, rotate
 
@@ -298,3 +301,37 @@ def test_every_parameter_learns():
 def test_mistakes_are_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_fsdp2_finds_the_tensors_of_features():
+    """its hooks walk what a module returns as a pytree; before torch 2.12 they know no dataclass"""
+    features = build(lambda: ViT(SMALL))([randn(2, 3, 16, 16), randn(2, 3, 24, 16)], [None, None])
+    leaves, spec = _pytree.tree_flatten(features)
+    assert len(leaves) == 6 and all(isinstance(x, torch.Tensor) for x in leaves)
+    again = _pytree.tree_unflatten(leaves, spec)
+    assert [f.grid for f in again] == [f.grid for f in features] and again[1].patches is features[1].patches
+
+
+def test_noise_drawn_ahead_is_the_noise():
+    vit, noise, images = shaken(SMALL), Noise(3, 7, 0, 4, 4, drop_path=0.4, rope_rescale=2.0), randn(8, 3, 16, 16)
+    P = 16 // SMALL.patch_size
+    ahead = noise.draw(SMALL.depth, [8], [1 + SMALL.n_registers + P * P])
+    assert torch.equal(vit(images, noise=ahead).patches, vit(images, noise=noise).patches)
+    assert not torch.equal(vit(images).patches, vit(images, noise=noise).patches)
+
+
+@pytest.mark.parametrize("rows, ranks", [(7, 1), (7, 3), (3, 4), (8, 4), (1, 4)])
+def test_shards_are_those_of_torch(monkeypatch, rows, ranks):
+    """equal parts, the last ones shorter or empty, as torch.chunk cuts"""
+    x, found = torch.randn(rows, 2), []
+    for rank in range(ranks):
+        class Sharded(torch.Tensor):
+            device_mesh = SimpleNamespace(size=lambda: ranks, get_local_rank=lambda rank=rank: rank)
+
+            def to_local(self, rank=rank):
+                return (*x.chunk(ranks), *[x[:0]] * ranks)[rank]
+        monkeypatch.setattr(model, "DTensor", Sharded)
+        local, first = model.shard(x.as_subclass(Sharded))
+        assert torch.equal(local, x[first : first + len(local)])
+        found.append(local)
+    assert torch.equal(torch.cat(found), x)

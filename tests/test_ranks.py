@@ -1,4 +1,4 @@
-"""engine/ranks.py: one process alone; the precision the device multiplies fast; the ranks' mean; who leads lets go."""
+"""engine/ranks.py: one process alone; precision; what ranks do together; who leads lets go; cores and workers."""
 
 from contextlib import nullcontext
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.ranks import Ranks, choose_precision, leading, start_ranks
+from engine import ranks
+from engine.ranks import Ranks, choose_precision, cores, count_workers, leading, start_ranks
 
 CPU = torch.device("cpu")
 
@@ -55,3 +56,39 @@ def test_leading_lets_the_others_go_and_its_own_error_goes_first(others_there, m
     with leading(Ranks()):
         pass
     assert len(said) == 2
+
+
+def test_what_one_fails_at_all_hear(monkeypatch):
+    def gather(each, mine, group):
+        assert group == "files"
+        each[:] = [(1, None), mine]
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    two = Ranks(1, 2, CPU, object(), "files")
+    assert two.together(lambda: 2) == [1, 2] and Ranks(0, 1, CPU, None).together(lambda: 3) == [3]
+
+    def fail():
+        raise OSError(28, "No space left on device", "x")
+    with pytest.raises(ValueError, match="^rank 1: .Errno 28. No space left on device: 'x'$"):
+        two.together(fail)
+
+
+@pytest.mark.parametrize("files, affinity, found", [
+    ({}, 8, 8), ({"cpu.max": "max 100000"}, 8, 8), ({"cpu.max": "250000 100000"}, 8, 2.5),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8, 8),
+    ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 8, 4), ({"cpu.max": "900000 100000"}, 8, 8),
+])
+def test_cores_know_quotas(tmp_path, monkeypatch, files, affinity, found):
+    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda _: range(affinity))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cores(tmp_path) == found
+
+
+@pytest.mark.parametrize("here, given, workers", [(8, 128, 12), (8, 64, 7), (2, 8, 3), (1, 2, 1), (8, 8, 1)])
+def test_workers_share_the_cores_of_their_machine(monkeypatch, here, given, workers):
+    """not of all machines: 32 nodes of 8 ranks have 256"""
+    monkeypatch.setattr(ranks, "cores", lambda: given)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setenv("WORLD_SIZE", "256")
+    assert count_workers(-1) == workers and count_workers(0) == 0 and count_workers(5) == 5

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from engine.interrupt import Interrupt
 from engine.ranks import Ranks
 from model import SIZES, ViT
 
@@ -150,20 +151,79 @@ def test_run_leaves_its_files(whole):
 # Stops
 
 
-def test_non_finite_loss_stops_before_the_step_and_names_term_and_images(tmp_path, monkeypatch):
-    stepped, real = [], train.koleo_loss
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append(1))
-    monkeypatch.setattr(train, "koleo_loss", lambda *args: real(*args) * (float("nan") if stepped else 1))
-    with pytest.raises(ValueError, match=r"step 1, rank 0: koleo is nan.*Images: shapes \d+, shapes \d+"):
-        run(tmp_path)
-    assert stepped == [1]
+def poison(monkeypatch, step, name="koleo_loss", times=1):
+    """The loss term is not a number at a step and those after it; returns what the student's parameters are."""
+    calls, real, students, groups = [], getattr(train, name), [], train.parameter_groups
+    per_step = 2 if name == "koleo_loss" else 1
+
+    def bad(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if 0 <= (len(calls) - 1) // per_step - step < times else 1)
+    monkeypatch.setattr(train, name, bad)
+    monkeypatch.setattr(train, "parameter_groups", lambda c, student: students.append(student) or groups(c, student))
+    return students
 
 
-def test_weights_after_a_gradient_that_is_not_finite_are_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "clip_gradients", lambda *args: dict(grad_norm_backbone=torch.tensor(float("inf"))))
-    with pytest.raises(ValueError, match="step 5: grad_norm_backbone is inf; its weights are not saved"):
-        run(tmp_path)
-    assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "teacher.safetensors").exists()
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_non_finite_loss_stops_before_the_step_and_names_term_and_images(tmp_path, monkeypatch, log_every):
+    """also where it is read a step late: neither that step nor the next one moves the weights"""
+    run(tmp_path / "good", "--save_every", "1", "--stop_after", "1")
+    before = load_file(tmp_path / "good/checkpoints/1/0.safetensors")
+    students = poison(monkeypatch, step=1)
+    with pytest.raises(ValueError, match=r"step 1, rank 0: loss is nan, koleo is nan.*Images: shapes \d+, shapes \d+"):
+        run(tmp_path / "bad", "--log_every", str(log_every))
+    assert all(torch.equal(before[f"student.{name}"], x) for name, x in students[0].state_dict().items())
+    assert not (tmp_path / "bad/checkpoints").exists()
+
+
+class Spoilt(torch.autograd.Function):
+    """Finite forward; its gradient is not, at the steps named."""
+    steps, at = (), 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Spoilt.at += 1
+        return grad * (torch.inf if Spoilt.at - 1 in Spoilt.steps else 1)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    def at(*steps):
+        real = train.loss_terms
+        Spoilt.steps, Spoilt.at = steps, 0
+
+        def spoilt(*args):
+            terms, cls = real(*args)
+            return terms | dict(ibot=Spoilt.apply(terms["ibot"])), cls
+        monkeypatch.setattr(train, "loss_terms", spoilt)
+    return at
+
+
+def test_a_gradient_that_is_not_finite_costs_its_step_alone(tmp_path, spoil, capsys):
+    spoil(2)
+    run(tmp_path / "a", "--save_every", "2", "--stop_after", "2")
+    before = load_file(tmp_path / "a/checkpoints/2/0.safetensors")
+    spoil(0)
+    train.main(["--out", str(tmp_path / "a"), "--resume", "--stop_after", "1", "--momentum", "0.992"])
+    after = load_file(tmp_path / "a/checkpoints/3/0.safetensors")
+    assert all(torch.equal(x, after[name]) for name, x in before.items() if not name.startswith("teacher."))
+    said = capsys.readouterr().out
+    assert said.count("the step is skipped. Images: shapes ") == 1 and "step 2, rank 0: grad_norm_" in said
+    assert rows(tmp_path / "a")[-1]["skipped"] == 1
+    train.main(["--out", str(tmp_path / "a"), "--resume"])
+    assert [row["step"] for row in rows(tmp_path / "a")] == list(range(6))
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "a"))
+
+
+def test_three_in_a_row_end_the_run(tmp_path, spoil):
+    spoil(0, 2, 3, 4)
+    with pytest.raises(ValueError, match="step 4: grad_norm_.*; 3 steps in a row had to be skipped"):
+        run(tmp_path, "--save_every", "3", "--log_every", "100")
+    assert (tmp_path / "checkpoints/3/teacher.safetensors").exists()
 
 
 def test_ctrl_c_saves_and_leaves(whole, tmp_path, monkeypatch):
@@ -195,15 +255,6 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     assert "skipped unreadable" in said and "3.jpg" in said and "5.jpg" in said
 
 
-def test_truncated_checkpoint(whole, tmp_path):
-    import shutil
-    shutil.copytree(whole, tmp_path / "copy")
-    part = next((tmp_path / "copy/checkpoint").glob("*.distcp"))
-    part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is cut short: 1000 bytes of"):
-        train.main(["--out", str(tmp_path / "copy"), "--resume", "--steps", "8"])
-
-
 @pytest.mark.parametrize("words, says", [
     (["--data", "nowhere"], "nowhere does not exist"),
     (["--data", "EMPTY"], "no image in"),
@@ -231,7 +282,7 @@ def test_a_finished_run_is_not_overwritten(whole):
 def test_batch_must_divide_by_ranks(tmp_path):
     c = train.configure([*MICRO, "--batch", "9", "--group", "9", "--koleo_group", "9", "--out", str(tmp_path)])
     with pytest.raises(ValueError, match="--batch 9 is not divisible by 2 ranks; try 8"):
-        train.train(c, Ranks(0, 2, torch.device("cpu"), None))
+        train.train(c, Ranks(0, 2, torch.device("cpu"), None), Interrupt())
 
 
 def test_exit_code_is_2_and_no_traceback(tmp_path):

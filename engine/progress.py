@@ -1,0 +1,88 @@
+"""
+What a run says of itself while it runs.
+
+    open_log    config.json, and metrics.jsonl without what a resumed run will do again
+    Progress    the next batch and how long it took; a row of metrics.jsonl, and a line for who watches
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.checkpoint import last_good, replace_text
+from weights import commit
+
+SHOWN = "loss", "dino_global", "dino_local", "ibot", "koleo"  # beside the step, in a line for people
+
+
+def open_log(c, start, **notes):
+    """Writes OUT/config.json, with the notes, and cuts metrics.jsonl; each is replaced whole. Raises OSError."""
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    versions = dict(commit=commit(), torch=torch.__version__, numpy=np.__version__)
+    replace_text(out / "config.json", json.dumps(asdict(c) | versions | notes, indent=1))
+    lines = (out / "metrics.jsonl").read_bytes().splitlines() if start and (out / "metrics.jsonl").exists() else []
+    replace_text(out / "metrics.jsonl", "".join(f"{line.decode()}\n" for line in lines if step_of(line) < start))
+
+
+def step_of(line):
+    """Of a row of metrics.jsonl; infinite for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Progress:
+    """
+    Of this rank, from step `start` to `end`; the first one has a bar if there is a terminal, else a line for each row.
+    """
+    def __init__(self, c, ranks, start, end):
+        self.c, self.ranks, self.end = c, ranks, end
+        self.terminal = ranks.main and sys.stderr.isatty()
+        self.bar = tqdm(total=end, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
+        self.clock, self.logged, self.waited = time.perf_counter(), start, 0.0
+
+    def next(self, stream):
+        """The next of the batches; what it takes counts as waiting for them."""
+        before = time.perf_counter()
+        batch = next(stream)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def speed(self, step):
+        """What to add to the row of this step, over the steps since the last one."""
+        n, seconds = step + 1 - self.logged, max(time.perf_counter() - self.clock, 1e-9)
+        row = dict(images_per_s=self.c.batch * n / seconds, waiting=self.waited / seconds)
+        if self.ranks.device.type == "cuda":
+            row["peak_memory"] = torch.cuda.max_memory_allocated(self.ranks.device)  # bytes
+        self.eta = (self.end - step - 1) * seconds / n
+        return row
+
+    def mark(self, step):
+        """What comes after this step counts for the next row."""
+        self.clock, self.logged, self.waited = time.perf_counter(), step + 1, 0.0
+
+    def log(self, out, row):
+        """A row of OUT/metrics.jsonl. Raises ValueError if the disk is full."""
+        path = Path(out, "metrics.jsonl")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
+                           + "\n")
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; {last_good(out)}") from error
+        shown = " ".join(f"{k} {row[k]:.3f}" for k in SHOWN if k in row) + f" {row['images_per_s']:.0f} img/s"
+        if self.terminal:
+            self.bar.set_postfix_str(shown)
+            return
+        minutes, seconds = divmod(round(self.eta), 60)
+        memory = f", peak {row['peak_memory'] / 2**30:.1f} GiB" if "peak_memory" in row else ""
+        print(f"step {row['step']:,}/{self.end:,} {shown} lr {row['lr']:.3g}, {minutes // 60}:{minutes % 60:02}:"
+              f"{seconds:02} to go, {100 * row['waiting']:.0f} % waiting for images{memory}", flush=True)
