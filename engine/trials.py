@@ -33,16 +33,17 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches, colour_batch, loader, open_source
+from engine.interrupt import Interrupt, Verdicts
 from engine.opponents import same, with_kernels
 from engine.ranks import start_ranks
 from engine.report import verdict
 from engine.timing import medians
-from model import SIZES, Noise, ViT
+from model import SIZES, ViT
 from train import (
-    Finite,
     build_networks,
     clip_gradients,
     configure,
+    draw_noise,
     loss_terms,
     on_device,
     parameter_groups,
@@ -97,13 +98,14 @@ class Step:
         self.student = build_networks(c, self.ranks)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # as two would start; sooner ready
         self.optimizer = torch.optim.AdamW(parameter_groups(c, self.student), betas=(c.beta1, c.beta2), fused=True)
-        self.weights = term_weights(c)
+        self.weights, self.verdicts = term_weights(c), Verdicts(self.ranks, Interrupt(), self.source.name)
         self.waiting = self.prepared()
         self.batch = self.moved()
 
     def prepared(self):
         """As the trainer's loader hands it over."""
-        batches = Batches(self.c, self.source, 0, self.c.batch, colour_here=self.ranks.device.type == "cpu")
+        noise = partial(draw_noise, self.c, 0, self.c.batch)
+        batches = Batches(self.c, self.source, 0, self.c.batch, self.ranks.device.type == "cpu", noise)
         cuda = self.ranks.device.type == "cuda"
         return {k: v.pin_memory() if cuda and isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
 
@@ -118,22 +120,21 @@ class Step:
 
     def __call__(self):
         c, batch, group = self.c, self.batch, self.ranks.group
-        noise = Noise(c.seed, 0, 0, c.batch, c.group, c.drop_path, c.rope_rescale)
         set_schedules(self.optimizer, c.lr * c.lr_factor, c.weight_decay, False)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
             with torch.no_grad():
                 targets = teacher_targets(self.teacher, batch, c.teacher_temp, group)
-            terms, _ = loss_terms(c, self.student, batch, targets, noise, group)
+            terms, _ = loss_terms(c, self.student, batch, targets, batch["noise"], group)
         loss = sum(self.weights[name] * term for name, term in terms.items())
-        finite = Finite(terms)
         loss.backward()
-        finite.check(0, self.ranks, batch, self.source)
+        norms = clip_gradients(self.student, c.clip)
+        self.verdicts.judge(0, dict(loss=loss, **terms), norms, batch["indices"])
+        self.optimizer.found_inf = self.verdicts.skip
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def update(self):
-        clip_gradients(self.student, self.c.clip)
         self.optimizer.step()
         update_ema(self.teacher, self.student, self.c.momentum)
 
@@ -237,7 +238,7 @@ def terminated(out, argv):
     except subprocess.TimeoutExpired:
         process.kill()
         return dict(verdict="WRONG: it ran on for 60 s")
-    fine = process.returncode == 0 and "stopped at step" in output and (out / "checkpoint").exists()
+    fine = process.returncode == 0 and "stopped at step" in output and (out / "checkpoints").exists()
     return dict(seconds=time.monotonic() - asked, verdict="right" if fine else f"WRONG: {output[-150:]}")
 
 
