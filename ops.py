@@ -70,7 +70,7 @@ def use_kernels(choice):
 
 
 def check_level():
-    asked = os.environ.get("NANODINO_CPU", LEVEL)
+    asked = os.environ.get("NANODINO_CPU") or LEVEL
     if asked != LEVEL and BUILT:
         raise ValueError(f"NANODINO_CPU={asked}: this processor has {', '.join(LEVELS)}; choose one, or unset it")
 

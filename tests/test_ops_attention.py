@@ -3,6 +3,8 @@ rope_attention: definition and kernels beside the equation in float64, with rota
 what packing, threads, torch.compile and checkpointing must not change. Without a GPU: test_ops_cuda.py.
 """
 
+import math
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -130,6 +132,26 @@ def test_not_a_number_stays_one_and_stays_in_its_image(choice):
     qkv[7, 20] = torch.nan                                             # a key
     out, _ = with_kernels(choice, qkv, grad, *rest)
     assert out[:21].isnan().all() and out[21:].isfinite().all()
+
+@built
+def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, capsys):
+    """A kernel for 9 tokens, SDPA with either backend first for 21 and 41; without a GPU the rotation is eager."""
+    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), [(10, "kernel"), (30, "flash"), (math.inf, "cudnn")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    taken, by_parts, by_kernel = [], ops.attention_by_parts, ops.attention_kernel
+    monkeypatch.setattr(ops, "attention_by_parts", lambda *a: taken.append((a[0].shape[1], a[3])) or by_parts(*a))
+    monkeypatch.setattr(ops, "attention_kernel", lambda *a: taken.append((len(a[2][0][0]), "kernel")) or by_kernel(*a))
+    for cached in ops.ways, ops.compiled_rotate:
+        cached.cache_clear()
+    arguments = make([2, 1, 1], [(2, 2), (4, 4), (6, 6)], 2, 16)
+    exact = value_and_grad(by_hand, *arguments)
+    for ours, true in zip(with_kernels("auto", *arguments), exact, strict=True):
+        assert error(ours, true) < 1e-6
+    assert taken == [(9, "kernel"), (21, "flash"), (41, "cudnn")]
+    if not CUDA or not torch.cuda.device_count():
+        assert "ops: no torch.compile here" in capsys.readouterr().out
+    for cached in ops.ways, ops.compiled_rotate:
+        cached.cache_clear()
 
 # --------------------------------------------------------------------------------
 # What must not change the result
