@@ -16,7 +16,7 @@ from tqdm import tqdm
 from engine.classify import PENALTIES, classifier
 from engine.metrics import eleven_point_precision
 from engine.task import Paper, Task
-from engine.views import centre_crop
+from engine.views import middle
 from sets.classes import Files
 from sets.pairs import evenly
 
@@ -102,5 +102,5 @@ def run(data, frozen, c):
 
 
 TASK = Task("voc07", "JPEGImages/, Annotations/, ImageSets/Main/{trainval,test}.txt", open_voc, run, wants="tokens",
-            metric="map", view=centre_crop, shapes=False, needs=("sklearn",),
+            metric="map", view=middle, shapes=False, needs=("sklearn",),
             paper=(Paper("map", {"7b": 88.2}, 512, dict(n_train=5011, n_val=4952)),))  # Tab. 22
