@@ -63,6 +63,8 @@ class Plain(pickle.Unpickler):
             return STAND_INS[name]
         if (module, name) == ("_codecs", "encode"):
             return lambda text, codec: text.encode("latin1")
+        if (module, name) == ("__builtin__", "bytes"):  # an empty array's, of protocol 2
+            return lambda: b""
         raise ValueError(f"wants to run {module}.{name}; it should hold lists and numbers alone")
 
 

@@ -55,7 +55,7 @@ def test_folder(task, metric, own, weights, photos, tmp_path, capsys):
         weights = tmp_path
     (photos / "train/a/broken.png").write_text("<html>")
     result = run(capsys, "--task", task, "--weights", weights, "--data", photos, "--resolution", 32, *own)
-    assert result[metric] == 100 and (result["n_train"], result["n_val"]) == (12, 6)
+    assert result[metric] == 100 and (result["n_train"], result["n_val"], result["skipped"]) == (12, 6, 1)
     assert result["resolution"] == 32 and result["weights"] == str(weights)
 
 
