@@ -120,7 +120,7 @@ class Frozen:
         self.model = model.to(self.device)
         self.layers, self.scattered = chosen_layers(c, config), c.control and task.control == "patches"
         self.mean, self.std = (torch.tensor(v, device=self.device)[:, None, None] for v in (config.mean, config.std))
-        self.view = self.seen(task.view)
+        self.view = self.seen(task.view_at(c.resolution))
         self.coming, self.ready = [], {}
 
     def seen(self, view):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from engine.views import fitted
 
+WIDE = 512  # pixels of --resolution
 SIZES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"  # of the paper's tables
 
 
@@ -97,6 +98,7 @@ class Task:
     metric: str                # the one that counts
     lower: bool = False        # lower is better
     view: Callable = fitted    # what the network sees: see views.py
+    wide: Callable = None      # the same from 512 pixels on, if the paper has another than the released code at 224
     sides: tuple = (224, 80)   # --resolution on photos, on shapes, in whole patches; 0 = as large as they are
     options: tuple = ()        # Option: read beside the common ones; all others are refused
     decoders: tuple = ()       # names in decoders/; the first is the default
@@ -119,6 +121,9 @@ class Task:
         own = [(option.name, type(option.default), option.at(data)) for option in self.all_options()]
         kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True)
         return kind(task=self.name, **values)
+
+    def view_at(self, side):
+        return self.wide if self.wide and side >= WIDE else self.view
 
     def check(self, c):
         """What the command line alone can tell. Raises ValueError."""

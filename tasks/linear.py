@@ -19,7 +19,6 @@ from engine.views import centre_crop, middle
 from sets import variants
 from sets.classes import LAYOUT, limited, open_splits
 
-WIDE = 512   # pixels: from this --resolution on the short side is no longer than the crop
 RATES = [a * 10.0 ** b for b in range(-5, -1) for a in (1, 2, 5)] + [0.1]  # times batch / 256
 
 
@@ -33,11 +32,6 @@ def open_all(c):
         for name, variant in variants.open_variants(path, train, val).items():
             tests[name] = f"{path} {name}", limited(variant.source, c.limit), variant
     return train, val, tests
-
-
-def view(image, side, patch):
-    """A margin of 256/224 as in the released code at 224; from 512 on none, as in the paper."""
-    return (middle if side >= WIDE else centre_crop)(image, side, patch)
 
 
 def run(data, frozen, c):
@@ -97,7 +91,7 @@ PAPER = tuple(Paper(metric, by_size(*values), 512, dict(n_val=50000)) for metric
     ("top1_imagenet-r", (60.4, 68.8, 76.7, 88.1, 90.0, 91.1, 74.1, 74.1, 78.2, 82.4)),
     ("top1_objectnet", (50.9, 54.6, 64.1, 74.8, 78.6, 79.0, 58.7, 58.7, 61.3, 65.2))))
 TASK = Task(
-    "linear", LAYOUT, open_all, run, wants="tokens", metric="top1", view=view, paper=PAPER,
+    "linear", LAYOUT, open_all, run, wants="tokens", metric="top1", view=centre_crop, wide=middle, paper=PAPER,
     options=(SHOTS, Option("iterations", 12500, "steps", least=1),
              Option("linear_batch", 1024, "samples of a step", least=1),
              Option("tests", "", "more sets to score, as in imagenet-r,imagenet-a,real.json; see sets/variants.py",
