@@ -1,6 +1,7 @@
 """evaluate.py end to end: every task on shapes, folders of photos, the cache, help, and mistakes in one line."""
 
 import json
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_every_task_runs_on_shapes(task, tmp_path, capsys):
     words += ["--resolution", 64, "--seed", 1] + ["--iterations", 3] * ("iterations" in own)
     words += ["--out", tmp_path] * ("out" in own)
     found = run(capsys, *words)
-    assert np.isfinite(found[WANTED[task]]) and (found["task"], found["seed"]) == (task, 1)
+    assert np.isfinite(found[WANTED[task]]) and (found["task"], found["seed"], found["skipped"]) == (task, 1, 0)
     assert WANTED[task] == TASKS[task].metric and (tmp_path / f"{task}.png").is_file() == bool(TASKS[task].pictures)
     json.dumps(found, allow_nan=False)
 
@@ -132,6 +133,21 @@ def test_a_set_is_checked_before_weights_are_loaded(photos, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
     with pytest.raises(ValueError, match="has no folder JPEGImages"):
         evaluate.main(["--task", "davis", "--weights", "untrained:tiny", "--data", str(photos), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("task, more, says", [
+    ("linear", ["--tests", "nowhere"], "--tests: nowhere is no folder and no real.json"),
+    ("segmentation", ["--data", "shapes", "--out", "file/below"], "--out file/below: Not a directory"),
+    ("logreg", [], "logreg: sklearn is not installed; pip install -e"),
+    ("voc07", ["--data", "."], "voc07: sklearn is not installed")])
+def test_what_fails_does_so_before_weights_are_loaded(task, more, says, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    (photos / "file").touch()
+    if task in ("logreg", "voc07"):
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
+    with pytest.raises(ValueError, match=says):
+        evaluate.main(["--task", task, "--weights", "pixels", "--device", "cpu", "--data", str(photos), *more])
 
 
 @pytest.mark.parametrize("words, says", [
