@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import eigh
 from scipy.ndimage import label
+from test_evaluate import run
 from test_labels import write
 from test_segmentation import Oracle, Source
 
+from engine.chunks import index, read
 from engine.task import SKIPPED
 from engine.views import padded
 from tasks import TASKS, discovery
@@ -70,13 +72,16 @@ def test_boxes_are_in_pixels_of_an_image_as_large_as_it_is():
     assert found.tolist() == [[64, 32, 90, 60]] * 9                                            # what was padded is none
 
 
+COLOURS = np.array([(20, 20, 200), (200, 40, 20), (20, 200, 20)], np.uint8)
+
+
 def davis(root):
     """A video of 6 frames, 120 x 210 pixels, in which one of two objects moves."""
     for i in range(6):
         mask = np.zeros((120, 210), np.uint8)
         mask[20:75, 10 + 15 * i : 85 + 15 * i], mask[90:112, 5:40] = 1, 2
         for kind, end in ("JPEGImages", "jpg"), ("Annotations", "png"):
-            write(root / f"{kind}/480p/dog/{i:05}.{end}", np.repeat(mask[..., None], 3, 2) if end == "jpg" else mask)
+            write(root / f"{kind}/480p/dog/{i:05}.{end}", COLOURS[mask] if end == "jpg" else mask)
     return TASKS["discovery"].config(data=str(root), workers=0)
 
 
@@ -98,6 +103,15 @@ def test_oracle_discovers_in_davis(tmp_path):
     c = davis(tmp_path)
     found = discovery.run(TASKS["discovery"].open(c), Masks(), c)
     assert found["corloc"] == 100 and found["n_images"] == 6 and found["whole_image_corloc"] == 0
+
+
+def test_frames_are_seen_as_large_as_they_are(tmp_path, capsys):
+    """The whole command: colours tell the masks apart; 120 x 210 pixels are 8 x 14 patches, the last ones padded."""
+    c = davis(tmp_path)
+    found = run(capsys, "--task", "discovery", "--weights", "pixels", "--data", c.data, "--cache", tmp_path / "cache")
+    assert (found["resolution"], found["n_images"], found["skipped"]) == (0, 6, 0) and found["corloc"] > 80
+    maps = [read(*place) for path in (tmp_path / "cache").glob("*/*") for place in index(path).values()]
+    assert {m.shape for m in maps if m.ndim == 3} == {(8, 14, 48)}
 
 
 def test_photos_without_an_object_are_counted():

@@ -126,7 +126,8 @@ def test_help_is_what_the_records_say(capsys):
     evaluate.main(["--task", "nyu", "--help"])
     one = capsys.readouterr().out
     assert all(option.note in one for option in TASKS["nyu"].all_options()) and "\nknn " not in one
-    assert "38400, shapes 300" in one and "--resolution 480, shapes 160" in one and "lower is better" in one
+    assert "--resolution native, shapes 160" in everything and "38400, shapes 300" in one
+    assert "--resolution 480, shapes 160" in one and "lower is better" in one
 
 
 def test_a_set_is_checked_before_weights_are_loaded(photos, monkeypatch):

@@ -53,6 +53,7 @@ def test_met_tells_exhibits_from_distractors(tmp_path, capsys):
     found, lost = run(capsys, *words), run(capsys, *words, "--control")
     assert found["accuracy"] == found["gap_minus"] == 100 and 80 < found["gap"] <= 100
     assert (found["n_images"], found["n_queries"]) == (8, 9) and lost["accuracy"] < 50
+    assert run(capsys, *words[:-2])["resolution"] == 0                                   # as large as they are
 
 
 def test_met_is_seen_as_large_as_it_is():
