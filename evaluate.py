@@ -24,7 +24,7 @@ from engine.chunks import serve
 from engine.features import Frozen, chosen_layers, describe, load, whole_patches
 from engine.layouts import size_of
 from engine.ranks import leading, start_ranks
-from engine.task import EvaluateConfig
+from engine.task import SKIPPED, EvaluateConfig
 from tasks import TASKS
 
 
@@ -35,13 +35,15 @@ def evaluate(c):
         with redirect_stdout(None):
             frozen = Frozen(load(c.weights, c.size), task, c, ranks)
         return serve(frozen, c, ranks)
+    SKIPPED.clear()
     with leading(ranks):
         data = task.open(c)  # what is wrong with it is said before any weights are loaded
         frozen = Frozen(load(c.weights, c.size), task, c, ranks)
         metrics = task.run(data, frozen, c)
     size = "" if c.weights == "pixels" else size_of(frozen.model.config)
     return dict(task=c.task, weights=c.weights, data=c.data, **metrics, **task.beside(c, size, metrics),
-                **task.settings(c, metrics), ranks=ranks.count, seconds=round(time.perf_counter() - start, 1))
+                **task.settings(c, metrics), skipped=sum(SKIPPED.values()), ranks=ranks.count,
+                seconds=round(time.perf_counter() - start, 1))
 
 
 def task_of(argv):
@@ -72,7 +74,7 @@ def configure(argv):
     side, patch = c.resolution or task.sides[c.data == "shapes"], config.patch_size
     c = replace(c, resolution=c.resolution or -(-side // patch) * patch)
     chosen_layers(c, config)
-    if task.wants == "maps":
+    if task.wants == "maps" and c.resolution:
         whole_patches(c, config)
     return c
 
@@ -84,7 +86,7 @@ def explain(argv):
     for task in [task_of(argv)] if named else TASKS.values():
         lines += ["", f"{task.name:14} --data {task.layout}" + ("" if task.shapes else "; not shapes"),
                   f"{'':14} {task.metric}, {'lower' if task.lower else 'higher'} is better; --resolution "
-                  f"{task.sides[0]}, shapes {task.sides[1]}; --control shuffles {task.control}"]
+                  f"{task.sides[0] or 'native'}, shapes {task.sides[1]}; --control shuffles {task.control}"]
         for option in task.all_options() if named else ():
             default = f"{option.default}" + (f", shapes {option.shapes}" if option.shapes is not None else "")
             lines.append(f"    --{option.name:16} {default or '-':18} {option.note}")

@@ -22,6 +22,7 @@ from torch import nn
 from convnext import CONVNEXT_SIZES, ConvNeXt, resize_map
 from engine.chunks import Computed, Job, Keyed, Stored, index, make, named, read
 from engine.ranks import Ranks
+from engine.task import skip
 from model import SIZES, Features, ViT, build
 from weights import identify, load_backbone
 
@@ -119,7 +120,7 @@ class Frozen:
         self.model = model.to(self.device)
         self.layers, self.scattered = chosen_layers(c, config), c.control and task.control == "patches"
         self.mean, self.std = (torch.tensor(v, device=self.device)[:, None, None] for v in (config.mean, config.std))
-        self.view = self.seen(task.view)
+        self.view = self.seen(task.view_at(c.resolution))
         self.coming, self.ready = [], {}
 
     def seen(self, view):
@@ -141,7 +142,7 @@ class Frozen:
         unreadable = [error for path in job.chunks
                       for error in json.loads(read(*index(path)["unreadable"]).tobytes())]
         for error in unreadable:
-            print(f"skipped unreadable {error}")
+            skip(f"unreadable {error}")
         if len(unreadable) == len(source):
             raise ValueError(f"--data: none of {len(source)} images could be read; the first: {unreadable[0]}")
         return Tokens(job)
@@ -231,22 +232,30 @@ def labelled(i, source, view):
 
 def pack_tokens(frozen, images):
     """What can be read, in batches; what cannot, by what was said of it."""
-    found, waiting, labels, unreadable = [], [], [], []
+    found, waiting, labels, unreadable = [], {}, [], []
     for item in images:
         if isinstance(item, ValueError):
             raise item
         if isinstance(item, OSError):
             unreadable.append(str(item))
             continue
-        waiting.append(item[0])
+        alike = waiting.setdefault(item[0].shape, [])  # images of one size go through the network together
+        alike.append((len(labels), item[0]))
         labels.append(item[1])
-        if len(waiting) == frozen.c.batch:
-            found.append(frozen.tokens_of(waiting))
-            waiting.clear()
-    found += [frozen.tokens_of(waiting)] if waiting else []
-    cls, patches = map(np.concatenate, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
+        if len(alike) == frozen.c.batch:
+            found += tokens_in_place(frozen, waiting.pop(item[0].shape))
+    for alike in waiting.values():
+        found += tokens_in_place(frozen, alike)
+    found = [said for _, *said in sorted(found, key=lambda row: row[0])]
+    cls, patches = map(np.stack, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
     return dict(cls=cls, patches=patches, labels=np.array(labels, np.int64),
                 unreadable=np.frombuffer(json.dumps(unreadable).encode(), np.uint8))
+
+
+def tokens_in_place(frozen, views):
+    """[(place, view)], views of one size -> [(place, cls D, mean patch D)]"""
+    places, views = zip(*views, strict=True)
+    return list(zip(places, *frozen.tokens_of(views), strict=True))
 
 
 def views_at(i, source, views):

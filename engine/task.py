@@ -4,6 +4,7 @@ What a task declares about itself, once, in its own file: evaluate.py knows noth
     Task      its name, what --data holds, how it is opened and run, the options that it reads
     Option    one that not all tasks have
     Paper     numbers of the paper, and what must agree before they are printed beside ours: side, items, options
+    skip      what cannot be used is named when it is met, and counted in the line of JSON
 
     TASK = Task("knn", layout="train/CLASS/, val/CLASS/", open=open_splits, run=run, wants="tokens", metric="top1_k20")
 
@@ -12,10 +13,13 @@ A file in tasks/ ends with such a record, and tasks/__init__.py has a line for i
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from engine.views import fitted
 
+WIDE = 512  # pixels of --resolution
 SIZES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"  # of the paper's tables
 
 
@@ -36,6 +40,24 @@ class EvaluateConfig:
 
 
 LEAST = dict(batch=1, limit=0, resolution=0, workers=0)
+
+
+SKIPPED = {}  # what this run could not use: {line: how many}
+
+
+def skip(what, n=1):
+    """Says what is skipped, and counts it, once however often it is met."""
+    print(f"skipped {what}")
+    SKIPPED[what] = n
+
+
+def writable(folder):
+    """Raises ValueError if nothing can be written into a folder of --out, which is made."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {error.strerror}; name a folder that can be written") from error
 
 
 class Option(NamedTuple):
@@ -76,7 +98,8 @@ class Task:
     metric: str                # the one that counts
     lower: bool = False        # lower is better
     view: Callable = fitted    # what the network sees: see views.py
-    sides: tuple = (224, 80)   # --resolution on photos, on shapes, rounded up to whole patches
+    wide: Callable = None      # the same from 512 pixels on, if the paper has another than the released code at 224
+    sides: tuple = (224, 80)   # --resolution on photos, on shapes, in whole patches; 0 = as large as they are
     options: tuple = ()        # Option: read beside the common ones; all others are refused
     decoders: tuple = ()       # names in decoders/; the first is the default
     control: str = "truth"     # what --control shuffles: truth, patches
@@ -99,6 +122,9 @@ class Task:
         kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True)
         return kind(task=self.name, **values)
 
+    def view_at(self, side):
+        return self.wide if self.wide and side >= WIDE else self.view
+
     def check(self, c):
         """What the command line alone can tell. Raises ValueError."""
         numbers = [option for option in self.all_options() if not isinstance(option.default, str)]
@@ -110,6 +136,8 @@ class Task:
             raise ValueError(f"--data: {self.name} does not run on shapes; name a folder with {self.layout}")
         if self.decoders and c.decoder not in self.decoders:
             raise ValueError(f"--decoder {c.decoder}: {self.name} has {', '.join(self.decoders)}")
+        if getattr(c, "out", ""):
+            writable(c.out)
         for module in self.needs:
             try:
                 __import__(module)

@@ -3,16 +3,21 @@ Sets of images with one class each: len, load(i) -> C H W uint8, label(i) -> int
 
     open_splits    train and val: folders of classes, NAME:PATH of finegrained.py, or the generated `shapes`
     Chosen         some images of such a set         Files    images by their paths
+    Flat           images in one folder, labelled by a list: ImageNet's val as it is downloaded
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data import open_source, read_image
 from sets import finegrained
-from sets.pairs import evenly
+from sets.pairs import evenly, lines
 
 LAYOUT = "train/CLASS/, val/CLASS/; or NAME:PATH, a set as it was downloaded: see sets/finegrained.py"
+KAGGLE = "ILSVRC/Data/CLS-LOC"   # where Kaggle's zip of ImageNet has train/ and val/
+SOLUTION, DEVKIT = "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 SHAPES = 2000, 500      # images of shapes to train on, to measure on
 
 
@@ -43,6 +48,22 @@ class Chosen:
         return [self.source.paths[row] for row in self.rows]
 
 
+class Flat:
+    """Images of one folder, of classes that a list names."""
+
+    def __init__(self, source, labels, classes):
+        self.source, self.labels, self.classes, self.paths = source, labels, classes, source.paths
+
+    def __len__(self):
+        return len(self.source)
+
+    def load(self, i):
+        return self.source.load(i)
+
+    def label(self, i):
+        return self.labels[i]
+
+
 class Files:
     """Images by their paths, each labelled with its row: what is in it, if anything, the task knows."""
 
@@ -64,6 +85,44 @@ def limited(source, limit):
     return Chosen(source, evenly(range(len(source)), limit))
 
 
+def labelled_val(root, train, val):
+    """
+    ImageNet's val in one folder -> Flat, by LOC_val_solution.csv (Kaggle) or by the devkit's list of numbers and its
+    meta.mat, which says which class a number is. Raises ValueError.
+    """
+    solution, devkit = root / SOLUTION, root / DEVKIT
+    if solution.is_file():
+        rows = (line.partition(",") for line in lines(solution, "ImageId,PredictionString"))
+        wnids = {name: boxes.split()[0] for name, _, boxes in rows if boxes}
+    elif devkit.is_file():
+        numbers = classes_of_numbers(devkit.with_name("meta.mat"))
+        listed = enumerate(lines(devkit, "numbers of classes"), 1)
+        wnids = {f"ILSVRC2012_val_{i:08}": numbers.get(k) for i, k in listed}
+    else:
+        raise ValueError(f"--data: {val.root} has no folders of classes; wanted val/CLASS/, or ImageNet's {SOLUTION} "
+                         f"or {DEVKIT} in {root}")
+    found = [wnids.get(Path(path).stem) for path in val.paths]
+    place = {name: k for k, name in enumerate(train.classes)}
+    odd = next((path for path, wnid in zip(val.paths, found, strict=True) if wnid not in place), None)
+    if odd:
+        raise ValueError(f"--data: {solution if solution.is_file() else devkit} calls {odd} "
+                         f"{wnids.get(Path(odd).stem)}; wanted a folder of train")
+    return Flat(val, [place[wnid] for wnid in found], train.classes)
+
+
+def classes_of_numbers(path):
+    """meta.mat of ImageNet's devkit -> {number, as text: class, as in n01440764}"""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ValueError(f"--data: scipy is not installed, to read {path}; pip install -e .[eval]") from error
+    try:
+        synsets = np.atleast_1d(loadmat(path, squeeze_me=True)["synsets"])
+        return {str(int(each["ILSVRC2012_ID"])): str(each["WNID"]) for each in synsets}
+    except Exception as error:  # foreign bytes fail in many ways; all mean: unreadable
+        raise ValueError(f"--data: {path} cannot be read: {error}; wanted ImageNet's meta.mat") from error
+
+
 def open_splits(c):
     """train, val: `limit` images each of the same classes, two at least. Raises ValueError."""
     name, colon, root = c.data.partition(":")
@@ -73,17 +132,21 @@ def open_splits(c):
     elif colon and name in finegrained.NAMES:
         sources = finegrained.open_known(name, root)
     else:
+        folder = Path(c.data, KAGGLE) if Path(c.data, KAGGLE).is_dir() else Path(c.data)
         for split in ("train", "val"):
-            if not Path(c.data, split).is_dir():
-                raise ValueError(f"--data: {c.data} has no folder {split}; {c.task} wants train/CLASS/ and val/CLASS/")
-        sources = open_source(Path(c.data, "train")), open_source(Path(c.data, "val"))
+            if not (folder / split).is_dir():
+                raise ValueError(f"--data: {folder} has no folder {split}; {c.task} wants train/CLASS/ and val/CLASS/")
+        sources = [open_source(folder / split) for split in ("train", "val")]
+        if not sources[1].classes:
+            sources[1] = labelled_val(Path(c.data), *sources)
     train, val = sources
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f"--data: train and val of {c.data} have different classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
         raise ValueError(f"--data: {c.data}/train has {len(train.classes)} class folders; {c.task} wants at least 2")
-    stray = next((path for source in sources for path in getattr(source, "paths", []) if "/" not in path), None)
+    stray = next((path for source in sources if not isinstance(source, Flat) for path in getattr(source, "paths", [])
+                  if "/" not in path), None)
     if stray:
         raise ValueError(f"--data: {stray} lies in no class folder; folders in train and val name the classes")
     return [limited(source, c.limit) for source in sources]

@@ -1,11 +1,14 @@
 """
 Videos to classify: files, folders of frames, or moving `shapes`; and which of their frames a network sees.
 
-    open_clips    train and val: {train,val}/CLASS/*.mp4, or {train,val}.csv: path label
+    open_clips    train and val: {train,val}/CLASS/*.mp4, or {train,val}.csv: path label; or as they are downloaded:
+                  UCF101 with its ucfTrainTestlist/, SSv2 with its labels/, K400 with its annotations/
     Clip          one of them: frames of chosen numbers, their times
     Samples       T frames of each of many clips, as Frozen.maps wants images
 """
 
+import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from tqdm import tqdm
 import shapes
 from data import loader, read_image, resize
 from engine.chunks import Computed
-from sets.pairs import GENERATED, evenly, folders, images_below
+from engine.task import skip
+from sets.pairs import GENERATED, evenly, folders, images_below, lines
 
 EXTENSIONS = {".avi", ".mp4", ".webm", ".mkv"}
 RATE = 25            # frames a second of a folder of frames
@@ -81,29 +85,74 @@ def opened(row):
     return Clip(path, label, np.arange(len(stills(path))) / RATE)
 
 
+def ucf101(root, split):
+    """Split 1, lines CLASS/v_CLASS_g08_c01.avi, with or without a number; None if the set is another"""
+    table = root / f"ucfTrainTestlist/{'train' if split == 'train' else 'test'}list01.txt"
+    if table.is_file():
+        names = [line.split()[0] for line in lines(table, "CLASS/NAME.avi")]
+        return [(root / "UCF-101" / name, name.split("/")[0]) for name in names]
+
+
+def ssv2(root, split):
+    """Objects with id and template, whose brackets are no part of the class; None if the set is another"""
+    split = "validation" if split == "val" else split
+    for table in root / f"labels/{split}.json", root / f"something-something-v2-{split}.json":
+        if table.is_file():
+            try:
+                rows = [(row["id"], row["template"].translate({ord("["): None, ord("]"): None}))
+                        for row in json.loads(table.read_text())]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"--data: {table} is not SSv2's: {type(error).__name__} {error}; wanted objects with "
+                                 "id and template") from error
+            return [(root / f"20bn-something-something-v2/{name}.webm", label) for name, label in rows]
+
+
+def k400(root, split):
+    """
+    Rows label,youtube_id,time_start,time_end; None if the set is another. Some of its videos are no longer to be had:
+    those are skipped.
+    """
+    for table in root / f"annotations/{split}.csv", root / f"{split}.csv":
+        if table.is_file() and table.read_text().startswith("label,youtube_id,time_start,time_end"):
+            rows = list(csv.DictReader(table.read_text().splitlines()))
+            rows = [(root / split / f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}.mp4",
+                     row["label"]) for row in rows]
+            gone = [path for path, _ in rows if not path.is_file()]
+            if gone:
+                skip(f"{len(gone)} clips of {table} that are not there; the first: {gone[0]}", len(gone))
+            return [row for row in rows if row[0].is_file()]
+
+
 def listed(c, split):
-    """(path, class) of each clip: lines "path label" of SPLIT.csv, or what lies in SPLIT/CLASS/"""
+    """(path, class) of each clip: a known set's list, lines "path label" of SPLIT.csv, or what lies in SPLIT/CLASS/"""
+    for known in ucf101, ssv2, k400:
+        if (rows := known(Path(c.data), split)) is not None:
+            return rows
     table = Path(c.data, f"{split}.csv")
     if not table.is_file():
         return [(path, path.parent.name) for path in sorted(folders(c, split).glob("*/*"))
                 if path.suffix.lower() in EXTENSIONS or path.is_dir()]
-    rows = [line.rsplit(maxsplit=1) for line in table.read_text().splitlines() if line.strip()]
+    rows = [line.rsplit(maxsplit=1) for line in lines(table, "path label")]
     if short := [row[0] for row in rows if len(row) == 1]:
         raise ValueError(f"--data: {table} has a line {short[0]!r}; wanted: path label")
     return [(Path(c.data, path), label) for path, label in rows]
 
 
 def open_clips(c, n_frames):
-    """Train clips, val clips, names of the classes, number of clips that cannot be read; n_frames of each of shapes"""
+    """Train clips, val clips, names of the classes; n_frames of each of shapes. What cannot be read is skipped."""
     if c.data == "shapes":  # 8 frames a second; the label is the main object's class
         splits = [[Clip((i, n_frames, c.resolution, seed), shapes.scene(i, 16, seed).label, np.arange(n_frames) / 8)
                    for i in range(c.limit or n)] for n, seed in zip(GENERATED, (1000, 1001), strict=True)]
-        return *splits, shapes.CLASSES, 0
+        return *splits, shapes.CLASSES
     rows, splits = [listed(c, split) for split in ("train", "val")], []
     classes = sorted({name for _, name in rows[0]}, key=lambda name: (len(name) * name.isdecimal(), name))
     strange = sorted({name for _, name in rows[1]} - set(classes))[:5]
     if strange or len(classes) < 2:
         raise ValueError(f"--data: {c.data} has in train {len(classes)} classes, wanted two; in val others: {strange}")
+    missing = [path for part in rows for path, _ in part if not path.exists()]
+    if missing:
+        raise ValueError(f"--data: the lists of {c.data} name {len(missing)} clips that are not there; the first: "
+                         f"{missing[0]}")
     for part in rows:
         part = [(path, classes.index(label)) for path, label in evenly(part, c.limit)]
         splits.append([*tqdm(loader(Computed(opened), part, c.workers), "clips", len(part), leave=False, disable=None)])
@@ -111,11 +160,11 @@ def open_clips(c, n_frames):
     for error in errors:
         if isinstance(error, ValueError):
             raise error
-        print(f"skipped unreadable {error}")
+        skip(f"unreadable {error}")
     splits = [[clip for clip in clips if isinstance(clip, Clip)] for clips in splits]
     if min(n := [len(clips) for clips in splits]) < 2:
         raise ValueError(f"--data: {c.data} has {n} readable clips in train, val; wanted two of each")
-    return *splits, classes, len(errors)
+    return *splits, classes
 
 
 def uniform(clip, T, first=0, step=1):

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from data import open_source
+from sets.pairs import there
 
 TORCHVISION = dict(  # the class; the arguments of what to train on, and of what to score
     food101=("Food101", [dict(split="train")], [dict(split="test")]),
@@ -104,7 +105,9 @@ def open_known(name, root):
     root = Path(root).expanduser()
     try:
         if name in OWN:
-            return [Known([Named(pairs)]) for pairs in OWN[name](root)]
+            parts = [list(pairs) for pairs in OWN[name](root)]
+            there([path for pairs in parts for path, _ in pairs], f"{name}'s list")
+            return [Known([Named(pairs)]) for pairs in parts]
         from torchvision import datasets
         kind, *parts = TORCHVISION[name]
         return [Known([getattr(datasets, kind)(root, **words) for words in part]) for part in parts]

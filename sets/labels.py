@@ -2,20 +2,34 @@
 Sets of images with a class for every pixel.
 
     ADE20k, CamVid and their like    images/{training,validation}/NAME.jpg, annotations/.../NAME.png
-    Cityscapes                       leftImg8bit/, gtFine/*_labelTrainIds.png
-    VOC                              JPEGImages/, SegmentationClass[Aug]/, ImageSets/Segmentation/
+    Cityscapes                       leftImg8bit/, gtFine/: *_labelIds.png, as downloaded, or *_labelTrainIds.png
+    VOC                              JPEGImages/, SegmentationClass/, SegmentationClassAug/, ImageSets/Segmentation/
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import shapes
 from engine.metrics import IGNORE
-from sets.pairs import Pairs, evenly, folders, generated, images_below, paired
+from sets.pairs import (
+    Pairs,
+    alike,
+    below,
+    evenly,
+    folders,
+    generated,
+    images_below,
+    keyed,
+    lines,
+    paired,
+    there,
+    verified,
+)
 
 
 @dataclass(frozen=True)
@@ -28,22 +42,34 @@ class Labels:
 SETS = dict(segmentation=Labels(), ade20k=Labels(150, first=1), cityscapes=Labels(19), voc=Labels(21),
             camvid=Labels(11, void=11))
 
+# Cityscapes' 19 classes by what labelIds calls them; all other ids are ignored
+IDS = 7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33
+WHOLE_LISTS = "trainaug", "train_aug"   # VOC's 10,582 images that people train on; or train and, beside it, aug
+
 
 def read_labels(path, labels):
     """A file of class numbers, palette or grey -> H W uint8, ignored ones 255"""
     with Image.open(path) as file:
         if file.mode not in ("P", "L", "I", "I;16", "1"):
-            raise ValueError(f"{path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
+            raise ValueError(f"--data: {path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
         truth = np.asarray(file).astype(np.int64)
+    if path.name.endswith("_labelIds.png"):
+        truth = np.append(IGNORE, [IDS.index(k) if k in IDS else IGNORE for k in range(256)])[truth.clip(-1) + 1]
     out = (truth == labels.void) | (truth == IGNORE) | (truth < labels.first)
     top = int(truth[~out].max(initial=0))
     if labels.n_classes and top >= labels.first + labels.n_classes:
-        raise ValueError(f"{path} has label {top}; wanted {labels.n_classes} classes from {labels.first} on")
+        raise ValueError(f"--data: {path} has label {top}; wanted {labels.n_classes} classes from {labels.first} on")
     return np.where(out, IGNORE, truth - labels.first).astype(np.uint8)
 
 
+def seen_classes(truth, size, path):
+    """Which of 256 labels a truth has"""
+    alike(truth, size, path)
+    return np.bincount(truth.ravel(), minlength=256) > 0
+
+
 def open_segmentation(c):
-    """train, val, number of classes"""
+    """train, val, number of classes; raises ValueError if a truth is not what it should be"""
     labels = SETS[c.task]
     labels = labels if labels.void != IGNORE else replace(labels, void=c.ignore)
     if c.data == "shapes":
@@ -51,24 +77,56 @@ def open_segmentation(c):
     layout = dict(cityscapes=cityscapes_pairs, voc=voc_pairs).get(c.task, label_pairs)
     read = partial(read_labels, labels=labels)
     train, val = (Pairs(layout(c, *split), read) for split in (("training", "train"), ("validation", "val")))
-    truths = (part.truth(i) for part in (train, val) for i in range(len(part)))
-    return train, val, labels.n_classes or 1 + max(int(truth[truth != IGNORE].max(initial=0)) for truth in truths)
+    in_train, in_val = (np.any(verified(c, part, seen_classes), 0)[:IGNORE] for part in (train, val))
+    if not (in_train.any() and in_val.any()):
+        raise ValueError(f"--data: all labels of {c.data}, train or val, are ignored; wanted class numbers")
+    strange = np.flatnonzero(in_val & ~in_train)
+    if len(strange) and not (labels.n_classes or c.limit):
+        raise ValueError(f"--data: val of {c.data} has label {strange[0]}, which no truth of train has; "
+                         "wanted one numbering for both")
+    return train, val, labels.n_classes or 1 + int(np.flatnonzero(in_train).max())
 
 
 def label_pairs(c, *split):
     """images/training/NAME.jpg, annotations/training/NAME.png; train and val are understood too"""
-    images, labels = (folders(c, *[f"{kind}/{name}" for name in split]) for kind in ("images", "annotations"))
-    return paired(c, images_below(images), images_below(labels), lambda path: path.stem)
+    roots = [folders(c, *[f"{kind}/{name}" for name in split]) for kind in ("images", "annotations")]
+    return paired(c, *(keyed(images_below(root), below(root)) for root in roots))
 
 
 def cityscapes_pairs(c, _, split):
-    images = folders(c, f"leftImg8bit/{split}").rglob("*_leftImg8bit.png")
-    labels = folders(c, f"gtFine/{split}").rglob("*_gtFine_labelTrainIds.png")
-    return paired(c, images, labels, lambda path: path.name.replace("_gtFine_labelTrainIds", "_leftImg8bit"))
+    """The two zips, unpacked side by side or each into a folder of its name; labelTrainIds are taken where they are."""
+    for zip in "leftImg8bit_trainvaltest", "gtFine_trainvaltest":
+        if Path(c.data, f"{zip}.zip").is_file() and not list(Path(c.data).glob(f"**/{zip.partition('_')[0]}")):
+            raise ValueError(f"--data: {c.data} has {zip}.zip, not what is in it; unpack it there")
+    images, truths = (folders(c, f"{kind}/{split}", f"{kind}_trainvaltest/{kind}/{split}")
+                      for kind in ("leftImg8bit", "gtFine"))
+
+    def found(root, end):
+        return keyed(root.rglob(f"*{end}"), lambda path: str(path.relative_to(root)).removesuffix(end))
+
+    ids, train_ids = (found(truths, f"_gtFine_label{kind}.png") for kind in ("Ids", "TrainIds"))
+    return paired(c, found(images, "_leftImg8bit.png"), ids | train_ids)
 
 
 def voc_pairs(c, _, split):
-    labels, lists = folders(c, "SegmentationClassAug", "SegmentationClass"), folders(c, "ImageSets/Segmentation")
-    more = lists / f"{split}aug.txt"  # the 10,582 images that people train on
-    names = (more if more.is_file() and labels.name.endswith("Aug") else lists / f"{split}.txt").read_text().split()
-    return evenly([(folders(c, "JPEGImages") / f"{name}.jpg", labels / f"{name}.png") for name in names], c.limit)
+    """
+    VOC's own masks, and for what has none SegmentationClassAug: of train alone, as val is scored by VOC's own. With
+    that folder, train is the list trainaug.txt or train_aug.txt, or train.txt and aug.txt.
+    """
+    photos, own = (folders(c, name) for name in ("JPEGImages", "SegmentationClass"))
+    more, lists = Path(c.data, "SegmentationClassAug"), folders(c, "ImageSets/Segmentation")
+    listed, masks = [lists / f"{split}.txt"], [own]
+    if split == "train" and more.is_dir():
+        masks.append(more)
+        known = {name: lists / f"{name}.txt" for name in (*WHOLE_LISTS, "aug")}
+        whole = [known[name] for name in WHOLE_LISTS if known[name].is_file()]
+        listed = whole[:1] or listed + [known["aug"]] * known["aug"].is_file()
+    names = list(dict.fromkeys(Path(name.split()[0]).stem for path in listed for name in lines(path, "names")))
+    both = set(names) & set(lines(lists / "val.txt", "names")) if split == "train" else ()
+    if both:
+        raise ValueError(f"--data: {listed[-1]} names {len(both)} images of val.txt; train may not see {min(both)}")
+    names = evenly(names, c.limit)
+    truths = [next((path for path in (folder / f"{name}.png" for folder in masks) if path.is_file()),
+                   masks[-1] / f"{name}.png") for name in names]
+    said = listed[-1]
+    return list(zip(there([photos / f"{name}.jpg" for name in names], said), there(truths, said), strict=True))

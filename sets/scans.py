@@ -27,7 +27,12 @@ class Scan:
                    if not Path(name + end).is_file()]
         if missing:
             raise ValueError(f"--data: {missing[0]} is not there; every NAME.color.jpg wants one beside it")
-        self.intrinsics = np.loadtxt(root / "camera-intrinsics.txt")
+        self.intrinsics = matrix(root / "camera-intrinsics.txt", 3)
+        self.poses = [matrix(Path(name + ".pose.txt"), 4) for name in self.names]
+        for name in self.names:
+            with Image.open(name + ".depth.png") as file:
+                if not file.mode.startswith("I"):
+                    raise ValueError(f"--data: {name}.depth.png has mode {file.mode}; wanted 16 bits, millimetres")
         self.pairs = [(i, i + 1) for i in range(len(self.names) - 1)]
 
     def __len__(self):
@@ -44,8 +49,19 @@ class Scan:
         v, u = np.meshgrid((np.arange(h) + 0.5) * H / h, (np.arange(w) + 0.5) * W / w, indexing="ij")
         z = depth[v.astype(int), u.astype(int)]
         z[(z == 0) | (z == 65535)] = np.nan
-        pose = np.loadtxt(self.names[i] + ".pose.txt")
+        pose = self.poses[i]
         return torch.from_numpy(unproject(z / 1000, v, u, self.intrinsics) @ pose[:3, :3].T + pose[:3, 3]).float()
+
+
+def matrix(path, n):
+    """A text file of n n numbers; raises ValueError if it holds something else."""
+    try:
+        found = np.loadtxt(path)
+    except ValueError as error:
+        raise ValueError(f"--data: {path} cannot be read: {error}; wanted {n} x {n} numbers") from error
+    if found.shape != (n, n) or not np.isfinite(found).all():
+        raise ValueError(f"--data: {path} has numbers of shape {found.shape}; wanted {n} x {n}, all finite")
+    return found
 
 
 def unproject(z, v, u, intrinsics):

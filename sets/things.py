@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from data import read_image
-from sets.pairs import evenly, folders
+from sets.pairs import evenly, folders, there
 from sets.videos import moving
 
 PAIRS = 60           # videos of shapes whose objects are looked for
 OF_CLASS = 200       # pairs of a class of SPair
+KEYS = {"category", "src_imname", "trg_imname", "src_imsize", "trg_imsize", "src_kps", "trg_kps", "trg_bndbox"}
 
 
 class Things:
@@ -56,7 +57,13 @@ def spair_pairs(c):
     """SPair-71k: JPEGImages/CLASS/*.jpg, PairAnnotation/test/*.json; up to 200 pairs of each class, drawn."""
     notes, pairs, rng = {}, [], np.random.default_rng(c.seed)
     for path in sorted(folders(c, "PairAnnotation/test").glob("*.json")):
-        note = json.loads(path.read_text())
+        try:
+            note = json.loads(path.read_text())
+            odd = KEYS - note.keys()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"--data: {path} is no object of JSON: {error}; wanted SPair's") from error
+        if odd:
+            raise ValueError(f"--data: {path} has no {min(odd)}; wanted SPair's {', '.join(sorted(KEYS))}")
         notes.setdefault(note["category"], []).append(note)
     drawn = [each[k] for each in notes.values() for k in sorted(rng.permutation(len(each))[:OF_CLASS])]
     for x in evenly(drawn, c.limit):
@@ -65,7 +72,10 @@ def spair_pairs(c):
         at, bt = (np.array(x[f"{which}_kps"], float) for which in ("src", "trg"))  # what both images show
         pairs.append(dict(a=f"{kind}/{x['src_imname']}", b=f"{kind}/{x['trg_imname']}", at=at, bt=bt, kind=kind,
                           box=max(right - left, bottom - top), sides=sides))
-    return pairs, partial(image_in, folder=folders(c, "JPEGImages"))
+    folder = folders(c, "JPEGImages")
+    if pairs:
+        there([folder / name for name in sorted({pair[key] for pair in pairs for key in "ab"})], "PairAnnotation/test")
+    return pairs, partial(image_in, folder=folder)
 
 
 def image_in(name, folder):

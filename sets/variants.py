@@ -15,7 +15,7 @@ paper: DINOv3 Tab. 4, App. D.7; val has picked the classifier, these sets pick n
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Variant:
     source: object             # images; label(i) is a row of `answers`
     answers: list              # sets of right classes of train; an empty one leaves its images out
     columns: list              # classes that can be chosen
+    cropped: bool = False      # its images are stored as crops: no margin is left to cut away
 
 
 def open_variants(path, train, val):
@@ -48,7 +49,8 @@ def open_variants(path, train, val):
     names = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     corruptions = [name for name in names if name in ALEXNET]
     if corruptions:
-        return {f"{name}/{k}": by_folder(root / name / str(k), classes) for name in corruptions for k in range(1, 6)}
+        return {f"{name}/{k}": replace(by_folder(root / name / str(k), classes), cropped=True)
+                for name in corruptions for k in range(1, 6)}
     return {root.name: by_folder(root, classes)}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 import shapes
 from data import read_image
 from engine.metrics import IGNORE
-from sets.pairs import evenly, folders, images_below
+from sets.pairs import evenly, folders, images_below, upright
 
 VIDEOS = 20          # of shapes, 8 frames each
 VAL_LIST = "ImageSets/2017/val.txt"
@@ -85,4 +85,22 @@ def open_videos(c):
         if first is None:
             raise ValueError(f"--data: {masks / name} has no mask of the frames in {images / name}")
         videos.append(Video(name, frames[first:], there[first:]))
+        for frame, mask in zip(frames, there, strict=True):
+            checked(frame, mask)
+    if not videos:
+        raise ValueError(f"--data: {images} has no folder of frames; {c.task} wants one for each video")
     return videos
+
+
+def checked(frame, mask):
+    """Raises ValueError if a frame's mask, where there is one, has no numbers of objects, or is not as large as it."""
+    if mask:
+        try:
+            size = upright(frame)
+            with Image.open(mask) as file:
+                mode, (W, H) = file.mode, file.size
+        except OSError as error:
+            raise ValueError(f"--data: {frame} or {mask} cannot be read: {error}") from error
+        if mode not in ("P", "L") or (H, W) != size:
+            raise ValueError(f"--data: {mask} has mode {mode} and {W}x{H} pixels; wanted numbers of objects, grey or a "
+                             f"palette's, and its frame's {size[1]}x{size[0]} pixels")

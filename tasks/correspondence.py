@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from engine.match import nearest_points
 from engine.pictures import LINES, MATCHED, SHOWN, apart, connected, save_pictures
-from engine.task import Paper, Task, by_size
+from engine.task import Paper, Task, by_size, skip
 from engine.views import fitted
 from sets.navi import Objects
 from sets.pairs import evenly
@@ -47,7 +47,7 @@ def run(views, frozen, c, metres):
         (a, at, start), (b, bt, end) = (
             known_points(maps[i][0], partial(views.points, i), frozen.device) for i in pair)
         if not (len(a) and len(b)):
-            print(f"skipped pair {k}: one of its views has no point whose place is known")
+            skip(f"pair {k}: one of its views has no point whose place is known")
             continue
         cosine, match = nearest_points(a, b)
         best = cosine.topk(min(MATCHES, len(cosine))).indices                                  # n

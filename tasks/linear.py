@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine.classify import SHOTS, classify, columns, splits
 from engine.task import Option, Paper, Task, by_size
-from engine.views import centre_crop
+from engine.views import centre_crop, middle
 from sets import variants
 from sets.classes import LAYOUT, limited, open_splits
 
@@ -37,7 +37,8 @@ def open_all(c):
 def run(data, frozen, c):
     *sources, tests = data
     train, val, n_classes = *splits(sources, frozen, patches=True), len(sources[0].classes)
-    seen = [(name, columns(frozen.tokens(key, images), patches=True), variant)
+    views = {True: frozen.seen(middle), False: frozen.view}  # of what is stored as a crop, and of photos
+    seen = [(name, columns(frozen.tokens(key, images, views[variant.cropped]), patches=True), variant)
             for name, (key, images, variant) in tests.items()]
     return classify(train, val, n_classes, c,
                     partial(sweep, n_classes=n_classes, c=c, device=frozen.device, tests=seen))
@@ -90,7 +91,7 @@ PAPER = tuple(Paper(metric, by_size(*values), 512, dict(n_val=50000)) for metric
     ("top1_imagenet-r", (60.4, 68.8, 76.7, 88.1, 90.0, 91.1, 74.1, 74.1, 78.2, 82.4)),
     ("top1_objectnet", (50.9, 54.6, 64.1, 74.8, 78.6, 79.0, 58.7, 58.7, 61.3, 65.2))))
 TASK = Task(
-    "linear", LAYOUT, open_all, run, wants="tokens", metric="top1", view=centre_crop, paper=PAPER,
+    "linear", LAYOUT, open_all, run, wants="tokens", metric="top1", view=centre_crop, wide=middle, paper=PAPER,
     options=(SHOTS, Option("iterations", 12500, "steps", least=1),
              Option("linear_batch", 1024, "samples of a step", least=1),
              Option("tests", "", "more sets to score, as in imagenet-r,imagenet-a,real.json; see sets/variants.py",

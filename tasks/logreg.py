@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine.classify import PENALTIES, SHOTS, classifier, classify, splits
 from engine.task import Task
-from engine.views import centre_crop
+from engine.views import middle
 from sets.classes import LAYOUT, open_splits
 
 
@@ -32,7 +32,6 @@ def regress(train, val, n_classes, c):
     returns     top-1 and the mean over classes, in percent, and C
 
     paper:   DINOv3 App. D.7; by convention mean_per_class for Aircraft, Pets, Caltech-101 and Flowers, else top1
-    differs: there the short side becomes 512 and the crop is as long; ours is cut from 256/224 of --resolution
     """
     (x, y), (x_val, y_val) = ((cls.double().numpy(), labels.numpy()) for cls, labels in (train, val))
     shuffled, held = np.random.default_rng(c.seed).permutation(len(y)), np.zeros(len(y), bool)
@@ -51,5 +50,5 @@ def regress(train, val, n_classes, c):
     return dict(top1=100 * float((guess == y_val).mean()), mean_per_class=float(np.mean(each)), C=float(C))
 
 
-TASK = Task("logreg", LAYOUT, open_splits, run, wants="tokens", metric="top1", view=centre_crop, options=(SHOTS,),
+TASK = Task("logreg", LAYOUT, open_splits, run, wants="tokens", metric="top1", view=middle, options=(SHOTS,),
             needs=("sklearn",))

@@ -1,7 +1,7 @@
 """
 The Met: which exhibit does a photo show, if any? Nearest images of the data base, whitened, and how sure that is.
 
-    python evaluate.py --task met --weights runs/s --data MET --resolution 512     MET_database.json, images/, ...
+    python evaluate.py --task met --weights runs/s --data MET      ground_truth/*.json, images/, each as large as it is
 
     whitened    PCA learnt on the data base
     answers     the nearest exhibit, and a confidence
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from engine.metrics import global_average_precision
 from engine.task import Task
-from engine.views import letterbox
+from engine.views import fitted
 from sets import rankings
 
 NEIGHBOURS = 1, 2, 3, 5, 7, 10, 15, 20, 50                        # those tried; val picks
@@ -87,5 +87,5 @@ def score(database, val, test):
                 n_images=len(images), n_queries=len(known))
 
 
-TASK = Task("met", "MET_database.json, valset.json, testset.json, images/", rankings.met, run, wants="tokens",
-            metric="gap", view=letterbox, shapes=False)
+TASK = Task("met", "ground_truth/{MET_database,valset,testset}.json, or these alone, and images/", rankings.met, run,
+            wants="tokens", metric="gap", view=fitted, sides=(0, 0), shapes=False)

@@ -29,17 +29,23 @@ from sets.classes import limited
 
 
 def open_set(c):
-    """What ranks the set that the folder holds:  frozen -> {metric: number}"""
+    """What ranks the set that the folder holds:  frozen -> {metric: number}.  Raises ValueError."""
     root = Path(c.data)
     if c.data == "shapes":
         return partial(rank_classes, limited(open_source("shapes", c.limit or 500, seed=1001), 0))
-    if rankings.is_met(root):
+    if rankings.met_lists(root):
         raise ValueError(f"--data: {c.data} is Met, which has a task of its own; write --task met")
     if list(root.glob("gnd_*.pkl")):
         return partial(rank_levels, *rankings.revisited(root))
     if (root / "new").is_dir() and (root / "old").is_dir():
         return partial(rank_pairs, *rankings.amstertime(root))
-    return partial(rank_classes, limited(open_source(root / "val" if (root / "val").is_dir() else root), c.limit))
+    source = limited(open_source(root / "val" if (root / "val").is_dir() else root), c.limit)
+    if len(source.classes) < 2 or any("/" not in path for path in source.paths):
+        raise ValueError(f"--data: {root} has {len(source.classes)} folders of images, in which there should be all; "
+                         f"retrieval wants at least 2 classes, or {TASK.layout}")
+    if len({path.split("/")[0] for path in source.paths}) == len(source.paths):
+        raise ValueError(f"--data: no image of {root} has another one of its class; wanted folders of classes")
+    return partial(rank_classes, source)
 
 
 def run(rank, frozen, c):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from engine.metrics import boundary, region
 from engine.pictures import SHOWN, hues, save_pictures
-from engine.task import Paper, Task, by_size
+from engine.task import Paper, Task, by_size, skip
 from engine.views import fitted
 from sets.videos import open_videos
 
@@ -90,6 +90,8 @@ def run(videos, frozen, c):
                 fixed[k].append(region(start == k, truth == k))
             if c.out and len(shown) < SHOWN and i == (len(clip) - 1) // 2:
                 shown.append([clip.image(i), hues(truth), hues(torch.tensor([0, *ids])[found])])
+        for k in (k for k, values in per_object.items() if not values):
+            skip(f"object {k} of {clip.name}: no frame between the first and the last has a truth")
         scores += [np.mean(values, 0) for values in per_object.values() if values]
         still += [np.mean(values) for values in fixed.values() if values]
     save_pictures(c, shown)

@@ -180,7 +180,7 @@ def run(data, frozen, c):
     val clip,  top1_tta  of the mean of six probabilities: three squares by two times T frames that interleave
     """
     recipe, device, rng = config_of(c), frozen.device, np.random.default_rng(c.seed)
-    (train, val, classes, n_skipped), T, seen_of = data, recipe.n_frames, {}
+    (train, val, classes), T, seen_of = data, recipe.n_frames, {}
     for name, views, at in (("train", [uniform(clip, T) for clip in train], [0.5]),
                             ("val", [uniform(clip, T) for clip in val], [0.5]),
                             ("averaged", [uniform(clip, T, k, 2) for clip in val for k in range(2)], [0, 0.5, 1])):
@@ -206,12 +206,12 @@ def run(data, frozen, c):
         rows.append([*frames, torch.from_numpy(np.array(tile)).permute(2, 0, 1)])
     save_pictures(c, rows)
     return dict(top1=top1, top1_tta=top1_tta, chance=100 / len(classes), top1_held_out=max(held_out),
-                best_lr=lr, best_weight_decay=decay, n_train=len(train), n_val=len(val), n_skipped=n_skipped)
+                best_lr=lr, best_weight_decay=decay, n_train=len(train), n_val=len(val))
 
 
 def task(name, **paper):
     rows = tuple(Paper(metric, {"7b": value}, 256, {}) for metric, value in paper.items())  # Tab. 6
-    return Task(name, "{train,val}/CLASS/*.mp4 or folders of frames; or {train,val}.csv: path label", open_data, run,
+    return Task(name, "{train,val}/CLASS/*.mp4 or folders of frames; {train,val}.csv: path label", open_data, run,
                 wants="maps", metric="top1", sides=(256, 80), options=(Option("lr", 0.0, "peak; 0 = a grid"),),
                 pictures="frames, truth, prediction", paper=rows)
 

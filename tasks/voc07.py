@@ -16,9 +16,9 @@ from tqdm import tqdm
 from engine.classify import PENALTIES, classifier
 from engine.metrics import eleven_point_precision
 from engine.task import Paper, Task
-from engine.views import centre_crop
+from engine.views import middle
 from sets.classes import Files
-from sets.pairs import evenly
+from sets.pairs import evenly, lines, there
 
 RANDOM = 20                               # rankings that the chance is the mean of
 
@@ -40,8 +40,8 @@ def open_split(c, split):
     listed = Path(c.data, f"ImageSets/Main/{split}.txt")
     if not listed.is_file():
         raise ValueError(f"--data: {c.data} has no ImageSets/Main/{split}.txt; name a folder as VOCdevkit/VOC2007")
-    names = evenly(listed.read_text().split(), c.limit)
-    return (Files([Path(c.data, f"JPEGImages/{name}.jpg") for name in names]),
+    names = evenly([line.split()[0] for line in lines(listed, "names")], c.limit)
+    return (Files(there([Path(c.data, f"JPEGImages/{name}.jpg") for name in names], listed)),
             [read_objects(Path(c.data, f"Annotations/{name}.xml")) for name in names])
 
 
@@ -49,7 +49,11 @@ def open_voc(c):
     """{split: (images, objects)}: trainval and test;  without a test.txt, as in VOC2012, train and val"""
     lists = {path.stem for path in Path(c.data, "ImageSets/Main").glob("*.txt")}
     splits = ("train", "val") if "val" in lists and "test" not in lists else ("trainval", "test")
-    return {split: open_split(c, split) for split in splits}
+    data = {split: open_split(c, split) for split in splits}
+    fitted, scored = (set().union(*objects) for _, objects in data.values())
+    if scored - fitted and not c.limit:
+        raise ValueError(f"--data: {splits[1]} of {c.data} shows {min(scored - fitted)}, which {splits[0]} does not")
+    return data
 
 
 def mean_precision(scores, there, counted):
@@ -102,5 +106,5 @@ def run(data, frozen, c):
 
 
 TASK = Task("voc07", "JPEGImages/, Annotations/, ImageSets/Main/{trainval,test}.txt", open_voc, run, wants="tokens",
-            metric="map", view=centre_crop, shapes=False, needs=("sklearn",),
+            metric="map", view=middle, shapes=False, needs=("sklearn",),
             paper=(Paper("map", {"7b": 88.2}, 512, dict(n_train=5011, n_val=4952)),))  # Tab. 22

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 from data import open_source
 from sets.classes import Chosen, Files, limited, open_splits
@@ -53,3 +54,55 @@ def test_odd_folders(counts, says, tmp_path, monkeypatch):
     folders(tmp_path, counts)
     with pytest.raises(ValueError, match=says):
         open_splits(TASKS["knn"].config(data=str(tmp_path)))
+
+
+def imagenet(root, below=""):
+    """Two classes to train on, four images of val in one folder."""
+    folders(root, {f"{below}train/n01440764": 2, f"{below}train/n03995372": 2})
+    (root / f"{below}val").mkdir()
+    for i in range(1, 5):
+        Image.new("RGB", (30, 20)).save(root / f"{below}val/ILSVRC2012_val_{i:08}.JPEG")
+    return TASKS["knn"].config(data=str(root))
+
+
+def devkit(root, numbers="490\n1\n1\n490\n"):
+    """Numbers of classes that are not in the order of their names; one of a class with children."""
+    rows = [(1, "n03995372", "plane", 0), (490, "n01440764", "tench", 0), (1001, "n00001740", "entity", 2)]
+    synsets = np.array(rows, [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")])
+    (root / "ILSVRC2012_devkit_t12/data").mkdir(parents=True)
+    savemat(root / "ILSVRC2012_devkit_t12/data/meta.mat", dict(synsets=synsets[:, None]))
+    (root / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt").write_text(numbers)
+
+
+def test_imagenets_val_as_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    c = imagenet(tmp_path / "photos")
+    with pytest.raises(ValueError, match="has no folders of classes; wanted val/CLASS/, or ImageNet's LOC_val"):
+        open_splits(c)
+    devkit(tmp_path / "photos")
+    train, val = open_splits(c)
+    assert [val.label(i) for i in range(4)] == [0, 1, 1, 0] and val.classes == train.classes and len(val) == 4
+    assert val.load(2).shape == (3, 20, 30) and val.paths[0] == "ILSVRC2012_val_00000001.JPEG"
+
+
+def test_imagenets_val_as_kaggle_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    c = imagenet(tmp_path / "photos", "ILSVRC/Data/CLS-LOC/")
+    rows = "".join(f"ILSVRC2012_val_{i:08},{name} 85 1 499 272 {name} 1 2 3 4\n" for i, name in (
+        (4, "n03995372"), (1, "n01440764"), (2, "n01440764"), (3, "n03995372")))
+    (tmp_path / "photos/LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + rows)
+    assert [open_splits(c)[1].label(i) for i in range(4)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("numbers, says", [
+    ("490\n1\n1\n", "ground_truth.txt calls ILSVRC2012_val_00000004.JPEG None; wanted a folder of train"),
+    ("490\n1\n1\n1001\n", "calls ILSVRC2012_val_00000004.JPEG n00001740; wanted a folder of train")])
+def test_imagenets_val_of_other_classes(numbers, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    c = imagenet(tmp_path / "photos")
+    devkit(tmp_path / "photos", numbers)
+    with pytest.raises(ValueError, match=says):
+        open_splits(c)
+    (tmp_path / "photos/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no matrix")
+    with pytest.raises(ValueError, match="meta.mat cannot be read: .*; wanted ImageNet's meta.mat"):
+        open_splits(c)

@@ -1,5 +1,6 @@
 """sets/clips.py: which frames a network sees, the sets' layouts, and files of videos."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.task import SKIPPED
 from sets import clips
 from tasks import TASKS
 
@@ -61,9 +63,11 @@ def test_folders_of_frames(tmp_path, capsys, monkeypatch):
     (tmp_path / "train/dark/empty").mkdir()
     (tmp_path / "train/dark/clip0/8.png").write_bytes(b"no image")
     (tmp_path / "val/dark/clip0/notes.txt").write_text("of no importance")
-    train, val, classes, n_skipped = clips.open_clips(c, 16)
+    SKIPPED.clear()
+    train, val, classes = clips.open_clips(c, 16)
     said = capsys.readouterr().out
-    assert n_skipped == 2 and f"skipped unreadable {tmp_path}/train/dark/empty: no image" in said and "8.png" in said
+    assert f"skipped unreadable {tmp_path}/train/dark/empty: no image" in said and "8.png" in said
+    assert sum(SKIPPED.values()) == 2
     assert classes == ["dark", "light"] and len(train) == 5 and len(val) == 6
     assert val[0].times == pytest.approx(np.arange(5) / 25)
     assert [image[1, 0, 0].item() for image in val[0].frames([0, 2, 4])] == [0, 20, 40]
@@ -75,8 +79,8 @@ def test_csv_lists(tmp_path):
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n\n")
     (tmp_path / "val" / "with space").symlink_to(tmp_path / "val/dark/clip0")
     (tmp_path / "val.csv").write_text(f"{tmp_path}/val/with space 10\nval/light/clip1 9\n")
-    train, val, classes, n_skipped = clips.open_clips(replace(C, data=str(tmp_path)), 16)
-    assert classes == ["9", "10"] and n_skipped == 0                                       # numbers as numbers
+    train, val, classes = clips.open_clips(replace(C, data=str(tmp_path)), 16)
+    assert classes == ["9", "10"]                                                          # numbers as numbers
     assert [clip.label for clip in train] == [1, 0] * 3 and [clip.label for clip in val] == [1, 0]
     assert len(clips.open_clips(replace(C, data=str(tmp_path), limit=2), 16)[0]) == 2
 
@@ -85,6 +89,7 @@ def test_csv_lists(tmp_path):
     ("a 1\nb", "a 1", "train.csv has a line 'b'; wanted: path label"),
     ("a 1\nb 1", "a 1", r"in train 1 classes, wanted two"),
     ("a 1\nb 2", "a 1\nb 7", r"in val others: \['7'\]"),
+    ("e/1 1\ne/2 2", "e/1 1\ne/3 2", "the lists of .* name 1 clips that are not there; the first: .*e/3"),
     ("e/1 1\ne/2 2", "e/1 1", r"has \[0, 0\] readable clips in train, val; wanted two of each")])
 def test_mistakes(train, val, says, tmp_path):
     (tmp_path / "train.csv").write_text(train)
@@ -95,10 +100,69 @@ def test_mistakes(train, val, says, tmp_path):
         clips.open_clips(replace(C, data=str(tmp_path)), 16)
 
 
+def opened_lists(root, monkeypatch):
+    """[(path below root, name of its class)] of train and of val; nobody looks into the files."""
+    monkeypatch.setattr(clips, "opened", lambda row: clips.Clip(row[0], row[1], np.arange(5)))
+    *parts, classes = clips.open_clips(replace(C, data=str(root)), 16)
+    return [[(str(clip.source.relative_to(root)), classes[clip.label]) for clip in part] for part in parts]
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_ucf101_as_downloaded(tmp_path, monkeypatch):
+    """Split 1: lines of train end with a number, those of test do not; the other splits are not read."""
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    names = [f"{name}/v_{name}_g0{g}_c01.avi" for g in (8, 9, 1, 2) for name in ("ApplyLipstick", "BasketballDunk")]
+    touch(*(tmp_path / "UCF-101" / name for name in names))
+    for name, text in (("classInd", "1 ApplyLipstick\r\n2 BasketballDunk\r\n"), ("trainlist02", "x/y.avi 1\r\n"),
+                       ("trainlist01", "".join(f"{name} {1 + i % 2}\r\n" for i, name in enumerate(names[:4]))),
+                       ("testlist01", "".join(f"{name}\r\n" for name in names[4:]))):
+        (tmp_path / f"ucfTrainTestlist/{name}.txt").write_text(text)
+    rows = [(f"UCF-101/{name}", name.split("/")[0]) for name in names]
+    assert opened_lists(tmp_path, monkeypatch) == [rows[:4], rows[4:]]
+
+
+@pytest.mark.parametrize("form", ["labels/{}.json", "something-something-v2-{}.json"])
+def test_ssv2_as_downloaded(form, tmp_path, monkeypatch):
+    (tmp_path / "labels").mkdir()
+    names = "Holding [something]", "Moving [something] up"
+    for split, ids in ("train", "1234"), ("validation", "56"):
+        rows = [dict(id=i, label="moving a cup up", template=names[int(i) % 2], placeholders=["a cup"]) for i in ids]
+        (tmp_path / form.format(split)).write_text(json.dumps(rows))
+        touch(*(tmp_path / f"20bn-something-something-v2/{i}.webm" for i in ids))
+    train, val = opened_lists(tmp_path, monkeypatch)
+    assert train[:2] == [("20bn-something-something-v2/1.webm", "Moving something up"),
+                         ("20bn-something-something-v2/2.webm", "Holding something")] and len(val) == 2
+    (tmp_path / form.format("train")).write_text('[{"id": "1"}]')
+    with pytest.raises(ValueError, match="train.json is not SSv2's: KeyError 'template'; wanted objects with id"):
+        opened_lists(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("folder", ["annotations/", ""])
+def test_k400_as_downloaded(folder, tmp_path, monkeypatch, capsys):
+    """One clip of train is gone, as some of YouTube's are: it is skipped, and counted."""
+    SKIPPED.clear()
+    for split in "train", "val":
+        rows = [(("abseiling", "air drumming")[i % 2], f"-{split}{i}", 7 + i, 17 + i) for i in range(4)]
+        table = tmp_path / f"{folder}{split}.csv"
+        touch(table, *(tmp_path / split / f"{name}_{a:06}_{b:06}.mp4" for _, name, a, b in rows[split == "train" :]))
+        table.write_text("label,youtube_id,time_start,time_end,split\n" + "".join(
+            f'"{label}",{name},{a},{b},{split}\n' for label, name, a, b in rows))
+    train, val = opened_lists(tmp_path, monkeypatch)
+    assert train[0] == ("train/-train1_000008_000018.mp4", "air drumming") and (len(train), len(val)) == (3, 4)
+    assert sum(SKIPPED.values()) == 1 and "that are not there; the first: " in capsys.readouterr().out
+
+
 def test_pyav_is_named_if_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    (tmp_path / "train.csv").write_text("a.mp4 1\nb.mp4 2")
-    (tmp_path / "val.csv").write_text("a.mp4 1\nb.mp4 2")
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / "train.csv").write_text(f"{tmp_path}/a.mp4 1\n{tmp_path}/b.mp4 2")
+    (tmp_path / "val.csv").write_text(f"{tmp_path}/a.mp4 1\n{tmp_path}/b.mp4 2")
     with pytest.raises(ValueError, match="PyAV is not installed; pip install -e .\\[eval\\]"):
         clips.open_clips(replace(C, data=str(tmp_path)), 16)
 

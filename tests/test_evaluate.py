@@ -1,6 +1,7 @@
 """evaluate.py end to end: every task on shapes, folders of photos, the cache, help, and mistakes in one line."""
 
 import json
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_folder(task, metric, own, weights, photos, tmp_path, capsys):
         weights = tmp_path
     (photos / "train/a/broken.png").write_text("<html>")
     result = run(capsys, "--task", task, "--weights", weights, "--data", photos, "--resolution", 32, *own)
-    assert result[metric] == 100 and (result["n_train"], result["n_val"]) == (12, 6)
+    assert result[metric] == 100 and (result["n_train"], result["n_val"], result["skipped"]) == (12, 6, 1)
     assert result["resolution"] == 32 and result["weights"] == str(weights)
 
 
@@ -70,7 +71,7 @@ def test_every_task_runs_on_shapes(task, tmp_path, capsys):
     words += ["--resolution", 64, "--seed", 1] + ["--iterations", 3] * ("iterations" in own)
     words += ["--out", tmp_path] * ("out" in own)
     found = run(capsys, *words)
-    assert np.isfinite(found[WANTED[task]]) and (found["task"], found["seed"]) == (task, 1)
+    assert np.isfinite(found[WANTED[task]]) and (found["task"], found["seed"], found["skipped"]) == (task, 1, 0)
     assert WANTED[task] == TASKS[task].metric and (tmp_path / f"{task}.png").is_file() == bool(TASKS[task].pictures)
     json.dumps(found, allow_nan=False)
 
@@ -125,13 +126,29 @@ def test_help_is_what_the_records_say(capsys):
     evaluate.main(["--task", "nyu", "--help"])
     one = capsys.readouterr().out
     assert all(option.note in one for option in TASKS["nyu"].all_options()) and "\nknn " not in one
-    assert "38400, shapes 300" in one and "--resolution 480, shapes 160" in one and "lower is better" in one
+    assert "--resolution native, shapes 160" in everything and "38400, shapes 300" in one
+    assert "--resolution 480, shapes 160" in one and "lower is better" in one
 
 
 def test_a_set_is_checked_before_weights_are_loaded(photos, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
     with pytest.raises(ValueError, match="has no folder JPEGImages"):
         evaluate.main(["--task", "davis", "--weights", "untrained:tiny", "--data", str(photos), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("task, more, says", [
+    ("linear", ["--tests", "nowhere"], "--tests: nowhere is no folder and no real.json"),
+    ("segmentation", ["--data", "shapes", "--out", "file/below"], "--out file/below: Not a directory"),
+    ("logreg", [], "logreg: sklearn is not installed; pip install -e"),
+    ("voc07", ["--data", "."], "voc07: sklearn is not installed")])
+def test_what_fails_does_so_before_weights_are_loaded(task, more, says, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    (photos / "file").touch()
+    if task in ("logreg", "voc07"):
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
+    with pytest.raises(ValueError, match=says):
+        evaluate.main(["--task", task, "--weights", "pixels", "--device", "cpu", "--data", str(photos), *more])
 
 
 @pytest.mark.parametrize("words, says", [

@@ -95,6 +95,9 @@ def test_cub(tmp_path):
         photo(folder / "images" / name, 60 * i)
     train, test = open_known("cub", tmp_path)
     assert contents(train) == [(0, "001.Albatross"), (60, "002.Auk")] and contents(test) == [(120, "001.Albatross")]
+    next((tmp_path / "CUB_200_2011/images").rglob("*.jpg")).unlink()
+    with pytest.raises(ValueError, match="cub's list names 1 of .* files that are not there; the first: .*jpg"):
+        open_known("cub", tmp_path)
 
 
 def test_sun397(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 from engine.metrics import IGNORE
 from sets import labels
 from tasks import TASKS
@@ -33,22 +34,107 @@ def test_images_and_annotations(task, ignore, wanted, tmp_path):
     assert n == dict(ade20k=150, camvid=11).get(task, 2 if ignore == 3 else 4)
 
 
-def test_cityscapes_and_voc(tmp_path):
-    grey = np.zeros((40, 60), np.uint8)
+def grey(value, size=(40, 60)):
+    return np.full(size, value, np.uint8)
+
+
+def test_labels_of_one_name_in_two_folders_are_two(tmp_path):
+    """Of train/a/1.jpg and train/b/1.jpg each has its own labels."""
+    for split in "training", "validation":
+        for k, room in enumerate("ab"):
+            write(tmp_path / f"images/{split}/{room}/1.jpg", photo(k))
+            write(tmp_path / f"annotations/{split}/{room}/1.png", grey(k))
+    train, val, n = labels.open_segmentation(TASKS["segmentation"].config(data=str(tmp_path)))
+    assert n == 2 and [[part.truth(i).max() for i in range(len(part))] for part in (train, val)] == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("unpacked", ["", "in folders"])
+def test_cityscapes_as_downloaded(unpacked, tmp_path):
+    """labelIds of 0 to 33 are its 19 classes, all others are ignored; labelTrainIds are used where they are."""
+    roots = [tmp_path / f"{zip}_trainvaltest" if unpacked else tmp_path for zip in ("leftImg8bit", "gtFine")]
+    ids = np.resize(np.arange(35, dtype=np.uint8), (40, 60))
     for split in "train", "val":
-        write(tmp_path / f"leftImg8bit/{split}/ulm/ulm_1_leftImg8bit.png", photo())
-        write(tmp_path / f"gtFine/{split}/ulm/ulm_1_gtFine_labelTrainIds.png", grey + 18)
-        write(tmp_path / f"JPEGImages/{split}1.jpg", photo())
-        write(tmp_path / f"SegmentationClass/{split}1.png", grey + 20)
-        (tmp_path / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"ImageSets/Segmentation/{split}.txt").write_text(f"{split}1\n")
-    for task, n, largest in ("cityscapes", 19, 18), ("voc", 21, 20):
-        train, val, found = labels.open_segmentation(TASKS[task].config(data=str(tmp_path)))
-        assert (len(train), len(val), found, train.truth(0).max()) == (1, 1, n, largest)
+        write(roots[0] / f"leftImg8bit/{split}/ulm/ulm_000000_000019_leftImg8bit.png", photo())
+        truth = roots[1] / f"gtFine/{split}/ulm/ulm_000000_000019_gtFine_labelIds.png"
+        write(truth, ids)
+        write(truth.with_name("ulm_000000_000019_gtFine_color.png"), photo())
+        write(truth.with_name("ulm_000000_000019_gtFine_instanceIds.png"), grey(9))
+        truth.with_name("ulm_000000_000019_gtFine_polygons.json").write_text("{}")
+    c = TASKS["cityscapes"].config(data=str(tmp_path))
+    train, val, n = labels.open_segmentation(c)
+    assert (len(train), len(val), n) == (1, 1, 19)
+    out = 255
+    assert train.truth(0).ravel()[:35].tolist() == [out] * 7 + [
+        0, 1, out, out, 2, 3, 4, out, out, out, 5, out, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, out, out, 16, 17, 18, out]
+    write(roots[1] / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelTrainIds.png", grey(18))
+    assert labels.open_segmentation(c)[1].truth(0).max() == 18
+
+
+def test_cityscapes_zips_want_to_be_unpacked(tmp_path):
+    (tmp_path / "gtFine_trainvaltest.zip").touch()
+    with pytest.raises(ValueError, match="has gtFine_trainvaltest.zip, not what is in it; unpack it there"):
+        labels.open_segmentation(TASKS["cityscapes"].config(data=str(tmp_path)))
+
+
+def write_voc(root, lists):
+    """Masks of VOC's own for a to d, 1 everywhere, and for all of them and e to f those of Aug, 2 everywhere."""
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for name in "abcdef":
+        write(root / f"JPEGImages/{name}.jpg", photo())
+        write(root / f"SegmentationClassAug/{name}.png", grey(2))
+        if name in "abcd":
+            write(root / f"SegmentationClass/{name}.png", grey(1))
+    for name, text in lists.items():
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text(text)
+    return TASKS["voc"].config(data=str(root))
+
+
+@pytest.mark.parametrize("lists", [
+    dict(aug="e\nf\n"), dict(train_aug="/JPEGImages/a.jpg /SegmentationClassAug/a.png\nb\ne\nf\n"),
+    dict(trainaug="a\nb\ne\nf\n")])
+def test_vocs_own_masks_come_first_and_score_alone(lists, tmp_path):
+    c = write_voc(tmp_path, dict(train="a\nb\n", val="c\nd\n") | lists)
+    train, val, n = labels.open_segmentation(c)
+    assert [train.truth(i).max() for i in range(len(train))] == [1, 1, 2, 2] and n == 21
+    assert [val.truth(i).max() for i in range(len(val))] == [1, 1]
+
+
+def test_voc_mistakes(tmp_path):
+    c = write_voc(tmp_path, dict(train="a\n", val="c\ne\n"))
+    with pytest.raises(ValueError, match="val.txt names 1 of 2 files that are not there; .*SegmentationClass/e.png"):
+        labels.open_segmentation(c)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("c\nd\n")
+    (tmp_path / "ImageSets/Segmentation/aug.txt").write_text("d\ne\n")
+    with pytest.raises(ValueError, match="aug.txt names 1 images of val.txt; train may not see d"):
+        labels.open_segmentation(c)
+
+
+@pytest.mark.parametrize("truth, says", [
+    (grey(1, (60, 40)), "b.png has 40x60 pixels, its image 60x40; wanted the image's"),
+    (grey(1, (20, 30)), "b.png has 30x20 pixels, its image 60x40"),
+    (photo(), "b.png has mode RGB; wanted class numbers"),
+    (grey(151), "b.png has label 151; wanted 150 classes from 1"),
+    (grey(0), "all labels of .*, train or val, are ignored")])
+def test_wrong_truths_of_val_are_named_before_weights_are_loaded(truth, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
+    for split in "training", "validation":
+        write(tmp_path / f"images/{split}/b.jpg", photo())
+        write(tmp_path / f"annotations/{split}/b.png", truth if split == "validation" else grey(1))
+    with pytest.raises(ValueError, match=says) as error:
+        evaluate.main(["--task", "ade20k", "--weights", "pixels", "--data", str(tmp_path), "--device", "cpu"])
+    assert "\n" not in str(error.value)
+
+
+def test_val_has_no_class_of_its_own(tmp_path):
+    for k, split in enumerate(("training", "validation")):
+        write(tmp_path / f"images/{split}/b.jpg", photo())
+        write(tmp_path / f"annotations/{split}/b.png", grey(k))
+    with pytest.raises(ValueError, match="val of .* has label 1, which no truth of train has; wanted one numbering"):
+        labels.open_segmentation(TASKS["segmentation"].config(data=str(tmp_path)))
 
 
 @pytest.mark.parametrize("task, says", [("ade20k", "has no folder images/training or images/train; ade20k wants one"),
-                                        ("voc", "has no folder SegmentationClassAug or SegmentationClass"),
+                                        ("voc", "has no folder JPEGImages; voc wants one"),
                                         ("nyu", "has no folder train; nyu wants one"),
                                         ("discovery", "has no folder JPEGImages/480p or JPEGImages")])
 def test_other_folders_are_named(task, says, tmp_path):

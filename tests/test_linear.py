@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from test_classify import problem, shuffled
 
+from engine.features import Frozen, Pixels
 from tasks import TASKS, linear
 
 CPU = torch.device("cpu")
@@ -45,3 +48,29 @@ def test_linear_is_a_function_of_its_seed():
     train, val = shuffled(problem(100, 6, 4, 1)), problem(100, 6, 4, 1, seed=1)
     results = [linear.sweep(train, val, 4, replace(SHORT, seed=seed), CPU) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("side, margin", [(80, True), (224, True), (256, True), (512, False), (768, False)])
+def test_the_margin_is_the_released_codes_at_224_and_none_from_512_on(side, margin):
+    """256/224 of the side, or the side; of a picture that is bright but for a frame of 1/25 of its side."""
+    image = torch.full((3, 1024, 1024), 100, dtype=torch.uint8)
+    image[:, 40:-40, 40:-40] = 200
+    (found,) = TASKS["linear"].view_at(side)(image, side, 16)
+    assert found.shape == (3, side, side) and (found[:, side // 2].min() > 190) == margin
+
+
+def test_corruptions_are_seen_whole(tmp_path, monkeypatch):
+    """They are stored as crops of 224: what the network sees of one at 224 is the file, pixel by pixel."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    for root in "train", "val", "c/fog/1", "c/fog/2", "c/fog/3", "c/fog/4", "c/fog/5":
+        for name in "ab":
+            (tmp_path / root / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / root / name / "1.png")
+    c = TASKS["linear"].config(data=str(tmp_path), tests=f"{tmp_path}/c", resolution=224, workers=0, iterations=1)
+    frozen, seen = Frozen(Pixels(), TASKS["linear"], c), {}
+    monkeypatch.setattr(frozen, "tokens_of", lambda views: seen.setdefault(len(seen), list(views)) and (
+        np.zeros((len(views), 4), np.float32), np.zeros((len(views), 0), np.float32)))
+    TASKS["linear"].run(TASKS["linear"].open(c), frozen, c)
+    file = torch.from_numpy(pixels).permute(2, 0, 1)
+    assert [torch.equal(views[0], file) for views in seen.values()] == [False, False] + [True] * 5

@@ -2,15 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 from test_evaluate import run
 from test_retrieval import unit
 
-from tasks import met
+from engine.features import Frozen, Pixels
+from tasks import TASKS, met
 
 
 def test_answers_are_the_formula():
@@ -50,3 +53,29 @@ def test_met_tells_exhibits_from_distractors(tmp_path, capsys):
     found, lost = run(capsys, *words), run(capsys, *words, "--control")
     assert found["accuracy"] == found["gap_minus"] == 100 and 80 < found["gap"] <= 100
     assert (found["n_images"], found["n_queries"]) == (8, 9) and lost["accuracy"] < 50
+    assert run(capsys, *words[:-2])["resolution"] == 0                                   # as large as they are
+
+
+def test_met_is_seen_as_large_as_it_is():
+    """500 x 300 is 512 x 304, nothing of it black; images of other sizes go through the network beside it, in order."""
+    class Photos:
+        def __len__(self):
+            return 5
+
+        def load(self, i):
+            return torch.full((3, (300, 500)[i % 2], (500, 300)[i % 2]), 100 + i, dtype=torch.uint8)
+
+        def label(self, i):
+            return i
+
+    seen, task = [], TASKS["met"]
+    c = task.config(data="MET", workers=0, batch=2)
+    frozen = Frozen(Pixels(), task, replace(c, resolution=task.sides[0]))
+    frozen.model.register_forward_pre_hook(lambda *_: 1 / 0)
+    thumbnail = frozen.model.thumbnail
+    frozen.model.thumbnail = lambda x: (seen.append((tuple(x.shape), x.std((2, 3)).max().item())), thumbnail(x))[1]
+    cls = frozen.tokens("database", Photos()).cls
+    assert [shape for shape, _ in seen] == [(2, 3, 304, 512), (2, 3, 512, 304), (1, 3, 304, 512)]
+    assert max(spread for _, spread in seen) < 1e-3
+    exact = [((100 + i) / 255 - 0.485) / 0.229 for i in range(5)]
+    assert cls[:, 0].tolist() == pytest.approx(exact, abs=1e-5)

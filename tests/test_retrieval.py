@@ -79,7 +79,23 @@ def test_amstertime_folder(tmp_path, capsys):
     assert found["map"] == found["map_new_to_old"] == found["map_old_to_new"] == 100 and found["n_queries"] == 3
 
 
-def test_met_is_a_task_of_its_own(tmp_path):
-    (tmp_path / "MET_database.json").write_text("[]")
+@pytest.mark.parametrize("paths, says", [
+    (["cat/1.jpg", "cat/2.jpg"], "has 1 folders of images, .*; retrieval wants at least 2 classes"),
+    (["1.jpg", "2.jpg"], "has 0 folders of images"),
+    (["cat/1.jpg", "dog/2.jpg", "3.jpg"], "has 2 folders of images, in which there should be all"),
+    (["cat/1.jpg", "dog/2.jpg"], "no image of .* has another one of its class")])
+def test_one_class_is_no_retrieval(paths, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
+    for path in paths:
+        photo(tmp_path / "photos" / path, RED)
+    with pytest.raises(ValueError, match=says):
+        evaluate.main(["--task", "retrieval", "--weights", "pixels", "--data", f"{tmp_path}/photos", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("lists", ["", "ground_truth/"])
+def test_met_is_a_task_of_its_own(lists, tmp_path):
+    (tmp_path / lists).mkdir(exist_ok=True)
+    (tmp_path / f"{lists}MET_database.json").write_text("[]")
     with pytest.raises(ValueError, match="is Met, which has a task of its own; write --task met"):
         evaluate.main(["--task", "retrieval", "--weights", "pixels", "--data", str(tmp_path), "--device", "cpu"])

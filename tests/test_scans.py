@@ -51,3 +51,18 @@ def test_a_view_without_its_pose_is_named(scan):
     (Path(scan.data) / "f1.pose.txt").unlink()
     with pytest.raises(ValueError, match="f1.pose.txt is not there"):
         Scan(scan)
+
+
+def test_odd_files_are_named(scan):
+    pose, depth = Path(scan.data) / "f1.pose.txt", Path(scan.data) / "f1.depth.png"
+    good = pose.read_text()
+    for text, says in ("1 2 3", "f1.pose.txt has numbers of shape .3,.; wanted 4 x 4, all finite"), (
+            good.replace(good.split()[0], "nan", 1), "f1.pose.txt has numbers of shape .4, 4.; wanted"), (
+            "one", "f1.pose.txt cannot be read: .*; wanted 4 x 4 numbers"):
+        pose.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            Scan(scan)
+    pose.write_text(good)
+    write(depth, np.zeros((48, 64), np.uint8))
+    with pytest.raises(ValueError, match="f1.depth.png has mode L; wanted 16 bits, millimetres"):
+        Scan(scan)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from decoders import DECODERS
-from engine.task import EvaluateConfig, Option, Paper, Task, by_size
+from engine.task import SKIPPED, EvaluateConfig, Option, Paper, Task, by_size, skip
 from engine.views import fitted
 from tasks import TASKS
 
@@ -41,13 +41,32 @@ def test_settings_are_those_that_the_metrics_do_not_name():
     assert TASK.settings(c, {})["lr"] == 2.0
 
 
+def test_out_must_be_writable(tmp_path):
+    (tmp_path / "file").touch()
+    task = replace(TASK, pictures="a dancer")
+    task.check(task.config(out=str(tmp_path / "new/folder")))
+    assert (tmp_path / "new/folder").is_dir() and not list((tmp_path / "new/folder").iterdir())
+    with pytest.raises(ValueError, match="--out .*/file/below: Not a directory; name a folder that can be written"):
+        task.check(task.config(out=str(tmp_path / "file/below")))
+
+
+def test_skipped_is_named_and_counted_once(capsys):
+    SKIPPED.clear()
+    for _ in range(2):
+        skip("3 photos; the first: a.jpg", 3)
+        skip("unreadable b.jpg")
+    assert sum(SKIPPED.values()) == 4 and capsys.readouterr().out.count("skipped 3 photos; the first: a.jpg\n") == 2
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_records_are_whole(name):
     """What --help prints is there, options are of one type everywhere, views and decoders exist."""
     task = TASKS[name]
     assert task.name == name and task.layout and task.metric and task.wants in ("tokens", "maps")
-    assert task.control in ("truth", "patches") and all(isinstance(side, int) and side > 0 for side in task.sides)
-    assert set(task.decoders) <= DECODERS.keys() and (task.view is not fitted or task.wants == "maps")
+    assert task.control in ("truth", "patches") and all(isinstance(side, int) and side >= 0 for side in task.sides)
+    assert task.sides[1] > 0 or not task.shapes
+    assert set(task.decoders) <= DECODERS.keys() and (
+        task.view is not fitted or task.wants == "maps" or task.sides[0] == 0)
     kinds = {option.name: type(option.default) for other in TASKS.values() for option in other.all_options()}
     common = EvaluateConfig.__dataclass_fields__
     for option in task.all_options():

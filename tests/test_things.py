@@ -20,3 +20,16 @@ def test_images_are_seen_once(tmp_path):
     pairs, things = open_pairs(c)
     assert len(pairs) == 2 and things.names == sorted({f"cat/{x}{k}.png" for x in "ab" for k in range(2)})
     assert len(things) == 4 and things.image(0).shape == (3, 40, 60) and pairs[0]["box"] == 59
+
+
+def test_odd_pairs_are_named(tmp_path):
+    point = [[10.0, 10.0]]
+    c = spair(tmp_path, [("cat", (60, 40), (60, 40), [0, 0, 59, 39], point, point)])
+    (tmp_path / "JPEGImages/cat/b0.png").unlink()
+    with pytest.raises(ValueError, match="PairAnnotation/test names 1 of 2 files that are not there; .*b0.png"):
+        open_pairs(c)
+    (path,) = (tmp_path / "PairAnnotation/test").glob("*.json")
+    for text, says in ('{"category": "cat"}', "has no src_imname; wanted"), ("[", "no object of JSON: "):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            open_pairs(c)

@@ -152,7 +152,8 @@ def test_davis_folder(top, tmp_path):
     assert found["n_objects"] == 2 and found["chance_j"] == pytest.approx(100 * np.mean([18 / 22, 16 / 24]))
 
 
-def test_two_frames_are_too_few(tmp_path):
+def test_two_frames_are_too_few(tmp_path, capsys):
     c = davis(tmp_path, 2)
     with pytest.raises(ValueError, match="no video of .* has an object in its first frame and three frames"):
         tracking.run(tracking.open_videos(c), Frozen(Pixels(), TASKS["davis"], c), c)
+    assert capsys.readouterr().out.count("skipped object 1 of ") == 2

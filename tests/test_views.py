@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from engine.views import centre_crop, fitted, letterbox, mirrored, nearest, squared
+from engine.views import centre_crop, fitted, letterbox, middle, mirrored, nearest, padded, squared
 
 
 @pytest.mark.parametrize("height, width", [(300, 400), (401, 256), (256, 256), (1000, 320), (3, 5), (1, 1), (1, 300)])
@@ -44,3 +44,31 @@ def test_nearest_picks_values():
     truth = np.random.default_rng(0).integers(0, 9, (13, 17))
     exact = F.interpolate(torch.tensor(truth)[None, None].float(), (7, 40), mode="nearest-exact")[0, 0].numpy()
     np.testing.assert_array_equal(nearest(truth, (7, 40)), exact)
+
+
+@pytest.mark.parametrize("height, width", [(224, 224), (300, 400), (500, 375)])
+def test_middle_has_no_margin(height, width):
+    """A stored crop of 224 stays what it is; of a photo nothing of the short side is lost."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8))
+    (found,) = middle(image, 224, 16)
+    short = min(height, width)
+    size = [round(side * 224 / short) for side in (height, width)]
+    exact = tv.resize(image, size, tv.InterpolationMode.BICUBIC, antialias=True)
+    top, left = ((side - 224) // 2 for side in size)
+    assert torch.equal(found, exact[:, top : top + 224, left : left + 224])
+    assert height != 224 or torch.equal(found, image)
+
+
+def test_side_0_is_near_native():
+    assert [tuple(fitted(torch.zeros(3, *size, dtype=torch.uint8), 0, 16)[0].shape[1:]) for size in (
+        (300, 500), (500, 333), (16, 32))] == [(304, 512), (512, 336), (16, 32)]
+
+
+def test_padded_is_the_image_and_grey_below_and_right():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 20, 50), dtype=np.uint8))
+    (found,) = padded(image, 0, 16)
+    assert found.shape == (3, 32, 64) and torch.equal(found[:, :20, :50], image)
+    assert found[:, 20:].flatten(1).unique(dim=1)[:, 0].tolist() == [124, 116, 104] == found[:, 3, 60].tolist()
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    assert ((found[:, 25, 5] / 255 - mean) / std).abs().max() < 1 / 120
+    assert padded(image, 40, 16)[0].shape == (3, 48, 112) and padded(image[:, :16, :32], 0, 16)[0].shape == (3, 16, 32)

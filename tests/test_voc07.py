@@ -30,6 +30,7 @@ def write_voc(root, splits):
         names = [f"{split}_{i:03}" for i in range(len(images))]
         (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(names) + "\n")
         for name, objects in zip(names, images, strict=True):
+            (root / f"JPEGImages/{name}.jpg").touch()
             text = "".join(f"<object><name>{k}</name><difficult>{hard:d}</difficult><part><name>head</name></part>"
                            "</object>" for k, hard in objects)
             (root / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
@@ -51,7 +52,7 @@ def voc(tmp_path):
     splits = dict(trainval=scenes(150, 0), test=scenes(400, 1))
     write_voc(tmp_path, {name: objects for name, (_, objects) in splits.items()})
 
-    def tokens(name, source):
+    def tokens(name, source, view=None):
         rows = torch.tensor([source.label(i) for i in range(len(source)) if i != 5])
         return SimpleNamespace(cls=splits[name][0][rows], labels=rows)
 
@@ -124,8 +125,25 @@ def test_voc07_mistakes(voc):
                         (dict(limit=2), "voc07: all or none of 1 images to fit show")):
         with pytest.raises(ValueError, match=says):
             score(frozen, **dict(data=str(root)) | wrong)
+    (root / "Annotations/test_007.xml").write_text("<annotation><object><name>cow</name></object></annotation>")
+    with pytest.raises(ValueError, match="test of .* shows cow, which trainval does not"):
+        score(frozen, data=str(root))
+    (root / "JPEGImages/trainval_003.jpg").unlink()
+    with pytest.raises(ValueError, match="trainval.txt names 1 of 150 files that are not there; .*trainval_003.jpg"):
+        score(frozen, data=str(root))
+    (root / "JPEGImages/trainval_003.jpg").touch()
     (root / "Annotations/trainval_007.xml").write_text("<annotation>")
     with pytest.raises(ValueError, match="trainval_007.xml cannot be read .*; wanted Annotations of all"):
         score(frozen, data=str(root))
     with pytest.raises(ValueError, match="none of the images to score has an object that counts"):
         voc07.mean_precision(np.zeros((2, 1)), np.zeros((2, 1), bool), np.ones((2, 1), bool))
+
+
+@pytest.mark.parametrize("name", ["voc07", "logreg"])
+@pytest.mark.parametrize("side", [224, 512])
+def test_no_margin_is_cut_away(name, side):
+    """The released 224/224, the paper's 512/512: of a square nothing is lost."""
+    image = torch.full((3, 600, 600), 100, dtype=torch.uint8)
+    image[:, 24:-24, 24:-24] = 200
+    (found,) = TASKS[name].view(image, side, 16)
+    assert found.shape == (3, side, side) and found[:, 0].max() == 100 == found[:, :, -1].max()
