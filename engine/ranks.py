@@ -3,7 +3,7 @@ Where a process stands among the others that torchrun started, its device, and w
 
     start_ranks        --device -> Ranks, with a process group if there are several
     exchange, leading  Python objects between ranks; rank 0's part, after which, well or not, the others may leave
-    choose_precision   auto -> bf16 or fp32
+    choose_precision   auto -> bf16 or fp32          readers    -1 -> processes that read images
 """
 
 import os
@@ -83,6 +83,12 @@ def leading(ranks):
         failure = failure or error
     if failure:
         raise failure
+
+
+def readers(workers):
+    """--workers, or the cores that this process may use, shared out among the ranks of this machine, less one"""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return workers if workers >= 0 else max(1, min(12, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def choose_precision(precision, device):

@@ -62,11 +62,11 @@ def main_object(vector, grid):
     return object
 
 
-def boxes_at(i, device, maps, source):
+def boxes_at(i, frozen, maps, source):
     """Of the main object of image i, at each threshold:  thresholds 4, in pixels"""
     (m,), (H, W) = maps[i], source.image(i).shape[1:]
     (h, w), found = m.shape[:2], []
-    for vector in cut_graph(torch.from_numpy(m).to(device)):
+    for vector in cut_graph(torch.from_numpy(m).to(frozen.device)):
         rows, cols = np.nonzero(main_object(vector, (h, w)))
         found.append((cols.min() * W / w, rows.min() * H / h, (cols.max() + 1) * W / w, (rows.max() + 1) * H / h))
     return [np.array(found)]

@@ -1,5 +1,7 @@
 """tasks/discovery.py: an oracle's box is found, noise's is not; the cut against scipy, the object by its component."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -52,5 +54,5 @@ def test_boxes_are_in_pixels_of_an_image_that_is_not_square():
     m[..., 0], m[1:3, 2:5] = 1, (0, 1)
     source = Source([None])
     source.image = lambda i: image
-    (found,) = discovery.boxes_at(0, torch.device("cpu"), [[m]], source)
+    (found,) = discovery.boxes_at(0, SimpleNamespace(device=torch.device("cpu")), [[m]], source)
     assert found.tolist() == [[30, 10, 75, 30]] * len(discovery.THRESHOLDS)
