@@ -129,7 +129,8 @@ class ConvNeXt(nn.Module):
         features = [self.layers(group, [3])[0] for group in ([images] if one else images)]
         return features[0] if one else features
 
-    def layers(self, images, indices):
+    def layers(self, images, indices, norm=True):
+        """Features after each of these stages, 0-based; norm: those of the last after the final norm"""
         bad = [i for i in indices if not 0 <= i < 4]
         if bad:
             raise ValueError(f"ConvNeXt.layers: no stage {bad[0]}; this network has stages 0 to 3")
@@ -143,7 +144,7 @@ class ConvNeXt(nn.Module):
                 else:
                     x = block(x)
             if i in indices:
-                found[i] = self.unpack(x, self.norm if i == 3 else nn.Identity())
+                found[i] = self.unpack(x, self.norm if norm and i == 3 else nn.Identity())
         return [found[i] for i in indices]
 
     def unpack(self, x, norm):

@@ -20,10 +20,10 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 
 from engine import config as command_line
-from engine.chunks import serve
+from engine.chunks import kept, serve, turn
 from engine.features import Frozen, chosen_layers, describe, load, whole_patches
 from engine.layouts import size_of
-from engine.ranks import leading, start_ranks
+from engine.ranks import choose_precision, count_workers, leading, start_ranks
 from engine.task import SKIPPED, EvaluateConfig
 from tasks import TASKS
 
@@ -31,19 +31,37 @@ from tasks import TASKS
 def evaluate(c):
     """Runs one task; returns its line of JSON as a dict, or None on a rank that served."""
     start, task, ranks = time.perf_counter(), TASKS[c.task], start_ranks(c.device, talk=True)
+    c = replace(c, precision=choose_precision(c.precision, ranks.device))
     if ranks.rank:
         with redirect_stdout(None):
-            frozen = Frozen(load(c.weights, c.size), task, c, ranks)
+            frozen = network(task, c, ranks)
         return serve(frozen, c, ranks)
     SKIPPED.clear()
-    with leading(ranks):
+    with leading(ranks), kept(c) as c:
         data = task.open(c)  # what is wrong with it is said before any weights are loaded
-        frozen = Frozen(load(c.weights, c.size), task, c, ranks)
-        metrics = task.run(data, frozen, c)
+        frozen = network(task, c, ranks)
+        metrics = by_block(task, data, frozen, c) if getattr(c, "layers", "") == "each" else task.run(data, frozen, c)
     size = "" if c.weights == "pixels" else size_of(frozen.model.config)
     return dict(task=c.task, weights=c.weights, data=c.data, **metrics, **task.beside(c, size, metrics),
                 **task.settings(c, metrics), skipped=sum(SKIPPED.values()), ranks=ranks.count,
                 seconds=round(time.perf_counter() - start, 1))
+
+
+def network(task, c, ranks):
+    """Read and put on its device by one rank of a machine after the other: the host has room for one, not for eight."""
+    with turn("reading"):
+        return Frozen(load(c.weights, c.size, c.precision), task, c, ranks)
+
+
+def by_block(task, data, frozen, c):
+    """The task once for every block:  those of the last one, and {METRIC_by_block: the one that counts, of each}"""
+    scores = []
+    for block in range(frozen.model.config.depth):
+        frozen.layers = [block]
+        metrics = task.run(data, frozen, replace(c, layers=str(block)))
+        scores.append(metrics[task.metric])
+        print(f"block {block:3} {task.metric} {scores[-1]:.3f}")
+    return metrics | {f"{task.metric}_by_block": scores}
 
 
 def task_of(argv):
@@ -72,7 +90,7 @@ def configure(argv):
     task.check(c)
     config = describe(c.weights)
     side, patch = c.resolution or task.sides[c.data == "shapes"], config.patch_size
-    c = replace(c, resolution=c.resolution or -(-side // patch) * patch)
+    c = replace(c, resolution=c.resolution or -(-side // patch) * patch, workers=count_workers(c.workers))
     chosen_layers(c, config)
     if task.wants == "maps" and c.resolution:
         whole_patches(c, config)

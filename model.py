@@ -360,7 +360,8 @@ class ViT(nn.Module):
         features = self.unpack(x, packing, images, grids)
         return features[0] if one else features
 
-    def layers(self, images, indices):
+    def layers(self, images, indices, norm=True):
+        """Features after each of these blocks, 0-based; norm: after the final norm, too"""
         bad = [i for i in indices if not 0 <= i < self.config.depth]
         if bad:
             raise ValueError(f"ViT.layers: no block {bad[0]}; this network has blocks 0 to {self.config.depth - 1}")
@@ -369,7 +370,7 @@ class ViT(nn.Module):
         for i, (block, rope, subsets) in enumerate(zip(self.blocks, packing.rope, packing.subsets, strict=True)):
             x = block(x, rope, subsets)
             if i in indices:
-                found[i] = self.unpack(x, packing, [images], grids)[0]
+                found[i] = self.unpack(x, packing, [images], grids, norm)[0]
         return [found[i] for i in indices]
 
     def embed(self, images, masks, noise):
@@ -389,7 +390,7 @@ class ViT(nn.Module):
         packing = Packing(self.config, self.rope_embed.periods, grids, n_images, noise)
         return torch.cat(tokens) if len(tokens) > 1 else tokens[0], packing, grids             # T D
 
-    def unpack(self, x, packing, images, grids):
+    def unpack(self, x, packing, images, grids, norm=True):
         """Packed tokens -> Features of each crop group, after the final norm."""
         R, features = self.config.n_registers, []
         sizes = [len(image) * N for image, N in zip(images, packing.n_tokens, strict=True)]
@@ -400,7 +401,8 @@ class ViT(nn.Module):
             if own:
                 prefix, patches = self.local_cls_norm(prefix), self.norm(patches)
             else:
-                prefix, patches = self.norm(tokens).split([1 + R, tokens.shape[1] - 1 - R], dim=1)
+                tokens = self.norm(tokens) if norm else tokens
+                prefix, patches = tokens.split([1 + R, tokens.shape[1] - 1 - R], dim=1)
             features.append(Features(prefix[:, 0], prefix[:, 1:], patches, grids[i]))
         return features
 

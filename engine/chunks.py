@@ -3,28 +3,33 @@ What many images are turned into, on disk and not in memory: in files of some im
 
     Job, make      files that are wanted; those that are not there are dealt out to the ranks
     serve          ranks other than 0: they make their share of all that rank 0 asks for
-    Stored         the arrays of each image, read when they are asked for
-    Keyed          the folder that files lie in, named after all that they depend on
+    Stored, Table  the arrays of each image, the rows of all: read when they are asked for
+    Keyed, kept    the folder that files lie in, named after all that they depend on; where, without --cache
 
 Rank 0 alone runs a task; the others wait until it wants files, make theirs, and leave when it is done. So the files
 are those that one process would have made, and so is the score. They are safetensors, each whole or not there: what
 was cut short goes on. Dimension letters: see the top of model.py.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from itertools import islice
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -34,7 +39,7 @@ from tqdm import tqdm
 from data import loader
 from engine.ranks import exchange
 
-FORMAT = 2       # of the files and of what they are named after: a cache of another one is not read
+FORMAT = 3       # of the files, and of what features.py does: a cache of another one is not read
 PATIENCE = 90    # seconds: an NFS client may remember for 60 that a file was not there
 DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I64=np.int64, U8=np.uint8)
 SHARED = "ranks of several machines need a --cache on a disk that all of them see"
@@ -64,20 +69,60 @@ class Several(Dataset):
         return self.datasets[place[0]][place[1]]
 
 
+@contextmanager
+def turn(name):
+    """One process of this user and machine after the other"""
+    with open(own_folder(name), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def own_folder(name):
+    return Path(tempfile.gettempdir(), f"nanodino-{os.getuid()}-{name}")
+
+
+@contextmanager
+def kept(c):
+    """
+    c with a --cache, if it has none of its own in TMPDIR: what is cut short, the same command goes on with; after
+    success it is gone. Of two that run at once, each has its own.
+    """
+    if c.cache:
+        yield c
+        return
+    digest = hashlib.sha256(repr(c).encode()).hexdigest()[:12]
+    with ExitStack() as stack:
+        for k in count():
+            folder = own_folder(f"{digest}-{k}")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                continue  # the same command is running
+        try:
+            yield replace(c, cache=str(folder))
+        except BaseException:
+            if any(folder.glob("*/*.safetensors")):
+                print(f"{folder} has the features so far; the same command goes on with them", file=sys.stderr)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Keyed:
     """Where files are kept: in --cache one for all that they depend on; else one that is gone with this object."""
 
-    def __init__(self, model, c, about):
+    def __init__(self, about, c):
+        """about  what they depend on, fit for JSON: see keys.py"""
         if not c.cache:
             self.path = Path(tempfile.mkdtemp(prefix="nanodino-"))
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)  # when Python ends, at the latest
             return
-        digest = hashlib.sha1(repr(getattr(model, "config", "")).encode())
-        for name, x in model.state_dict().items():
-            digest.update(name.encode() + x.flatten()[:1024].float().cpu().numpy().tobytes())
-        about = about | dict(format=FORMAT, data=str(c.data), resolution=c.resolution, limit=c.limit)
-        digest.update(json.dumps(about, sort_keys=True).encode())
-        self.path = Path(c.cache, digest.hexdigest()[:16])
+        about = json.dumps(about | dict(format=FORMAT), sort_keys=True)
+        self.path = Path(c.cache, hashlib.sha256(about.encode()).hexdigest()[:16])
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -150,8 +195,9 @@ def share(jobs, worker, c, ranks):
     for folder in {path.parent for _, path, _ in mine}:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not there: {SHARED}")
-    ahead = dict(prefetch_factor=max(c.batch // c.workers, 2)) if c.workers else {}
-    stream = loader(Several([job.dataset for job in jobs]), places, c.workers, **ahead) if mine else []
+    workers = 0 if all(isinstance(job.dataset, range) for job in jobs) else c.workers  # numbers need no reader
+    ahead = dict(prefetch_factor=max(c.batch // workers, 2)) if workers else {}
+    stream = loader(Several([job.dataset for job in jobs]), places, workers, **ahead) if mine else []
     with tqdm(stream, jobs[0].name, len(places), unit="img", leave=False, disable=ranks.rank > 0 or None) as bar:
         stream = iter(bar)
         for k, path, items in mine:
@@ -218,6 +264,40 @@ class Row:
 
     def __getitem__(self, k):
         return read(*self.places[k])
+
+
+class Table:
+    """
+    n rows of F float32 that lie in files, read when they are asked for, as of a tensor: len, shape, split, [rows]
+
+    files  {name: what `read` wants, n F'} each    names  columns, side by side in F
+    """
+    def __init__(self, files, names, folder=None):
+        self.places, self.folder = [[file[name] for name in names] for file in files], folder
+        self.starts = np.cumsum([0, *(place[0][2][0] for place in self.places)])
+        self.shape = int(self.starts[-1]), sum(shape[1] for _, _, shape, _ in self.places[0])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """Rows in any order, each run of neighbours in one piece;  slice or n -> n F, on the host"""
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        out, order = np.empty((len(rows), self.shape[1]), np.float32), np.argsort(rows, kind="stable")
+        file = np.searchsorted(self.starts, rows[order], "right") - 1
+        ends = np.flatnonzero((np.diff(rows[order]) != 1) | (np.diff(file) != 0)) + 1
+        for run in np.split(order, ends) if len(rows) else ():
+            k = int(np.searchsorted(self.starts, rows[run[0]], "right")) - 1
+            first, left = int(rows[run[0]] - self.starts[k]), 0
+            for path, dtype, (_, width), offset in self.places[k]:
+                skipped = first * width * np.dtype(dtype).itemsize
+                out[run, left : left + width] = read(path, dtype, (len(run), width), offset + skipped)
+                left += width
+        return torch.from_numpy(out)
+
+    def split(self, size):
+        """Parts of so many rows, one after the other, each read when it is its turn"""
+        return (self[start : start + size] for start in range(0, len(self), size))
 
 
 def named(images):

@@ -1,7 +1,7 @@
 """
 A frozen network, and what it says of images: once, in order, on disk, by any number of ranks. See chunks.py.
 
-    Frozen    tokens, maps, live: class tokens, patches on disk, patches at once;  keep, each: truths, scores, on disk
+    Frozen    tokens, maps: on disk;  walk, live: patches, on none;  keep, each: truths, scores, on disk
     Pixels    the floor under every feature: the image itself
     load      --weights -> network;  describe: its config alone, before anything is loaded
 
@@ -10,8 +10,8 @@ Dimension letters: see the top of model.py.
 
 import json
 import zlib
-from functools import partial
-from itertools import dropwhile
+from functools import cached_property, partial
+from itertools import groupby, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from convnext import CONVNEXT_SIZES, ConvNeXt, resize_map
-from engine.chunks import Computed, Job, Keyed, Stored, index, make, named, read
-from engine.ranks import Ranks
+from data import loader
+from engine.chunks import Computed, Job, Keyed, Stored, Table, index, make, named, read
+from engine.keys import code_of, files_of, weights_of
+from engine.ranks import Ranks, choose_precision
 from engine.task import skip
 from model import SIZES, Features, ViT, build
 from weights import identify, load_backbone
@@ -44,7 +46,7 @@ class Pixels(nn.Module):
         patches = x.flatten(2).transpose(1, 2)                                                 # B P 48
         return Features(self.thumbnail(images), patches[:, :0], patches, tuple(x.shape[2:]))
 
-    def layers(self, images, indices):
+    def layers(self, images, indices, norm=True):
         return [self(images) for _ in indices]
 
     def thumbnail(self, images):
@@ -65,18 +67,23 @@ def describe(weights):
     return UNTRAINED[name]
 
 
-def load(weights, size=""):
-    """--weights, --size -> the network, in eval mode"""
+def load(weights, size="", precision="fp32"):
+    """--weights, --size, --precision -> the network, in eval mode, its parameters in that type"""
     if weights == "pixels":
         return Pixels()
     if weights.startswith("untrained:"):
         config = describe(weights)
         return build(lambda: (ViT if weights.partition(":")[2] in SIZES else ConvNeXt)(config)).eval()
-    return load_backbone(weights, size or None)
+    net = load_backbone(weights, size or None, torch.bfloat16 if precision == "bf16" else torch.float32)
+    for norm in (module for module in net.modules() if isinstance(module, nn.LayerNorm)):
+        norm.float()  # they see the residual stream, which stays float32
+    return net
 
 
 def chosen_layers(c, config):
     """--layers -> blocks; [] = the last. Raises ValueError."""
+    if getattr(c, "layers", "") == "each":
+        return [config.depth - 1]
     names = c.layers.split(",") if getattr(c, "layers", "") else []
     if not all(layer.isdecimal() and int(layer) < config.depth for layer in names):
         raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; this network has {config.depth}")
@@ -92,25 +99,27 @@ def whole_patches(c, config):
 
 
 class Tokens:
-    """Of the images of a source that could be read:  cls n D,  patches n D, their mean,  labels n;  read when asked."""
+    """Of the images of a source that could be read:  cls n D,  patches n D, their mean;  their rows in it, labels n"""
 
-    def __init__(self, job):
+    def __init__(self, job, source):
         self.folder, self.files = job.folder, [index(path) for path in job.chunks]
+        read_rows = [read(*file["rows"]) for file in self.files]
+        self.rows = [items[k] for items, rows in zip(job.chunks.values(), read_rows, strict=True) for k in rows]
+        self.labels = torch.tensor([source.label(row) for row in self.rows])  # never from disk: folders are renamed
+        self.files = [file for file, rows in zip(self.files, read_rows, strict=True) if rows.size]
 
-    def column(self, name):
-        found = [read(*file[name]) for file in self.files if read(*file["labels"]).size]
-        return torch.from_numpy(np.concatenate(found))
+    def table(self, *names):
+        """The named ones side by side, on disk until a row is asked for"""
+        return Table(self.files, names, self.folder)
 
-    cls = property(lambda self: self.column("cls"))
-    patches = property(lambda self: self.column("patches"))
-    labels = property(lambda self: self.column("labels"))
+    cls = property(lambda self: self.table("cls")[:])
+    patches = property(lambda self: self.table("patches")[:])
 
 
 class Frozen:
     """
     model    a network in eval mode; a ConvNeXt's map is resized to patches of 16 pixels
     task     the record: its view is what the network sees if no other is named, its control may scatter patches
-    coming   calls of `maps` to come, in their order: ranks share out as many sources at once as there are ranks
 
     Each rank has one; rank 0 calls it, the others serve.
     """
@@ -118,10 +127,11 @@ class Frozen:
         self.c, self.ranks = c, ranks or Ranks()
         self.device, config = self.ranks.device, model.config
         self.model = model.to(self.device)
-        self.layers, self.scattered = chosen_layers(c, config), c.control and task.control == "patches"
+        self.layers, self.norm = chosen_layers(c, config), getattr(c, "norm", True)
+        self.precision = choose_precision(c.precision, self.device)
+        self.scattered = c.control and task.control == "patches"
         self.mean, self.std = (torch.tensor(v, device=self.device)[:, None, None] for v in (config.mean, config.std))
         self.view = self.seen(task.view_at(c.resolution))
-        self.coming, self.ready = [], {}
 
     def seen(self, view):
         """A view with this side and this network's patches:  image -> list of C H W uint8"""
@@ -136,8 +146,9 @@ class Frozen:
         returns  Tokens; images that cannot be read are left out, and named;  raises ValueError if none can be
         """
         size, view = -(-ROWS // self.c.batch) * self.c.batch, view or self.view
-        images = Computed(partial(labelled, source=source, view=view))
-        job = self.job(name, images, len(source), pack_tokens, size, view=view.func.__name__, more=view.keywords)
+        images = Computed(partial(loaded, source=source, view=view))
+        job = self.job(name, images, len(source), partial(pack_tokens, layers=self.layers), size, (view, source),
+                       view=view.func.__name__, more=view.keywords, layers=self.layers)
         make([job], self, self.c, self.ranks)
         unreadable = [error for path in job.chunks
                       for error in json.loads(read(*index(path)["unreadable"]).tobytes())]
@@ -145,7 +156,7 @@ class Frozen:
             skip(f"unreadable {error}")
         if len(unreadable) == len(source):
             raise ValueError(f"--data: none of {len(source)} images could be read; the first: {unreadable[0]}")
-        return Tokens(job)
+        return Tokens(job, source)
 
     @torch.no_grad()
     def tokens_of(self, views):
@@ -153,7 +164,7 @@ class Frozen:
         x = self.network_input(views)
         if isinstance(self.model, Pixels):
             return self.model.thumbnail(x).cpu().numpy(), np.empty((len(x), 0), np.float32)
-        features = self.model(x)
+        (features,) = self.network(x, self.layers)
         return features.cls.float().cpu().numpy(), features.patches.mean(1).float().cpu().numpy()
 
     # ---- of patches
@@ -165,34 +176,42 @@ class Frozen:
         returns  Stored: for each image the maps of its views, h w D float16, after the final norm;  raises ValueError
                  for an image that cannot be read
         """
-        if name not in self.ready:
-            self.coming = list(dropwhile(lambda call: call[0] != name, self.coming))
-            calls = self.coming[: self.ranks.count] or [(name, source)]
-            jobs = [self.maps_job(*call, views or self.view, layers) for call in calls]
-            make(jobs, self, self.c, self.ranks)
-            self.ready |= {job.name: Stored(job) for job in jobs}
-        return self.ready.pop(name)
+        layers, views = self.layers if layers is None else layers, views or self.view
+        job = self.job(name, Computed(partial(views_at, source=source, views=views)), len(source),
+                       partial(pack_maps, layers=layers), CHUNK, (views, source), task=self.c.task, layers=layers,
+                       views=views.func.__name__, more=views.keywords, scattered=self.scattered)
+        make([job], self, self.c, self.ranks)
+        return Stored(job)
 
-    def maps_job(self, name, source, views, layers):
-        layers = self.layers if layers is None else layers
-        return self.job(name, Computed(partial(views_at, source=source, views=views)), len(source),
-                        partial(pack_maps, layers=layers), CHUNK, task=self.c.task, layers=layers,
-                        views=views.func.__name__, more=views.keywords, scattered=self.scattered)
+    def walk(self, source, views=None):
+        """As maps, but one after the other, of all views of all images, and on no disk; images are read ahead."""
+        read = Computed(partial(views_at, source=source, views=views or self.view))
+        ahead = (view for _, view in named(loader(read, range(len(source)), self.c.workers)))
+        for _, alike in groupby(ahead, lambda view: view.shape):
+            while batch := list(islice(alike, self.c.batch)):
+                yield from self.arrays(batch)
 
     @torch.no_grad()
     def live(self, images, layers=None):
         """B C H W uint8, of one size, as a list -> B h w D, on the device, and on no disk"""
         x, layers = self.network_input(images), self.layers if layers is None else layers      # B C H W
-        found = self.model.layers(x, layers) if layers else [self.model(x)]
+        found = self.network(x, layers)
         cell = min(16, self.model.config.patch_size)
         grid = x.shape[2] // cell, x.shape[3] // cell
-        maps = torch.cat([resize_map(features, grid).patches for features in found], dim=2)    # B P D
+        maps = torch.cat([resize_map(features, grid).patches.float() for features in found], dim=2)  # B P D
         return maps.unflatten(1, grid)
 
     def arrays(self, images, layers=None):
         """What `live` says, as it is stored:  h w D float16 each, on the host"""
         maps = self.live(images, layers).half().cpu().numpy()
         return [scatter(m) for m in maps] if self.scattered else list(maps)
+
+    def network(self, x, layers):
+        """B C H W -> Features of each block, or of the last one; in bf16 sums and norms stay float32"""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if not layers and self.norm:
+                return [self.model(x)]
+            return self.model.layers(x, layers or [self.model.config.depth - 1], norm=self.norm)
 
     # ---- of anything
 
@@ -201,17 +220,21 @@ class Frozen:
         Stored arrays, function(i) -> list of them, of n images, such as truths: made by the readers of all ranks, and
         kept as features are.    about  what they depend on, beside the task, the seed and the control
         """
-        return self.stored(name, Computed(function), n, pack_arrays, about)
+        return self.stored(name, Computed(function), n, pack_arrays, function, CHUNK, about)
 
-    def each(self, name, function, n, **about):
-        """As keep, but function(i, device) runs where the features are: scores of one image each, or of one pair."""
-        return self.stored(name, range(n), n, partial(pack_scores, function=function),
+    def each(self, name, function, n, size=CHUNK, **about):
+        """
+        As keep, but function(i, frozen) runs where the network is, on any rank: scores of one image each, of one pair,
+        of one video.    size  how many lie in a file, and are made again if one of them is cut short
+        """
+        return self.stored(name, range(n), n, partial(pack_scores, function=function, layers=self.layers),
+                           function, size,
                            about | dict(layers=self.layers, scattered=self.scattered))
 
-    def stored(self, name, dataset, n, compute, about):
+    def stored(self, name, dataset, n, compute, function, size, about):
         c = self.c
         about |= dict(task=c.task, control=c.control, seed=c.seed)
-        job = self.job(name, dataset, n, compute, CHUNK, **about)
+        job = self.job(name, dataset, n, compute, size, [function], **about)
         make([job], self, c, self.ranks)
         return Stored(job)
 
@@ -220,35 +243,44 @@ class Frozen:
     def network_input(self, images):
         return (torch.stack(images).to(self.device).float() / 255 - self.mean) / self.std
 
-    def job(self, name, dataset, n, compute, size, **about):
-        folder = Keyed(self.model, self.c, about | dict(name=name, n=n, size=size))
+    @cached_property
+    def about(self):
+        """What all files depend on."""
+        c = self.c
+        return dict(weights=weights_of(self.model), files=files_of(c), device=self.device.type, data=str(c.data),
+                    resolution=c.resolution, limit=c.limit, precision=self.precision, norm=self.norm)
+
+    def job(self, name, dataset, n, compute, size, made_by, **about):
+        about |= dict(name=name, n=n, size=size, code=code_of(type(self.model), *made_by))
+        folder = Keyed(self.about | about, self.c)
         return Job(folder, name, dataset, folder.chunks(range(n), size), compute)
 
 
-def labelled(i, source, view):
+def loaded(i, source, view):
     (image,) = view(source.load(i))
-    return image, source.label(i)
+    return image
 
 
-def pack_tokens(frozen, images):
+def pack_tokens(frozen, images, layers):
     """What can be read, in batches; what cannot, by what was said of it."""
-    found, waiting, labels, unreadable = [], {}, [], []
-    for item in images:
+    frozen.layers = layers
+    found, waiting, rows, unreadable = [], {}, [], []
+    for row, item in enumerate(images):
         if isinstance(item, ValueError):
             raise item
         if isinstance(item, OSError):
             unreadable.append(str(item))
             continue
-        alike = waiting.setdefault(item[0].shape, [])  # images of one size go through the network together
-        alike.append((len(labels), item[0]))
-        labels.append(item[1])
+        alike = waiting.setdefault(item.shape, [])  # images of one size go through the network together
+        alike.append((len(rows), item))
+        rows.append(row)
         if len(alike) == frozen.c.batch:
-            found += tokens_in_place(frozen, waiting.pop(item[0].shape))
+            found += tokens_in_place(frozen, waiting.pop(item.shape))
     for alike in waiting.values():
         found += tokens_in_place(frozen, alike)
     found = [said for _, *said in sorted(found, key=lambda row: row[0])]
     cls, patches = map(np.stack, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
-    return dict(cls=cls, patches=patches, labels=np.array(labels, np.int64),
+    return dict(cls=cls, patches=patches, rows=np.array(rows, np.int64),
                 unreadable=np.frombuffer(json.dumps(unreadable).encode(), np.uint8))
 
 
@@ -263,23 +295,37 @@ def views_at(i, source, views):
 
 
 def pack_maps(frozen, images, layers):
-    """Views of any sizes; neighbours of one size go through the network together."""
-    names, views = zip(*named(images), strict=True)
-    found, waiting = [], []
-    for view in views:
-        if waiting and (view.shape != waiting[0].shape or len(waiting) == frozen.c.batch):
-            found += frozen.arrays(waiting, layers)
-            waiting = []
-        waiting.append(view)
-    return dict(zip(names, found + frozen.arrays(waiting, layers), strict=True))
+    """Views of any sizes; those of one size go through the network together, wherever they stand in the chunk."""
+    names, found = [], {}
+
+    def views():
+        for name, view in named(images):
+            names.append(name)
+            yield view
+
+    for places, alike in batched(views(), frozen.c.batch):
+        found |= zip(places, frozen.arrays(alike, layers), strict=True)
+    return {name: found[k] for k, name in enumerate(names)}
+
+
+def batched(views, size):
+    """-> (places, views of one shape), `size` of them or what is left"""
+    waiting = {}
+    for k, view in enumerate(views):
+        alike = waiting.setdefault(view.shape, [])
+        alike.append((k, view))
+        if len(alike) == size:
+            yield zip(*waiting.pop(view.shape), strict=True)
+    yield from (zip(*alike, strict=True) for alike in waiting.values())
 
 
 def pack_arrays(frozen, images):
     return dict(named(images))
 
 
-def pack_scores(frozen, images, function):
-    return dict(named(function(i, frozen.device) for i in images))
+def pack_scores(frozen, images, function, layers):
+    frozen.layers = layers  # rank 0's: it goes from block to block
+    return dict(named(function(i, frozen) for i in images))
 
 
 def scatter(map):

@@ -5,7 +5,7 @@ Where a process stands among the others that torchrun started, its device, and w
     Ranks.mean         of a tensor;  Ranks.together  what all do, or fail at, with files
     exchange, leading  Python objects between ranks; rank 0's part, after which, well or not, the others may leave
     choose_precision   auto -> bf16 or fp32
-    count_workers      -1 -> processes that prepare batches for each rank
+    count_workers      -1 -> processes that read images, for each rank
 """
 
 import os
@@ -119,7 +119,7 @@ def choose_precision(precision, device):
 
 
 def count_workers(workers):
-    """Processes that prepare batches for this rank; -1: the machine's share of it but one core, 1 to 12."""
+    """Processes that read images for this rank; -1: the machine's share of it but one core, 1 to 12."""
     if workers >= 0:
         return workers
     return max(1, min(12, int(cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

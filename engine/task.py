@@ -33,13 +33,14 @@ class EvaluateConfig:
     batch: int = 64            # images at a time
     limit: int = 0             # images, clips of each split, evenly spaced; 0 = all, or as many as shapes has
     device: str = "auto"       # auto, cpu, cuda, mps
-    workers: int = 1           # processes that read images
+    workers: int = -1          # processes that read images, for each rank; -1 = as the machine allows
+    precision: str = "auto"    # of the network: bf16, fp32; auto = bf16 where the hardware multiplies it
     seed: int = 0              # of the order of samples, the heads, the control
     control: bool = False      # truth that is shuffled, or patches that are: the score must be that of chance
     cache: str = ""            # folder that keeps features, to read or to go on with; empty = TMPDIR, while this runs
 
 
-LEAST = dict(batch=1, limit=0, resolution=0, workers=0)
+LEAST = dict(batch=1, limit=0, resolution=0, workers=-1)
 
 
 SKIPPED = {}  # what this run could not use: {line: how many}
@@ -72,7 +73,8 @@ class Option(NamedTuple):
         return self.shapes if data == "shapes" and self.shapes is not None else self.default
 
 
-LAYERS = Option("layers", "", "blocks, 0-based, as in 3,5, side by side; empty = the last")
+LAYERS = Option("layers", "", "blocks, 0-based, as in 3,5, side by side; empty = the last; each = every one by itself")
+NORM = Option("norm", True, "features after the final norm; false = before it")
 OUT = Option("out", "", "folder for a picture: ", scored=False)
 
 
@@ -134,6 +136,8 @@ class Task:
                 raise ValueError(f"--{name} is {getattr(c, name)}; it must be at least {number}")
         if c.data == "shapes" and not self.shapes:
             raise ValueError(f"--data: {self.name} does not run on shapes; name a folder with {self.layout}")
+        if c.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"--precision {c.precision}: write auto, bf16 or fp32")
         if self.decoders and c.decoder not in self.decoders:
             raise ValueError(f"--decoder {c.decoder}: {self.name} has {', '.join(self.decoders)}")
         if getattr(c, "out", ""):
@@ -155,6 +159,6 @@ class Task:
 
     def settings(self, c, metrics):
         """The options that the task has read, beside those that its metrics name."""
-        names = ["resolution", "batch", "limit", "control", "seed"]
+        names = ["resolution", "batch", "limit", "precision", "control", "seed"]
         names += [field.name for field in fields(c)[len(fields(EvaluateConfig)) :] if field.name != "out"]
         return {name: getattr(c, name) for name in names if name not in metrics}

@@ -95,6 +95,10 @@ class Objects:
 
     def __init__(self, c):
         files = sorted(Path(c.data).glob("*/wild_set/annotations.json"))
+        scenes = [path for path in files if any(path.parents[1].glob("multiview*"))]
+        if 0 < len(scenes) < len(files):  # as Probe3D has it; a download may be of wild sets alone
+            print(f"skipped {len(files) - len(scenes)} objects of {len(files)} that have no multiview_* scene")
+            files = scenes
         pairs = draw_pairs([view for path in files for view in annotations(path)], c.seed)
         if not pairs:
             raise ValueError(f"--data: {c.data} has {len(files)} files OBJECT/wild_set/annotations.json, and no two "

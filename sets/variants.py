@@ -35,6 +35,7 @@ class Variant:
     answers: list              # sets of right classes of train; an empty one leaves its images out
     columns: list              # classes that can be chosen
     cropped: bool = False      # its images are stored as crops: no margin is left to cut away
+    of_val: bool = False       # source has val's images, in its order
 
 
 def open_variants(path, train, val):
@@ -76,7 +77,7 @@ def open_real(path, val, n_classes):
     numbers = [int(re.search(r"(\d+)\.\w+$", name)[1]) - 1 for name in val.paths]
     if max(numbers) >= len(answers):
         raise ValueError(f"--tests: real.json has {len(answers)} images, but val has a number {max(numbers) + 1}")
-    return Variant(Chosen(val, range(len(val)), numbers), answers, list(range(n_classes)))
+    return Variant(Chosen(val, range(len(val)), numbers), answers, list(range(n_classes)), True)
 
 
 def open_objectnet(root, n_classes):
@@ -112,10 +113,10 @@ def open_objectnet(root, n_classes):
     return Variant(Chosen(source, rows, [labels[i] for i in rows], BORDER), answers, columns)
 
 
-def top1(logits, rows, variant):
-    """Percent of the images that have an answer whose largest logit, of the columns, is one:  n classes, n -> float"""
-    guess = torch.tensor(variant.columns)[logits[:, variant.columns].argmax(1).cpu()].tolist()
-    right = [g in variant.answers[row] for g, row in zip(guess, rows.tolist(), strict=True) if variant.answers[row]]
+def top1(guess, rows, variant):
+    """Percent of the images with an answer whose guess is one:  classes of train n, rows of `answers` n -> float"""
+    right = [g in variant.answers[row] for g, row in zip(guess.tolist(), torch.as_tensor(rows).tolist(), strict=True)
+             if variant.answers[row]]
     if not right:
         raise ValueError("--tests: no image has an answer; see the layouts of sets/variants.py")
     return 100 * sum(right) / len(right)

@@ -89,12 +89,12 @@ def main_object(vector, grid):
     return object
 
 
-def boxes_at(i, device, maps, source, side, patch):
+def boxes_at(i, frozen, maps, source, side, patch):
     """Of the main object of image i, at each threshold:  thresholds 4, in pixels; what was padded is no part of it"""
     (m,), (H, W) = maps[i], source.image(i).shape[1:]
     (h, w), found, scale = m.shape[:2], [], min(H, W) / side if side else 1
     cell = -(-round(H / scale) // patch) * patch / h * scale                                   # pixels of the image
-    for vector in cut_graph(torch.from_numpy(m).to(device)):
+    for vector in cut_graph(torch.from_numpy(m).to(frozen.device)):
         rows, cols = np.nonzero(main_object(vector, (h, w)))
         box = cols.min() * cell, rows.min() * cell, (cols.max() + 1) * cell, (rows.max() + 1) * cell
         found.append(np.minimum(box, (W, H, W, H)))

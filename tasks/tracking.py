@@ -8,6 +8,8 @@ paper: DINOv3 Tab. 5, App. D.5. Dimension letters: see the top of model.py.
 """
 
 import math
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -68,38 +70,48 @@ def to_pixels(shares, size):
     return ((x - low) / (high - low)).nan_to_num(0).argmax(0)
 
 
+def follow(i, frozen, videos):
+    """
+    One video -> n_objects frames 3: J, F, and J of an object that stays where it was, of those of the first frame, in
+    the frames between first and last that have a truth;  H W uint8: the objects found at half time, from 1
+    """
+    clip, half = videos[i], np.zeros((0, 0), np.uint8)
+    start = torch.from_numpy(clip.truth(0).astype(np.int64))
+    ids, maps, scores = [k for k in start.unique().tolist() if k], frozen.walk(clip), []
+    ahead = next(maps)
+    labels = torch.stack([start == k for k in [0, *ids]]).float()[None]                        # 1 n_objects H W
+    first = F.interpolate(labels, ahead.shape[:2], mode="nearest-exact")[0].to(frozen.device)
+    for t, shares in enumerate(propagate(chain([ahead], maps), first, frozen.device), 1):
+        truth = clip.truth(t)
+        if truth is None or t == len(clip) - 1:
+            continue
+        truth = torch.from_numpy(truth.astype(np.int64))
+        found = to_pixels(shares, tuple(truth.shape)).cpu()
+        pairs = [(found == place, truth == k, start == k) for place, k in enumerate(ids, 1)]
+        scores.append([(region(x, right), boundary(x, right), region(still, right)) for x, right, still in pairs])
+        half = found.byte().numpy() if t == (len(clip) - 1) // 2 else half
+    return [np.array(scores).reshape(-1, len(ids), 3).swapaxes(0, 1), half]
+
+
 def run(videos, frozen, c):
     """J and F, percent: mean over the frames between first and last, then over all objects of the first frame."""
-    scores, shown, still = [], [], []
-    frozen.coming = [(clip.name, clip) for clip in videos]
-    for clip in videos:
-        start = torch.from_numpy(clip.truth(0).astype(np.int64))
-        ids = [k for k in start.unique().tolist() if k]
-        maps = frozen.maps(clip.name, clip)
-        labels = torch.stack([start == k for k in [0, *ids]]).float()[None]                    # 1 n_objects H W
-        first = F.interpolate(labels, maps[0][0].shape[:2], mode="nearest-exact")[0].to(frozen.device)
-        per_object, fixed = {k: [] for k in ids}, {k: [] for k in ids}
-        for i, shares in enumerate(propagate((m for m, in maps), first, frozen.device), 1):
-            truth = clip.truth(i)
-            if truth is None or i == len(clip) - 1:
-                continue
-            truth = torch.from_numpy(truth.astype(np.int64))
-            found = to_pixels(shares, tuple(truth.shape)).cpu()
-            for place, k in enumerate(ids, 1):
-                per_object[k].append((region(found == place, truth == k), boundary(found == place, truth == k)))
-                fixed[k].append(region(start == k, truth == k))
-            if c.out and len(shown) < SHOWN and i == (len(clip) - 1) // 2:
-                shown.append([clip.image(i), hues(truth), hues(torch.tensor([0, *ids])[found])])
-        for k in (k for k, values in per_object.items() if not values):
+    scores, shown = [], []
+    for clip, (values, half) in zip(videos, frozen.each("scores", partial(follow, videos=videos), len(videos), size=1),
+                                    strict=True):
+        ids = [k for k in np.unique(clip.truth(0)).tolist() if k]
+        for k in () if values.shape[1] else ids:
             skip(f"object {k} of {clip.name}: no frame between the first and the last has a truth")
-        scores += [np.mean(values, 0) for values in per_object.values() if values]
-        still += [np.mean(values) for values in fixed.values() if values]
+        scores += list(values.mean(1)) if values.shape[1] else []
+        if c.out and len(shown) < SHOWN and half.size:
+            middle = (len(clip) - 1) // 2
+            shown.append([clip.image(middle), hues(torch.from_numpy(clip.truth(middle).astype(np.int64))),
+                          hues(torch.tensor([0, *ids])[torch.from_numpy(half).long()])])
     save_pictures(c, shown)
     if not scores:
         raise ValueError(f"--data: no video of {c.data} has an object in its first frame and three frames with a truth")
-    j, f = 100 * np.mean(scores, 0)
-    return dict(j_and_f=float(j + f) / 2, j=float(j), f=float(f), chance_j=100 * float(np.mean(still)),
-                n_objects=len(scores), context=CONTEXT, radius=RADIUS, voters=VOTERS, temperature=TEMPERATURE)
+    j, f, still = (100 * float(x) for x in np.mean(scores, 0))
+    return dict(j_and_f=(j + f) / 2, j=j, f=f, chance_j=still, n_objects=len(scores), context=CONTEXT, radius=RADIUS,
+                voters=VOTERS, temperature=TEMPERATURE)
 
 
 def task(name, layout, *paper):

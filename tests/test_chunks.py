@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 C, ALONE = TASKS["segmentation"].config(workers=0), Ranks()
-NOTHING = torch.nn.Identity()
 
 
 def arrays_of(i):
@@ -37,7 +37,7 @@ def as_is(worker, images):
 
 
 def job(c, n=11, size=3, function=arrays_of):
-    folder = Keyed(NOTHING, c, {})
+    folder = Keyed({}, c)
     return Job(folder, "test", Computed(function), folder.chunks(range(n), size), as_is)
 
 
@@ -107,6 +107,23 @@ def test_without_cache_a_folder_goes_with_what_it_holds():
     del row
     assert not path.exists()
 
+
+
+def test_a_table_is_the_rows_of_all_files(tmp_path):
+    """Any rows in any order, of two columns, a slice, parts; nothing is read before it is asked for."""
+    rng, files, exact = np.random.default_rng(0), [], []
+    for k, n in enumerate((3, 5, 1)):
+        arrays = {name: rng.normal(size=(n, D)).astype(np.float32) for name, D in (("cls", 2), ("patches", 3))}
+        chunks.write(tmp_path / f"{k}.safetensors", arrays)
+        files.append(chunks.index(tmp_path / f"{k}.safetensors"))
+        exact.append(np.concatenate([arrays["patches"], arrays["cls"]], 1))
+    table, exact = chunks.Table(files, ("patches", "cls")), np.concatenate(exact)
+    assert table.shape == exact.shape == (9, 5) and len(table) == 9
+    for rows in [4], [8, 0, 3, 2, 4, 4], torch.tensor([2, 3, 4, 5, 7]), slice(1, 8), slice(None), []:
+        assert np.array_equal(table[rows].numpy(), exact[rows])
+    assert [len(part) for part in table.split(4)] == [4, 4, 1]
+    assert np.array_equal(np.concatenate(list(table.split(4))), exact)
+
 # --------------------------------------------------------------------------------
 # What goes wrong
 
@@ -141,7 +158,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not files(work.folder.path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: .*; name a folder that can be written"):
-        Keyed(NOTHING, replace(C, cache=str(tmp_path / "file")), {})
+        Keyed({}, replace(C, cache=str(tmp_path / "file")))
 
 
 def test_ranks_that_see_another_disk_are_told(monkeypatch):
@@ -155,14 +172,41 @@ def test_ranks_that_see_another_disk_are_told(monkeypatch):
         share([work], None, C, Ranks(1, 2))
 
 
-def test_sigterm_leaves_nothing_behind(tmp_path):
-    command = [sys.executable, "evaluate.py", *"--task segmentation --weights pixels --device cpu".split()]
-    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("nanodino-*/*")):
+@pytest.mark.parametrize("sign, code", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)])
+def test_what_is_cut_short_goes_on_and_says_the_same(sign, code, tmp_path, monkeypatch, capsys):
+    """Stopped after a file or more: they are kept, named, not made again, and gone after success."""
+    words = "--task keypoints --weights untrained:tiny --device cpu --workers 0 --limit 120 --resolution 160".split()
+    run = subprocess.Popen([sys.executable, "evaluate.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                           env=os.environ | {"TMPDIR": str(tmp_path)},
+                           preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
+    while not (made := list(tmp_path.glob("nanodino-*/*/*.safetensors"))):
         assert run.poll() is None
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(30) == 143 and not list(tmp_path.glob("nanodino-*"))
+        time.sleep(0.02)
+    run.send_signal(sign)
+    assert f"{made[0].parents[1]} has the features so far; the same command goes on" in run.communicate(timeout=30)[1]
+    assert run.returncode == code
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("nanodino-*/*/*.safetensors")}
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "fresh"))
+    (tmp_path / "fresh").mkdir()
+    evaluate.main(words)
+    fresh = said_by(capsys.readouterr().out)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    written, write = [], chunks.write
+    monkeypatch.setattr(chunks, "write", lambda path, arrays: written.append(path) or write(path, arrays))
+    evaluate.main(words)
+    assert said_by(capsys.readouterr().out) == fresh
+    assert written and not set(written) & kept.keys() and not list(tmp_path.glob("*/*/*.safetensors"))
+
+
+def test_two_of_the_same_command_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with chunks.kept(C) as one, chunks.kept(C) as two:
+        assert one.cache != two.cache and Path(one.cache).is_dir()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="nothing was made"), chunks.kept(C):
+        raise ValueError("nothing was made")
+    assert not list(tmp_path.iterdir())
 
 # --------------------------------------------------------------------------------
 # Two processes: the lines of JSON of one, and an error of either in one line
@@ -170,7 +214,13 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
 SHORT = "--device cpu --workers 0 --batch 8"
 TASKS = ["--task knn --weights untrained:tiny --limit 40", "--task tracking --weights pixels --limit 3 --resolution 64",
          "--task segmentation --weights untrained:tiny --limit 8 --resolution 64 --iterations 4 --control",
-         "--task discovery --weights pixels --limit 7 --resolution 64"]
+         "--task discovery --weights pixels --limit 7 --resolution 64",
+         "--task keypoints --weights untrained:tiny --limit 4 --resolution 64"]
+OTHERS = ["--task knn --weights untrained:tiny --limit 30 --layers each",
+          "--task logreg --weights pixels --limit 24",
+          "--task linear --weights pixels --limit 20 --iterations 3",
+          "--task retrieval --weights pixels --limit 20", "--task depth --weights pixels --limit 4 --iterations 2",
+          "--task video --weights pixels --limit 24 --resolution 32"]
 SCRIPT = """
 import sys
 import evaluate
@@ -203,10 +253,11 @@ def broken(tmp_path):
     return f"--task ade20k --weights pixels --resolution 32 --data {tmp_path}/data"
 
 
-def test_two_ranks_are_one(broken, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("lines", [TASKS, pytest.param(OTHERS, marks=pytest.mark.long)], ids=["short", "others"])
+def test_two_ranks_are_one(lines, broken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "ROWS", 8)
     monkeypatch.setattr(features, "CHUNK", 3)
-    for line in TASKS:
+    for line in lines:
         evaluate.main(f"{line} {SHORT}".split())
     one = said_by(capsys.readouterr().out)
     with pytest.raises(ValueError, match="^unreadable .*4.png"):
@@ -215,11 +266,11 @@ def test_two_ranks_are_one(broken, tmp_path, monkeypatch, capsys):
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", str(tmp_path / "script.py")]
-    command += [f"{line} {SHORT}" for line in (broken, *TASKS)]
+    command += [f"{line} {SHORT}" for line in (broken, *lines)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     error, *two = said_by(done.stdout)                                  # of rank 0: the other says nothing
     assert error["error"].startswith("error: rank 1: unreadable") and "4.png" in error["error"]
-    assert [row.pop("ranks") for row in one + two] == [1] * 4 + [2] * 4 and one == two
-    assert not list((tmp_path / "tmp").glob("nanodino-*"))
+    assert [row.pop("ranks") for row in one + two] == [1] * len(lines) + [2] * len(lines) and one == two
+    assert not list((tmp_path / "tmp").glob("nanodino-*/*/*"))

@@ -1,6 +1,7 @@
 """tasks/discovery.py: an oracle's box is found, noise's is not; the cut against scipy, the object by its component."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,19 +57,22 @@ def test_main_object_is_the_seeds_component(seed):
     np.testing.assert_array_equal(discovery.main_object(torch.tensor(x.ravel()), (7, 9)), parts == parts[at])
 
 
+HERE = SimpleNamespace(device=torch.device("cpu"))
+
+
 def test_boxes_are_in_pixels_of_an_image_as_large_as_it_is():
     """An object of 2 by 3 patches, from row 1 and column 2, in 4 by 6 patches of 16 pixels, the last ones padded."""
     m, image = np.zeros((4, 6, 2)), torch.zeros(3, 60, 90)
     m[..., 0], m[1:3, 2:5] = 1, (0, 1)
     source = Source([None])
     source.image = lambda i: image
-    (found,) = discovery.boxes_at(0, torch.device("cpu"), [[m]], source, side=0, patch=16)
+    (found,) = discovery.boxes_at(0, HERE, [[m]], source, side=0, patch=16)
     assert found.tolist() == [[32, 16, 80, 48]] * 9
-    (found,) = discovery.boxes_at(0, torch.device("cpu"), [[m]], source, side=30, patch=8)     # half as large: 8 pixels
+    (found,) = discovery.boxes_at(0, HERE, [[m]], source, side=30, patch=8)     # half as large: 8 pixels
     assert found.tolist() == [[32, 16, 80, 48]] * 9
     m[:] = (1, 0)
     m[2:, 4:] = (0, 1)
-    (found,) = discovery.boxes_at(0, torch.device("cpu"), [[m]], source, side=0, patch=16)
+    (found,) = discovery.boxes_at(0, HERE, [[m]], source, side=0, patch=16)
     assert found.tolist() == [[64, 32, 90, 60]] * 9                                            # what was padded is none
 
 
@@ -95,7 +99,7 @@ class Masks:
         return [[np.eye(3)[truth].astype(np.float16)] for truth in truths]
 
     def each(self, name, function, n, **about):
-        return [function(i, self.device) for i in range(n)]
+        return [function(i, self) for i in range(n)]
 
 
 def test_oracle_discovers_in_davis(tmp_path):

@@ -82,7 +82,7 @@ def test_cached_features_are_the_same_and_images_are_read_once(tmp_path, monkeyp
     first = run(capsys, *words)
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 4                            # of 24 and 6 images, twice
     with monkeypatch.context() as only:
-        only.setattr(features, "labelled", lambda *args, **more: 1 / 0)
+        only.setattr(features, "loaded", lambda *args, **more: 1 / 0)
         second = run(capsys, *words)
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
         words[1] = "linear"                                                            # has no other features
@@ -91,14 +91,27 @@ def test_cached_features_are_the_same_and_images_are_read_once(tmp_path, monkeyp
     assert run(capsys, *words)["n_train"] == 30
 
 
+def test_photos_that_are_replaced_are_looked_at_again(photos, tmp_path, capsys):
+    """Val's classes change places: all right before, all wrong after, whatever the cache holds."""
+    words = "--task", "knn", "--weights", "pixels", "--data", photos, "--resolution", 32, "--cache", tmp_path / "kept"
+    assert run(capsys, *words)["top1_k10"] == 100
+    a, b = ([*(photos / f"val/{name}").iterdir()] for name in "ab")
+    for x, y in zip(a, b, strict=False):
+        old = x.read_bytes()
+        x.write_bytes(y.read_bytes())
+        y.write_bytes(old)
+    assert run(capsys, *words)["top1_k10"] < 50
+
+
 @pytest.mark.parametrize("task, named", [
-    ("knn", {"shots"}), ("linear", {"shots", "iterations", "linear_batch", "tests", "lr"}), ("retrieval", set()),
+    ("knn", {"shots", "layers"}), ("retrieval", set()),
+    ("linear", {"shots", "iterations", "linear_batch", "tests", "lr"}),
     ("segmentation", {"layers", "decoder", "iterations", "lr", "ignore"}),
     ("depth", {"layers", "decoder", "iterations", "lr"}), ("tracking", {"layers"})])
 def test_settings_are_those_that_the_task_reads(task, named, capsys):
     words = ["--task", task, "--weights", "pixels", "--limit", 6, "--resolution", 64]
     found = run(capsys, *words, *["--iterations", 2] * ("iterations" in named))
-    always = {"resolution", "batch", "limit", "control", "seed", "ranks"}
+    always = {"resolution", "batch", "limit", "control", "seed", "ranks", "precision"}
     options = {field.name for field in fields(EvaluateConfig)} - {"task", "weights", "data"} | {"ranks", "lr"}
     options |= {option.name for other in TASKS.values() for option in other.all_options()}
     assert found.keys() & options == always | named
@@ -139,12 +152,11 @@ def test_a_set_is_checked_before_weights_are_loaded(photos, monkeypatch):
 @pytest.mark.parametrize("task, more, says", [
     ("linear", ["--tests", "nowhere"], "--tests: nowhere is no folder and no real.json"),
     ("segmentation", ["--data", "shapes", "--out", "file/below"], "--out file/below: Not a directory"),
-    ("logreg", [], "logreg: sklearn is not installed; pip install -e"),
-    ("voc07", ["--data", "."], "voc07: sklearn is not installed")])
+    ("voc07", ["--data", "."], "voc07: sklearn is not installed; pip install -e")])
 def test_what_fails_does_so_before_weights_are_loaded(task, more, says, photos, monkeypatch):
     monkeypatch.chdir(photos)
     (photos / "file").touch()
-    if task in ("logreg", "voc07"):
+    if task == "voc07":
         monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
     with pytest.raises(ValueError, match=says):
@@ -162,8 +174,9 @@ def test_what_fails_does_so_before_weights_are_loaded(task, more, says, photos, 
     (["--task", "knn", "word"], "'word' is not an option"),
     (["--task", "knn", "--wieghts", "pixels"], "unknown option --wieghts; did you mean --weights"),
     (["--task", "knn", "--weights", "pixels", "--data", "."], ". has no folder train; knn wants train/CLASS/"),
-    (["--task", "knn", "--weights", "pixels", "--layers", "99"],
-     "--layers: knn does not read it; its own options are: --shots"),
+    (["--task", "logreg", "--weights", "pixels", "--layers", "99"],
+     "--layers: logreg does not read it; its own options are: --shots"),
+    (["--task", "knn", "--weights", "pixels", "--precision", "fp16"], "--precision fp16: write auto, bf16 or fp32"),
     (["--task", "knn", "--weights", "pixels", "--lr=-3"], "--lr: knn does not read it"),
     (["--task", "retrieval", "--weights", "pixels", "--out", "x"],
      "--out: retrieval does not read it; its own options are: none"),
@@ -179,3 +192,32 @@ def test_mistakes_end_in_one_line(words, says, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=says) as error:
         evaluate.main(words + ["--device", "cpu"])
     assert "\n" not in str(error.value)
+
+
+def test_a_score_for_every_block(tmp_path, capsys):
+    """Of the k-NN, and of patches; the last one's is that of the network, and what is printed beside it, too."""
+    save_backbone(initialise(ViT(replace(SIZES["tiny"], depth=2)), 0), tmp_path / "teacher.safetensors", "nano")
+    for task, own in ("knn", ["--limit", 30]), ("keypoints", ["--limit", 4, "--resolution", 64]):
+        words = ["--task", task, "--weights", tmp_path, *own]
+        plain, each = run(capsys, *words), run(capsys, *words, "--layers", "each")
+        first, last = each.pop(f"{TASKS[task].metric}_by_block")
+        assert last == plain[TASKS[task].metric] == run(capsys, *words, "--layers", 1)[TASKS[task].metric]
+        assert first == run(capsys, *words, "--layers", 0)[TASKS[task].metric]
+        assert {**each, "layers": "", "seconds": 0} == {**plain, "seconds": 0}
+
+
+def test_precision_is_in_the_key_and_in_the_json(tmp_path, capsys):
+    """bf16 says nearly what fp32 says, from parameters of half the size, and not from its files."""
+    save_backbone(initialise(ViT(replace(SIZES["tiny"], depth=1)), 0), tmp_path / "teacher.safetensors", "nano")
+    words = ["--task", "knn", "--weights", tmp_path, "--limit", 30, "--cache", tmp_path / "cache", "--precision"]
+    found = [run(capsys, *words, kind) for kind in ("fp32", "bf16")]
+    assert [each["precision"] for each in found] == ["fp32", "bf16"]
+    assert len([*(tmp_path / "cache").iterdir()]) == 4
+    full, half = (features.load(str(tmp_path), "", kind) for kind in ("fp32", "bf16"))
+    assert {x.dtype for name, x in half.named_parameters() if "norm" not in name} == {torch.bfloat16}
+    c = TASKS["knn"].config(resolution=80, workers=0)
+    views = [torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 80, 80), dtype=np.uint8))] * 2
+    a, b = (features.Frozen(net, TASKS["knn"], replace(c, precision=kind)).tokens_of(views)
+            for net, kind in ((full, "fp32"), (half, "bf16")))
+    for x, y in zip(a, b, strict=True):
+        assert y.dtype == np.float32 and 0 < np.abs(x - y).max() < 0.1 * np.abs(x).max()

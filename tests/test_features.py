@@ -1,6 +1,11 @@
 """engine/features.py: tokens and maps in order, the unreadable named, kept on disk and taken up again; the floors."""
 
+import copy
+import importlib
+import os
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +13,11 @@ import pytest
 import torch
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from engine import features
-from engine.chunks import Keyed
+from engine import features, keys
 from engine.features import Frozen, Pixels, chosen_layers, whole_patches
-from engine.ranks import Ranks
 from engine.views import centre_crop, fitted, mirrored
 from model import SIZES, ViT, initialise
+from sets.pairs import Scenes
 from tasks import TASKS
 
 CPU, TASK = torch.device("cpu"), TASKS["segmentation"]
@@ -196,13 +200,66 @@ def test_cache_is_taken_up_where_it_ended(tmp_path, monkeypatch):
     assert all(np.array_equal(a, b) for x, y in zip(exact, found, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def cached_in(model, c, photos=None, view=fitted, task=TASK):
+    """The folders in --cache after features of one more."""
+    frozen = Frozen(model, replace(task, view=view), c)
+    frozen.maps("val", photos or Photos(1))
+    return {path.name for path in Path(c.cache).iterdir()}
+
+
 @pytest.mark.parametrize("change", [dict(resolution=48), dict(limit=3), dict(data="elsewhere")])
-def test_cache_knows_what_features_depend_on(change, tmp_path):
+def test_cache_knows_the_command(change, tmp_path):
     c = replace(C, cache=str(tmp_path))
-    other = initialise(ViT(replace(SIZES["tiny"], depth=2)), 1)
-    folders = {Keyed(*args).path for args in (
-        (VIT, c, {}), (VIT, replace(c, **change), {}), (other, c, {}), (VIT, c, dict(n=1)))}
-    assert len(folders) == 4 and Keyed(VIT, c, {}).path in folders
+    assert cached_in(VIT, c) == cached_in(VIT, c) < cached_in(VIT, replace(c, **change))
+
+
+def test_cache_knows_all_of_the_weights(tmp_path):
+    """The last value of the largest tensor; the first 1,024 of each are as they were."""
+    c, other = replace(C, cache=str(tmp_path)), copy.deepcopy(VIT)
+    largest = max(other.parameters(), key=torch.numel)
+    assert largest.numel() > 1024 and cached_in(VIT, c) == cached_in(other, c)
+    with torch.no_grad():
+        largest.view(-1)[-1] += 1e-6
+    assert len(cached_in(other, c)) == 2
+
+
+@pytest.mark.parametrize("change", [
+    lambda photo: photo.write_bytes(b"other"), lambda photo: os.utime(photo, ns=(1, 1)),
+    lambda photo: photo.write_bytes(photo.read_bytes() + b" "), lambda photo: photo.rename(photo.with_name("b.png")),
+    lambda photo: photo.with_name("new.png").write_bytes(b"")])
+def test_cache_knows_the_files(change, tmp_path):
+    """Path, size and time of each; of what the run itself writes, nothing."""
+    photo = tmp_path / "data/x/a.png"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"image")
+    c = replace(C, data=str(tmp_path / "data"), cache=str(tmp_path / "data/cache"), out=str(tmp_path / "data/out"))
+    before = cached_in(VIT, c)
+    (tmp_path / "data/out").mkdir()
+    (tmp_path / "data/out/picture.png").write_bytes(b"")
+    assert cached_in(VIT, c) == before
+    change(photo)
+    assert len(cached_in(VIT, c)) == 2
+
+
+def test_cache_knows_the_code(tmp_path, monkeypatch):
+    """Another constant in what makes an image is another file; another comment is not."""
+    (tmp_path / "made_by_test.py").write_text("SIDE = 32\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(keys, "ROOT", tmp_path)
+    module = importlib.import_module("made_by_test")
+    digests = []
+    for text in "SIDE = 32\n", "SIDE = 32  # pixels\n", "SIDE = 33\n":
+        Path(module.__file__).write_text(text)
+        keys.parsed.cache_clear()
+        digests.append(keys.code_of(SimpleNamespace(__module__="made_by_test")))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_code_of_features_is_that_of_images_views_and_networks(monkeypatch):
+    seen, parsed = [], keys.parsed
+    monkeypatch.setattr(keys, "parsed", lambda path, time: seen.append(Path(path).name) or parsed(path, time))
+    keys.code_of(partial(fitted, side=3), Scenes(range(1), 0, 32, None), VIT)
+    assert {"views.py", "pairs.py", "shapes.py", "data.py", "model.py", "ops.py"} <= set(seen)
 
 
 def test_maps_of_other_layers_views_and_controls_are_others(tmp_path):
@@ -223,24 +280,25 @@ def test_cache_knows_what_truths_and_scores_depend_on(change, about, tmp_path):
         frozen.maps("train", photos)
         truths = frozen.keep("truths", lambda i, k=k: [np.full((2, 3), 10 * k + i, np.float32)], 2, **more)
         assert [x[0].tolist() for x in truths] == [[[10 * k + i] * 3] * 2 for i in range(2)]
-        scores = frozen.each("scores", lambda i, device, k=k: [np.full(1, 10 * k + i)], 2, **more)
+        scores = frozen.each("scores", lambda i, frozen, k=k: [np.full(1, 10 * k + i)], 2, **more)
         assert [x.tolist() for x, in scores] == [[10 * k], [10 * k + 1]]
     assert photos.reads == [0, 1]
 
 
-def test_what_comes_next_is_made_by_all_ranks_at_once(monkeypatch):
-    made = []
+def test_walk_says_what_maps_do_and_keeps_nothing(tmp_path):
+    c, photos = replace(C, cache=str(tmp_path)), Photos(7)
+    walked, kept = list(frozen_of(c=c).walk(photos)), frozen_of().maps("val", photos)
+    assert not list(tmp_path.iterdir()) and len(walked) == 7
+    for m, (exact,) in zip(walked, kept, strict=True):
+        np.testing.assert_allclose(m.astype(float), exact.astype(float), atol=2e-3)            # another batch, float16
 
-    def make(jobs, worker, c, ranks):
-        made.append([job.name for job in jobs])
-        features_of(jobs, worker, c, Ranks())
 
-    features_of = features.make
-    monkeypatch.setattr(features, "make", make)
-    frozen, clips = frozen_of(ranks=Ranks(0, 2)), {name: Photos(n) for n, name in enumerate("abcde", 1)}
-    frozen.coming = list(clips.items())
-    assert [len(frozen.maps(name, clips[name])) for name in "abced"] == [1, 2, 3, 5, 4]
-    assert made == [["a", "b"], ["c", "d"], ["e"]]
+def test_views_of_one_size_go_together_wherever_they_stand():
+    """Photos of three sizes in turn: full batches all the same."""
+    views = [torch.zeros(3, 16 * (1 + i % 3), 16, dtype=torch.uint8) for i in range(24)]
+    groups = [(list(places), len(alike)) for places, alike in features.batched(views, 4)]
+    assert [n for _, n in groups] == [4] * 6 and sorted(sum((places for places, _ in groups), [])) == list(range(24))
+    assert all({views[k].shape for k in places} == {views[places[0]].shape} for places, _ in groups)
 
 
 def test_scattered_patches_are_the_same_ones_elsewhere():

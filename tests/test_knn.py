@@ -31,7 +31,7 @@ def knn_by_hand(train, val, n_classes, ks, temperature):
 def test_knn_is_the_loop(ks, temperature):
     train, val = problem(230, 6, 7, 1.5), problem(300, 6, 7, 1.5, seed=1)
     copies = [t.clone() for t in (*train, *val)]
-    ours = vote(train, val, 7, CPU, ks, temperature)
+    ours = vote(train, val, None, 7, CPU, ks, temperature)
     assert ours == pytest.approx(knn_by_hand(train, val, 7, ks, temperature))
     assert len(set(ours.values())) > 1 and all(20 < value < 99.9 for value in ours.values())  # a problem that tells
     assert all(torch.equal(a, b) for a, b in zip(copies, (*train, *val), strict=True))
@@ -39,13 +39,13 @@ def test_knn_is_the_loop(ks, temperature):
 
 def test_knn_clips_k_to_the_bank_and_ignores_length():
     train, val = problem(15, 8, 3, 0.01), problem(30, 8, 3, 0.01, seed=1)
-    assert vote(train, val, 3, CPU) == dict(top1_k10=100, top1_k15=100)
+    assert vote(train, val, None, 3, CPU) == dict(top1_k10=100, top1_k15=100)
     train[0][::2] *= 1000
-    assert vote(train, val, 3, CPU) == dict(top1_k10=100, top1_k15=100)
+    assert vote(train, val, None, 3, CPU) == dict(top1_k10=100, top1_k15=100)
 
 
 def test_knn_of_shuffled_labels_is_at_chance():
     train, val = problem(1000, 8, 4, 0.1), problem(1000, 8, 4, 0.1, seed=1)
-    assert min(vote(train, val, 4, CPU).values()) == 100
-    found = vote(shuffled(train), shuffled(val, 1), 4, CPU)
+    assert min(vote(train, val, None, 4, CPU).values()) == 100
+    found = vote(shuffled(train), shuffled(val, 1), None, 4, CPU)
     assert all(19 < value < 31 for value in found.values())

@@ -97,6 +97,9 @@ class Reader:
             maps.append([(m + noise).astype(np.float16)])
         return maps
 
+    def each(self, name, function, n):
+        return [function(i, self) for i in range(n)]
+
 # --------------------------------------------------------------------------------
 # By hand: float64, one point at a time
 

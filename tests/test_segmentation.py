@@ -61,7 +61,7 @@ class Oracle:
         return InMemory(function(i) for i in range(n))
 
     def each(self, name, function, n, **about):
-        return InMemory(function(i, CPU) for i in range(n))
+        return InMemory(function(i, self) for i in range(n))
 
 
 def one_hot(truth, n=5):

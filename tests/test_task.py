@@ -37,7 +37,8 @@ def test_the_papers_number_stands_beside_what_was_measured_like_it():
 
 def test_settings_are_those_that_the_metrics_do_not_name():
     c = TASK.config(resolution=64)
-    assert TASK.settings(c, dict(lr=3.0)) == dict(resolution=64, batch=64, limit=0, control=False, seed=0, layers="")
+    assert TASK.settings(c, dict(lr=3.0)) == dict(resolution=64, batch=64, limit=0, precision="auto", control=False,
+                                                  seed=0, layers="")
     assert TASK.settings(c, {})["lr"] == 2.0
 
 

@@ -26,6 +26,12 @@ class Oracle:
         rng = np.random.default_rng(0)
         return [[rng.normal(size=m.shape).astype(np.float16) if self.noise else m] for m in maps]
 
+    def walk(self, source):
+        return (m for m, in self.maps("", source))
+
+    def each(self, name, function, n, size=1):
+        return [function(i, self) for i in range(n)]
+
 
 def write(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
