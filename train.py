@@ -47,7 +47,7 @@ from weights import identify
 
 @dataclass(frozen=True)
 class TrainConfig(CropConfig):
-    size: str = "tiny"             # tiny, s, s+, b, l, h+, 7b
+    size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
     stage: str = "pretrain"        # the recipe's stage
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # images of the generated set
@@ -134,6 +134,7 @@ RECIPES = {
     "s+": replace(IMAGENET, size="s+", drop_path=0.0),
     "b":  replace(IMAGENET, size="b", drop_path=0.1),
     "l":  IMAGENET,
+    "l+": replace(IMAGENET, size="l+"),
     "h+": replace(IMAGENET, size="h+", drop_path=0.4),
     # paper: Tab. 2, §3.2: constant lr, weight decay and momentum; 61,440 H100 hours
     # differs: Tab. 2 has an iBOT head of 8192 hidden, the released recipe 4096 as here; bf16 where they have fp8
