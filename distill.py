@@ -65,7 +65,8 @@ class DistillConfig(TrainConfig):
         own = replace(STUDENTS[self.size], mean=self.mean, std=self.std)
         if isinstance(own, ConvNeXtConfig):
             return own
-        return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size)
+        return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
+                       **{name: getattr(self, name) for name in train.NETWORK})
 
 
 RECIPES = {
@@ -81,8 +82,8 @@ RECIPES = {
         freeze_last_layer=0, save_every=250, log_every=20,
     ),
 }
-OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "mean", "std", "joined", "dino_prototypes",
-              "ibot_prototypes"}  # or of the student
+OF_TEACHER = {"size", "recipe", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "mean",
+              "std", "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
 OPTIONS = {name: kind for name, kind in command_line.types(DistillConfig()).items() if name not in OF_TEACHER}
 OBJECTIVE = ("dino_hidden", "dino_bottleneck", "dino_prototypes", "ibot_hidden", "ibot_bottleneck", "ibot_prototypes",
              "prototype_std", "student_temp", "local_weight", "ibot_weight", "koleo_weight", "rope_rescale")

@@ -38,7 +38,9 @@ class ViTConfig:
     heads: int                 # A
     hidden: int                # F, width of the MLP
     ffn: str = "mlp"           # "mlp": GELU; "swiglu": w3(silu(w1 x) * w2 x)
-    qkv_bias: bool = True      # its key third is masked out: softmax cannot see it
+    qkv_bias: bool = True      # its key third is masked out, unless key_bias
+    key_bias: bool = False     # the bias of keys too, as in the released recipe of ViT-L on ImageNet-1k
+    norm_eps: float = 1e-5     # of all LayerNorms; 1e-6 in that recipe
     local_norm: bool = False   # own final norm for cls and registers of local crops, in training only
     patch_size: int = 16       # pixels
     n_registers: int = 4       # R
@@ -268,7 +270,8 @@ class Attention(nn.Module):
         super().__init__()
         D = config.width
         self.heads = config.heads
-        self.qkv = MaskedBiasLinear(D, 3 * D) if config.qkv_bias else nn.Linear(D, 3 * D, bias=False)
+        masked = config.qkv_bias and not config.key_bias
+        self.qkv = MaskedBiasLinear(D, 3 * D) if masked else nn.Linear(D, 3 * D, bias=config.qkv_bias)
         self.proj = nn.Linear(D, D)
 
     def forward(self, x, n_images, rope):
@@ -307,10 +310,10 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-5)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-5)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config) if config.ffn == "swiglu" else MLP(config)
         self.ls2 = LayerScale(config)
 
@@ -367,8 +370,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.rope_embed = RopeEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(D, eps=1e-5)
-        self.local_cls_norm = nn.LayerNorm(D, eps=1e-5) if config.local_norm else None
+        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
+        self.local_cls_norm = nn.LayerNorm(D, eps=config.norm_eps) if config.local_norm else None
         self.checkpointing = False  # the trainer's choice: keep only the blocks' inputs for the backward pass
         set_std(self, config.init_std)
         if not self.cls_token.is_meta:
