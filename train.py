@@ -472,7 +472,8 @@ def print_plan(c, ranks, source, student):
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
     where = ranks.device.type + (f" x {ranks.count}" if ranks.count > 1 else "") + f", {ops.describe(ranks.device)}"
     side = c.global_size // c.patch_size
-    print(f"{' '.join([c.size, c.recipe]).strip()}, {c.stage}: backbone {n['backbone']:,} parameters, heads {n['dino_head'] + n['ibot_head']:,}; "
+    name = f"{c.size} {c.recipe}".strip()
+    print(f"{name}, {c.stage}: backbone {n['backbone']:,} parameters, heads {n['dino_head'] + n['ibot_head']:,}; "
           f"{len(source):,} images of {c.data}; {where}, {c.precision}")
     print(f"{c.steps:,} steps of {c.batch} images: 2 crops of {c.global_size} px ({side}x{side} patches), "
           f"{c.n_local} of {c.local_size} px")
