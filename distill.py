@@ -31,7 +31,7 @@ from data import Batches, CropConfig, loader, open_source
 from engine import config as command_line
 from engine.cache import Cached, folder_of
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, save_checkpoint, saved
-from engine.groups import clock, make_group, make_plan, share, wait
+from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
@@ -314,20 +314,21 @@ def begin(c, ranks, source, students):
 
 def distill(c, ranks, interrupt):
     """Trains all students; returns whether all have all their steps.    paper: §5.2, Fig. 12"""
-    if c.batch % ranks.count:
-        raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks")
     found = {name: standing(c, name, ranks) for name in read_students(c.students)}
     done, start = {name: own for name, (own, _) in found.items()}, max(at for _, at in found.values())
     counts = {name: n for name, n in read_students(c.students).items() if done[name] < c.steps}
     if not counts:
         raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
     source, teacher = open_source(c.data, c.n_shapes, c.seed), make_teacher(c, ranks)
-    samples = c.batch // ranks.count
+    samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
     here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))
     group, keep, mine = make_group(c, ranks, plan)
+    keeps, shared = kept_by(c, ranks, plan), plan[0][1] < ranks.count
+    if shared and mine:
+        batches.kept = Batches(c, source, keep.start, keep.stop - keep.start)
     own = {name: replace(c, size=name, out=str(Path(c.out, name)), joined=start - done[name]) for name in mine}
     students = [Student(own[name], group, teacher["backbone"].config.width, done[name],
                         Verdicts(group, interrupt, source.name)) for name in mine]
@@ -364,6 +365,8 @@ def distill(c, ranks, interrupt):
         # the teacher sees this rank's part of the batch; then all groups get theirs
         batch = progress.next(stream)
         path = batch.pop("path", None)
+        kept = batch.get("kept", dict(masks=torch.zeros(0, 1, dtype=torch.bool)))
+        counts = [masks["masks"].sum(1) for masks in (batch, kept)]
         batch = train.on_device(c, ranks, batch, unreadable)
         t0 = clock(ranks, logs)
         if "cls" not in batch:
@@ -373,10 +376,10 @@ def distill(c, ranks, interrupt):
         if c.cache and ranks.main and step == start:
             print(batches.describe(batch), flush=True)
         t1 = clock(ranks, logs)
-        batch, received = (batch, 0) if plan[0][1] == ranks.count else share(c, ranks, batch, keep)
+        batch, received = share(c, ranks, batch, keeps, counts) if shared else (batch, 0)
         row = dict(ms_teacher=1000 * (t1 - t0), ms_share=1000 * (clock(ranks, logs) - t1), gathered_bytes=received)
         if received and ranks.main and step == start:
-            print(f"a step gathers {received:,} bytes on each rank", flush=True)
+            print(f"a step brings {received:,} bytes to this rank", flush=True)
 
         # each group trains its students
         noise = Noise(c.seed, step, keep.start, keep.stop - keep.start, c.group, c.drop_path, c.rope_rescale)

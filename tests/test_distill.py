@@ -71,8 +71,8 @@ def test_two_students_on_four_ranks_learn_as_if_alone(teacher, pair, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     images, masked = 3 * (2 * 32 * 32 + 2 * 16 * 16), 4 + 8  # a crop of 16 patches is masked by 0.3, one by 0.5
-    received = 4 * (8 * (images + 2 * 16) + 4 * masked * 16) + 8 * (2 * 16 + 8)
-    assert f"gathers {received:,} bytes on each rank" in done.stdout
+    received = 4 * (4 * (images + 2 * 16) + 2 * masked * 16) + 4 * 8  # a rank keeps 4 of 8 samples
+    assert f"brings {received:,} bytes to this rank" in done.stdout
     assert done.stdout.count("the cache takes 4,096 bytes for each step, 16,384 for the run") == 1
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 4 * 3  # each rank its part
     distill.main(["--out", str(out), "--resume", "--students", PAIR])  # the last step on one process
