@@ -407,7 +407,10 @@ class Batches(Dataset):
     first, samples  what this rank holds of the global batch
     colour_here     False: on the training device, by whoever receives the batch
     noise           step -> what is random in the student's forward, made ahead with the batch, as batch["noise"]
+    kept            Batches of the samples that this rank has once ranks have shared theirs: batch["kept"], their masks
     """
+    kept = None
+
     def __init__(self, config, source, first, samples, colour_here=True, noise=None):
         self.config, self.source, self.first, self.samples = config, source, first, samples
         self.colour_here, self.noise = colour_here, noise
@@ -434,6 +437,8 @@ class Batches(Dataset):
         batch |= self.masks(step)
         if self.noise:
             batch["noise"] = self.noise(step)
+        if self.kept is not None:
+            batch["kept"] = self.kept.masks(step)
         return colour_batch(batch, c) if self.colour_here else batch
 
     def read(self, n, broken):

@@ -31,7 +31,7 @@ from data import Batches, CropConfig, loader, open_source
 from engine import config as command_line
 from engine.cache import Cached, folder_of
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, save_checkpoint, saved
-from engine.groups import clock, make_group, make_plan, share, wait
+from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
@@ -54,7 +54,10 @@ class DistillConfig(TrainConfig):
     teacher: str = ""              # a run of train.py, with its heads; with --mode features any weights
     students: str = ""             # s,b,convnext_t; with the ranks of each, s:1,b:2, nothing is timed
     mode: str = "heads"            # heads: the losses of pretraining; features: cosine and smooth L1 through adapters
+    recipe: str = ""               # paper, released, convnext or tiny; empty = as teacher and students want it
     cooldown: int = 250_000        # last steps, in which the learning rate falls from lr to lr_end, a cosine
+    linear: bool = False           # weight decay and momentum go straight to their ends, not along a cosine
+    teacher_scale: float = 1.0     # side of the teacher's crops, over that of the students'
     momentum: float = 0.994        # of the average of each student, which is what is saved to be used
     cache: str = ""                # folder: what the teacher says is kept there, for runs over the same batches
     joined: int = 0                # step of the run at which a student's own first step was
@@ -65,7 +68,8 @@ class DistillConfig(TrainConfig):
         own = replace(STUDENTS[self.size], mean=self.mean, std=self.std)
         if isinstance(own, ConvNeXtConfig):
             return own
-        return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size)
+        return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
+                       **{name: getattr(self, name) for name in train.NETWORK})
 
 
 RECIPES = {
@@ -74,6 +78,20 @@ RECIPES = {
         steps=1_250_000, batch=1920, lr=2e-4, lr_end=5e-5, lr_warmup=100_000, weight_decay_end=0.2,
         teacher_temp_warmup=100_000, layer_decay=0.99, freeze_last_layer=0,
     ),
+    # ViT students as the released code reads its recipe, from a high-resolution checkpoint
+    # differs: its lr rises by half a cosine, its teacher temperature by one over all steps; here both are lines
+    "released": DistillConfig(
+        steps=25_000, cooldown=0, batch=1920, lr=5e-5, lr_end=5e-5, lr_warmup=12_500, weight_decay_end=0.04,
+        teacher_temp_warmup=25_000, layer_decay=0.99, freeze_last_layer=0,
+    ),
+    # ConvNeXt students as the released code intends them, 500 epochs of 1,250 steps; crops twice the teacher's side, so
+    # that a patch of 32 px is one of its 16. OWN has what is not alike for all. The batch is that of `paper`
+    # differs: there the setting for the teacher's half is not found, so that the grids differ; and lr rises from 1e-6
+    "convnext": DistillConfig(
+        steps=625_000, cooldown=525_000, batch=1920, lr=2e-4, lr_end=1e-6, lr_warmup=100_000, weight_decay_end=0.2,
+        linear=True, teacher_temp_warmup=150_000, layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer=1250,
+        teacher_scale=0.5,
+    ),
     # teachers as narrow as tiny, 2 CPU cores; measured in LOG.md
     "tiny": DistillConfig(
         steps=600, cooldown=300, batch=32, lr=2e-3, lr_end=1e-5, lr_warmup=30, weight_decay_end=0.04, momentum=0.97,
@@ -81,8 +99,9 @@ RECIPES = {
         freeze_last_layer=0, save_every=250, log_every=20,
     ),
 }
-OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "mean", "std", "joined", "dino_prototypes",
-              "ibot_prototypes"}  # or of the student
+OWN = dict(convnext_b=dict(lr=1e-4, weight_decay=0.02), convnext_l=dict(lr=1e-4))  # of recipe convnext
+OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "mean",
+              "std", "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
 OPTIONS = {name: kind for name, kind in command_line.types(DistillConfig()).items() if name not in OF_TEACHER}
 OBJECTIVE = ("dino_hidden", "dino_bottleneck", "dino_prototypes", "ibot_hidden", "ibot_bottleneck", "ibot_prototypes",
              "prototype_std", "student_temp", "local_weight", "ibot_weight", "koleo_weight", "rope_rescale")
@@ -101,8 +120,12 @@ def configure(argv):
         c = train.go_on(train.saved_config(out, DistillConfig), values, out, ("students", "cache"))
     else:
         said = of_teacher(values.get("teacher", ""), values.get("mode", "heads"))
-        recipe = RECIPES["tiny" if said.pop("width") <= SIZES["tiny"].width else "paper"]
-        c = command_line.apply(replace(recipe, **said), values)
+        name = choose_recipe(values, said.pop("width"))
+        recipe = RECIPES[name]
+        c = replace(recipe, **said | dict(recipe=name))
+        scaled = "global_size", "local_size", "patch_size"  # what the teacher said of its own
+        c = replace(c, **{field: round(getattr(c, field) / c.teacher_scale) for field in scaled})
+        c = replace(command_line.apply(c, values), recipe=name)
         shrink = [name for name in (*train.WARMUPS, "cooldown") if name not in values]
         c = replace(c, **{name: round(getattr(c, name) * c.steps / recipe.steps) for name in shrink})
         c = replace(c, group=min(c.group, c.batch), koleo_group=min(c.koleo_group, c.batch))
@@ -110,10 +133,29 @@ def configure(argv):
             raise ValueError(f"--out {out} holds a run already; add --resume to go on, or name another folder")
     read_students(c.students)
     train.check(c)
+    if not 0 < c.teacher_scale <= 1:
+        raise ValueError(f"--teacher_scale is {c.teacher_scale}; it must be above 0, and at most 1")
     if c.mode == "features" and c.n_local or not 0 <= c.cooldown <= c.steps:
         raise ValueError(f"--n_local {c.n_local} --cooldown {c.cooldown}: a cooldown has 0 to --steps {c.steps} steps, "
                          "and --mode features looks at global crops alone")
     return replace(c, out=out)
+
+
+def choose_recipe(values, width):
+    """The name of the recipe that the command line asks for, or that suits a teacher of this width and the students."""
+    convnexts = [isinstance(STUDENTS[name], ConvNeXtConfig) for name in read_students(values.get("students", ""))]
+    suits = "tiny" if width <= SIZES["tiny"].width else "convnext" if all(convnexts) else "paper"
+    name = values.get("recipe") or suits
+    if name not in RECIPES or name == "convnext" and not all(convnexts):
+        raise ValueError(f"--recipe {name}: choose one of {', '.join(RECIPES)}; convnext is for ConvNeXts alone")
+    return name
+
+
+def of_student(c, name):
+    """The config of one student: what its recipe has for it alone, where nothing else was asked for."""
+    own, others = OWN.get(name, {}) if c.recipe == "convnext" else {}, RECIPES["convnext"]
+    own = {field: value for field, value in own.items() if getattr(c, field) == getattr(others, field)}
+    return replace(c, size=name, **own)
 
 
 def of_teacher(path, mode):
@@ -177,7 +219,10 @@ def seen(backbone, c):
 def teacher_says(c, teacher, batch):
     """What of the teacher travels, of unmasked global crops:  cls  (G B) Z,  patches  M Z;  in mode features D wide"""
     with autocast(c, batch):
-        features, = seen(teacher["backbone"], c)([batch["global_crops"]])
+        crops, side = batch["global_crops"], round(c.global_size * c.teacher_scale)
+        if side != c.global_size:
+            crops = F.interpolate(crops, (side, side), mode="bilinear", antialias=True)
+        features, = seen(teacher["backbone"], c)([crops])
         patches = features.patches.flatten(0, 1).index_select(0, batch["masked"])            # M D
         if c.mode == "features":
             return dict(cls=features.cls, patches=patches)
@@ -199,8 +244,9 @@ class Student:
         self.optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
         plateau = schedule(0, c.lr, c.lr, c.lr_warmup, c.steps - c.cooldown)
         self.lr = np.concatenate([plateau, schedule(0, c.lr, c.lr_end, 0, c.cooldown)]) * c.lr_factor
-        self.weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
-        self.momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
+        course = np.linspace if c.linear else lambda start, end, steps: schedule(0, start, end, 0, steps)
+        self.weight_decay = course(c.weight_decay, c.weight_decay_end, c.steps)
+        self.momentum = course(c.momentum, c.momentum_end, c.steps)
         self.temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
         begin_state(self.optimizer)
         if done:
@@ -313,21 +359,22 @@ def begin(c, ranks, source, students):
 
 def distill(c, ranks, interrupt):
     """Trains all students; returns whether all have all their steps.    paper: §5.2, Fig. 12"""
-    if c.batch % ranks.count:
-        raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks")
     found = {name: standing(c, name, ranks) for name in read_students(c.students)}
     done, start = {name: own for name, (own, _) in found.items()}, max(at for _, at in found.values())
     counts = {name: n for name, n in read_students(c.students).items() if done[name] < c.steps}
     if not counts:
         raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
     source, teacher = open_source(c.data, c.n_shapes, c.seed), make_teacher(c, ranks)
-    samples = c.batch // ranks.count
+    samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
     here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))
     group, keep, mine = make_group(c, ranks, plan)
-    own = {name: replace(c, size=name, out=str(Path(c.out, name)), joined=start - done[name]) for name in mine}
+    keeps, shared = kept_by(c, ranks, plan), plan[0][1] < ranks.count
+    if shared and mine:
+        batches.kept = Batches(c, source, keep.start, keep.stop - keep.start)
+    own = {name: replace(of_student(c, name), out=str(Path(c.out, name)), joined=start - done[name]) for name in mine}
     students = [Student(own[name], group, teacher["backbone"].config.width, done[name],
                         Verdicts(group, interrupt, source.name)) for name in mine]
     end = start + c.steps - min(done[name] for name in counts)
@@ -363,6 +410,8 @@ def distill(c, ranks, interrupt):
         # the teacher sees this rank's part of the batch; then all groups get theirs
         batch = progress.next(stream)
         path = batch.pop("path", None)
+        kept = batch.get("kept", dict(masks=torch.zeros(0, 1, dtype=torch.bool)))
+        counts = [masks["masks"].sum(1) for masks in (batch, kept)]
         batch = train.on_device(c, ranks, batch, unreadable)
         t0 = clock(ranks, logs)
         if "cls" not in batch:
@@ -372,10 +421,10 @@ def distill(c, ranks, interrupt):
         if c.cache and ranks.main and step == start:
             print(batches.describe(batch), flush=True)
         t1 = clock(ranks, logs)
-        batch, received = (batch, 0) if plan[0][1] == ranks.count else share(c, ranks, batch, keep)
+        batch, received = share(c, ranks, batch, keeps, counts) if shared else (batch, 0)
         row = dict(ms_teacher=1000 * (t1 - t0), ms_share=1000 * (clock(ranks, logs) - t1), gathered_bytes=received)
         if received and ranks.main and step == start:
-            print(f"a step gathers {received:,} bytes on each rank", flush=True)
+            print(f"a step brings {received:,} bytes to this rank", flush=True)
 
         # each group trains its students
         noise = Noise(c.seed, step, keep.start, keep.stop - keep.start, c.group, c.drop_path, c.rope_rescale)
@@ -406,7 +455,8 @@ def distill(c, ranks, interrupt):
 
 def main(argv):
     if "--help" in argv or "-h" in argv:
-        lines = command_line.describe(RECIPES["paper"]).splitlines()
+        name = argv[argv.index("--recipe") + 1] if "--recipe" in argv[:-1] else "paper"
+        lines = command_line.describe(RECIPES.get(name, RECIPES["paper"])).splitlines()
         print(__doc__.strip(), "\n".join(line for line in lines if line.split()[0][2:] in OPTIONS), sep="\n\n")
         return
     c = configure(argv)

@@ -38,7 +38,9 @@ class ViTConfig:
     heads: int                 # A
     hidden: int                # F, width of the MLP
     ffn: str = "mlp"           # "mlp": GELU; "swiglu": w3(silu(w1 x) * w2 x)
-    qkv_bias: bool = True      # its key third is masked out: softmax cannot see it
+    qkv_bias: bool = True      # its key third is masked out, unless key_bias
+    key_bias: bool = False     # the bias of keys too, as in the released recipe of ViT-L on ImageNet-1k
+    norm_eps: float = 1e-5     # of all LayerNorms; 1e-6 in that recipe
     local_norm: bool = False   # own final norm for cls and registers of local crops, in training only
     patch_size: int = 16       # pixels
     n_registers: int = 4       # R
@@ -61,6 +63,7 @@ SIZES = {                                                              # paramet
     "s+":   ViTConfig(12, 384, 6, 1536, "swiglu"),                     #    28,697,472
     "b":    ViTConfig(12, 768, 12, 3072),                              #    85,669,632
     "l":    ViTConfig(24, 1024, 16, 4096),                             #   303,154,176
+    "l+":   ViTConfig(24, 1024, 16, 4096, "swiglu"),                   #   403,915,776
     "h+":   ViTConfig(32, 1280, 20, 5120, "swiglu"),                   #   840,633,600
     "7b":   ViTConfig(40, 4096, 32, 8192, "swiglu", qkv_bias=False, local_norm=True),  # 6,716,043,264
 }
@@ -130,21 +133,39 @@ class Noise:
     drop_path: float = 0.0     # share of samples that skip a branch
     rope_rescale: float = 1.0  # RoPE coordinates are multiplied by a factor log-uniform in [1/rescale, rescale]
 
+    @property
+    def groups(self):
+        """The groups of samples that this rank holds, or holds some of."""
+        return range(self.first // self.group, (self.first + self.samples - 1) // self.group + 1)
+
     def rope_scales(self, crops, depth):
-        """One factor for each block.    paper: DINOv3 §3.2, RoPE-box jittering"""
-        rng = np.random.default_rng([self.seed, self.step, 1, crops])
-        return self.rope_rescale ** rng.uniform(-1, 1, depth)
+        """
+        One factor for each of this rank's groups and each block, groups depth.
+
+        paper:   DINOv3 §3.2, RoPE-box jittering
+        differs: the released code draws one for each rank, which in its recipes holds one group
+        """
+        draws = [np.random.default_rng([self.seed, self.step, 1, crops, group]).uniform(-1, 1, depth)
+                 for group in self.groups]
+        return self.rope_rescale ** np.stack(draws)
+
+    def parts(self, n_images):
+        """Images of a crop group, view by view, as runs of equal RoPE factors; one run if all are equal."""
+        if self.rope_rescale == 1 or len(self.groups) == 1:
+            return [n_images]
+        edges = np.clip(np.arange(self.groups.start, self.groups.stop + 1) * self.group, self.first,
+                        self.first + self.samples)
+        return np.diff(edges).tolist() * (n_images // self.samples)
 
     def kept(self, crops, n_views, depth):
         """Which images of the `crops`-th crop group enter each branch:  depth 2 (n_views B), bool;  and n/kept."""
         size = n_views * self.group
         n_kept = max(int(size * (1 - self.drop_path)), 1)
-        first, last = self.first // self.group, (self.first + self.samples - 1) // self.group
         masks = []
-        for group in range(first, last + 1):
+        for group in self.groups:
             keys = np.random.default_rng([self.seed, self.step, 2, crops, group]).random((depth, 2, size))
             masks.append((keys.argsort(-1).argsort(-1) < n_kept).reshape(depth, 2, n_views, self.group))
-        offset = self.first - first * self.group
+        offset = self.first - self.groups.start * self.group
         mask = np.concatenate(masks, axis=-1)[..., offset : offset + self.samples]
         return mask.reshape(depth, 2, -1), size / n_kept
 
@@ -152,13 +173,16 @@ class Noise:
         """
         All that is random in one forward of crop groups, each of n_images images of n_tokens tokens:
 
-            rope    `depth` factors for each crop group
-            counts  images of each crop group that enter a branch; block-major, then branch
+            rope    groups of samples x `depth` factors, for each crop group
+            images  of each crop group, in runs of equal factors
+            counts  those that enter a branch; block-major, then branch
             rows    where their tokens lie among the packed ones, of all branches in that order
             scales  what each of those rows is multiplied by
         """
         assert not any(n % self.samples for n in n_images), "every crop group holds each sample equally often"
-        found = dict(rope=[torch.from_numpy(self.rope_scales(i, depth)).float() for i in range(len(n_images))])
+        parts = [self.parts(n) for n in n_images]
+        found = dict(rope=[torch.from_numpy(self.rope_scales(i, depth)).float() for i in range(len(n_images))],
+                     images=parts)
         if self.drop_path:
             masks = [self.kept(i, n // self.samples, depth) for i, n in enumerate(n_images)]
             starts, rows, scales, counts = np.cumsum([0, *np.multiply(n_images, n_tokens)]), [], [], []
@@ -167,7 +191,9 @@ class Noise:
                 for images, start, N, (_, scale) in zip(kept, starts[:-1], n_tokens, masks, strict=True):
                     rows.append((start + images[:, None] * N + np.arange(N)).astype(np.int32).ravel())
                     scales.append(np.full(len(rows[-1]), scale, np.float32))
-                counts.append([len(images) for images in kept])
+                edges = [np.cumsum([0, *part]) for part in parts]
+                n_kept = [np.diff(np.searchsorted(*each)) for each in zip(kept, edges, strict=True)]
+                counts.append(np.concatenate(n_kept).tolist())
             found |= dict(rows=torch.from_numpy(np.concatenate(rows)), scales=torch.from_numpy(np.concatenate(scales)))
             found |= dict(counts=counts)
         return to_device(found, device)
@@ -185,7 +211,7 @@ def to_device(x, device):
 @dataclass
 class Subset:
     """The tokens that one branch works on."""
-    n_images: list             # of each crop group
+    n_images: list             # of each run of images of equal size and RoPE factors
     rows: torch.Tensor = None  # where they lie among the T packed tokens; None = all of them
     scale: torch.Tensor = None  # what their result is multiplied by, so that its expectation is that of all samples
 
@@ -202,7 +228,7 @@ class Subset:
 class Packing:
     """
     Crop groups of different sizes as one sequence of tokens, T D: linears and norms see them all at once,
-    attention sees each group as B N.
+    attention sees each run of images of equal size and RoPE factors as B N.
 
     grids     h, w of each crop group
     n_images  images in each
@@ -212,12 +238,15 @@ class Packing:
         depth, n_prefix = config.depth, 1 + config.n_registers
         self.n_tokens = [n_prefix + h * w for h, w in grids]
         drawn = noise.draw(depth, n_images, self.n_tokens, periods.device) if isinstance(noise, Noise) else noise
-        scales = drawn["rope"] if drawn else [None] * len(grids)
-        tables = [rope_tables(h, w, n_prefix, periods, s) for (h, w), s in zip(grids, scales, strict=True)]
-        self.rope = [[(cos[i % len(cos)], sin[i % len(sin)]) for cos, sin in tables] for i in range(depth)]
-        self.subsets = [(Subset(n_images),) * 2] * depth
-        if drawn and "rows" in drawn:
-            lengths = [int(np.dot(count, self.n_tokens)) for count in drawn["counts"]]
+        drawn = drawn or dict(rope=[None] * len(grids), images=[[n] for n in n_images])
+        tables = [rope_tables(h, w, n_prefix, periods, s if s is None else s.flatten())
+                  for (h, w), s in zip(grids, drawn["rope"], strict=True)]  # of group 0 in all blocks, then of the next
+        runs = [(pair, run) for pair, images in zip(tables, drawn["images"], strict=True) for run in range(len(images))]
+        self.rope = [[tuple(x[(run * depth + i) % len(x)] for x in pair) for pair, run in runs] for i in range(depth)]
+        self.subsets = [(Subset(sum(drawn["images"], [])),) * 2] * depth
+        if "rows" in drawn:
+            n_tokens = [pair[0].shape[1] for pair, _ in runs]
+            lengths = [int(np.dot(count, n_tokens)) for count in drawn["counts"]]
             rows, scales = drawn["rows"].split(lengths), drawn["scales"][:, None].split(lengths)
             flat = [Subset(*each) for each in zip(drawn["counts"], rows, scales, strict=True)]
             self.subsets = list(zip(flat[::2], flat[1::2], strict=True))
@@ -241,11 +270,12 @@ class Attention(nn.Module):
         super().__init__()
         D = config.width
         self.heads = config.heads
-        self.qkv = MaskedBiasLinear(D, 3 * D) if config.qkv_bias else nn.Linear(D, 3 * D, bias=False)
+        masked = config.qkv_bias and not config.key_bias
+        self.qkv = MaskedBiasLinear(D, 3 * D) if masked else nn.Linear(D, 3 * D, bias=config.qkv_bias)
         self.proj = nn.Linear(D, D)
 
     def forward(self, x, n_images, rope):
-        """x  T D    n_images, rope  of each crop group    returns  T D"""
+        """x  T D    n_images, rope  of each run of images    returns  T D"""
         return self.proj(rope_attention(self.qkv(x), n_images, rope, self.heads))
 
 
@@ -280,15 +310,15 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-5)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-5)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config) if config.ffn == "swiglu" else MLP(config)
         self.ls2 = LayerScale(config)
 
     def forward(self, x, rope, subsets):
-        """x  T D    rope  cos, sin of each crop group    subsets  of the attention, of the MLP    returns  T D"""
+        """x  T D    rope  cos, sin of each run of images    subsets  of the attention, of the MLP    returns  T D"""
         attention, mlp = subsets
         x = attention.add(x, self.attn(self.norm1(attention.take(x)), attention.n_images, rope), self.ls1.gamma)
         return mlp.add(x, self.mlp(self.norm2(mlp.take(x))), self.ls2.gamma)
@@ -340,8 +370,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.rope_embed = RopeEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(D, eps=1e-5)
-        self.local_cls_norm = nn.LayerNorm(D, eps=1e-5) if config.local_norm else None
+        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
+        self.local_cls_norm = nn.LayerNorm(D, eps=config.norm_eps) if config.local_norm else None
         self.checkpointing = False  # the trainer's choice: keep only the blocks' inputs for the backward pass
         set_std(self, config.init_std)
         if not self.cls_token.is_meta:

@@ -222,6 +222,9 @@ def save_backbone(model, path, layout="meta", metadata=None, state=None):
         raise ValueError(f"save_backbone: {path} in layout {layout!r}; choose one of {choice}")
     if layout == "hf" and path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"save_backbone: {path} is there already; name a new folder")
+    if layout != "nano" and (getattr(config, "key_bias", False) or getattr(config, "norm_eps", 1e-5) != 1e-5):
+        raise ValueError(f"save_backbone: {layout} cannot say that keys have a bias, or that LayerNorm's eps is not "
+                         "1e-5: read back, it would be another function; write nano")
     out, lost = layouts.lay_out(model, state or model.state_dict(), layout)
     mean, std = (widen(values, config.in_chans) for values in named(path) or WEB)
     if layout == "meta" and (config.mean, config.std) != (mean, std):

@@ -23,7 +23,8 @@ SAID = "cls", "patches"  # teacher_says in distill.py
 
 def folder_of(c, teacher, device):
     """A folder in --cache for this teacher and its arithmetic, made; raises ValueError if it cannot be."""
-    digest = hashlib.sha1(repr((teacher["backbone"].config, c.mode, c.precision, device.type)).encode())
+    digest = hashlib.sha1(repr((teacher["backbone"].config, c.mode, c.precision, device.type,
+                                c.teacher_scale)).encode())
     for name, x in teacher.state_dict().items():
         digest.update(name.encode() + x.flatten()[:1024].float().cpu().numpy().tobytes())
     folder = Path(c.cache, digest.hexdigest()[:16])

@@ -103,7 +103,7 @@ def write_rows(path, ranks, state):
     entries, rows = {}, {}
     for name, x in state.items():
         local, first = shard(x)
-        if local is x and not ranks.main or not local.numel():
+        if local is x and not ranks.main or local.shape[:1] == (0,):
             continue
         entries[name] = Entry(tuple(local.shape), local.dtype, partial(iter, [local]))
         if local is not x:

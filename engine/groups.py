@@ -3,8 +3,8 @@ Ranks in groups, one for each student: who trains what, and what travels between
 
     make_plan, assign   ranks for each student, so that all need the same time     DINOv3 §5.2
     fit, expected       what a step of each costs, on any number of ranks
-    make_group          this rank's group, and what it keeps of the batch
-    share               the all-gather of images and of what the teacher says      DINOv3 §5.2, Fig. 12
+    make_group          this rank's group, and what it keeps of the batch; kept_by: the same of each rank
+    share               images and what the teacher says, to the ranks that keep them     DINOv3 §5.2, Fig. 12
 
 Dimension letters: see the top of model.py.
 """
@@ -14,7 +14,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from engine.ranks import PATIENCE, Ranks
 
@@ -33,6 +32,9 @@ def make_plan(c, ranks, counts, prepare):
     S, names = ranks.count, list(counts)
     if not any(counts.values()):
         if S < len(names) or len(names) == 1:
+            if c.batch % S:
+                raise ValueError(f"--batch {c.batch} is not divisible by {S} ranks; write how many a student has, "
+                                 "as in --students s:2, or change the batch")
             return [(0, S, names)]
         costs = fit(c, ranks, names, prepare)
         counts = assign(costs, S, c.batch)
@@ -111,9 +113,18 @@ def make_group(c, ranks, plan):
             group = dist.new_group(members)
             files = dist.new_group(members, backend="gloo", timeout=PATIENCE)
         if first <= ranks.rank < first + n:
-            own, b = ranks.rank - first, c.batch // n
-            found = Ranks(own, n, ranks.device, group, files), slice(own * b, (own + 1) * b), names
+            keep = kept_by(c, ranks, plan)[ranks.rank]
+            found = Ranks(ranks.rank - first, n, ranks.device, group, files), keep, names
     return found
+
+
+def kept_by(c, ranks, plan):
+    """The samples of the global batch that each rank keeps: of its group's, as many as the others; none without one."""
+    keeps = [slice(0, 0)] * ranks.count
+    for first, n, _ in plan:
+        b = c.batch // n
+        keeps[first : first + n] = [slice(own * b, (own + 1) * b) for own in range(n)]
+    return keeps
 
 
 def wait(ranks):
@@ -132,38 +143,56 @@ def clock(ranks, idle=True):
 # What travels
 
 
-def share(c, ranks, batch, keep):
+def share(c, ranks, batch, keeps, counts):
     """
-    All ranks' parts of the global batch, of which this rank keeps the samples `keep`; and the bytes received.
+    Of all ranks' parts of the global batch the samples that this rank keeps, each sent to it alone; the bytes received.
 
-    batch    of this rank, with cls  (G b) Z  and patches  M Z  of the teacher
+    batch    of this rank, with cls  (G b) Z  and patches  M Z  of the teacher; `kept`: masks of what it will keep
+    keeps    samples that each rank keeps; ranks' parts are b samples each, and what lies beyond the batch goes nowhere
+    counts   masked patches of each crop, known to the host:  (G b) of this rank's part,  (G kept)
     differs: images and features travel as bfloat16 where autocast rounds them to that; the logits, K wide, never do
     """
-    S, P, wire = ranks.count, batch["masks"].shape[1], torch.bfloat16 if c.precision == "bf16" else torch.float32
-    b, M, received = len(batch["indices"]), len(batch["masked"]), 0
-    rows = 2 * b * int(P * c.mask_ratio[1]) if b % c.group else M  # of patches; at most, where M differs between ranks
-    low, high = keep.start // b, -(-keep.stop // b)                # ranks that have the samples
+    b, received, wire = len(batch["indices"]), 0, torch.bfloat16 if c.precision == "bf16" else torch.float32
+    keep, first = keeps[ranks.rank], ranks.rank * b
+    sends = [overlap(slice(first, first + b), other, first) for other in keeps]
+    comes = [overlap(slice(rank * b, (rank + 1) * b), keep, keep.start) for rank in range(ranks.count)]
 
-    def gather(x):
-        """S times the shape of x, of any dtype: gloo has no bfloat16, but bytes"""
+    def exchange(x, rows_out, rows_in):
+        """rows_out of x to each rank, rows_in from each; of any dtype: gloo has no bfloat16, but bytes"""
         nonlocal received
-        out = x.new_empty(S, *x.shape)
-        dist.all_gather_into_tensor(out.view(torch.uint8).flatten(0, 1), x.contiguous().view(torch.uint8), ranks.group)
+        sent = x.flatten(1).contiguous().view(torch.uint8)
+        out = sent.new_empty(sum(rows_in), sent.shape[1])
+        dist.all_to_all_single(out, sent, rows_in, rows_out, group=ranks.group)
         received += out.nbytes
-        return out
+        return out.view(x.dtype).unflatten(1, x.shape[1:]).split(rows_in)
 
-    def pick(x, views):
-        """S (views b) ... -> (views kept) ..., in the order of the global batch"""
-        x = x[low:high].unflatten(1, (views, b)).transpose(0, 1).flatten(1, 2)
-        return x[:, keep.start - low * b : keep.stop - low * b].flatten(0, 1)
+    def travel(x, views):
+        """(views b) ... -> (views kept) ..., in the order of the global batch"""
+        x = x.unflatten(0, (views, b))
+        sent = torch.cat([x[:, part].flatten(0, 1) for part in sends])
+        parts = exchange(sent, *([views * (part.stop - part.start) for part in each] for each in (sends, comes)))
+        return torch.cat([part.unflatten(0, (views, len(part) // views)) for part in parts], dim=1).flatten(0, 1)
+
+    def travel_patches(x):
+        """M Z -> M' Z of the kept crops"""
+        own, kept = (count.unflatten(0, (2, len(count) // 2)) for count in counts)             # G b, G kept
+        crops = x.split(own.flatten().tolist())                                                # (G b) of rows Z
+        sent = torch.cat([x[:0], *(crops[view * b + i] for part in sends for view in (0, 1)
+                                   for i in range(part.start, part.stop))])
+        rows_out = [int(own[:, part].sum()) for part in sends]
+        rows_in = [kept[:, part].sum(1).tolist() for part in comes]                            # S of G
+        parts = exchange(sent, rows_out, [sum(rows) for rows in rows_in])
+        parts = [part.split(rows) for part, rows in zip(parts, rows_in, strict=True)]
+        return torch.cat([part[view] for view in (0, 1) for part in parts])
 
     views = dict(global_crops=2, local_crops=c.n_local, cls=2)
-    out = {name: pick(gather(batch[name].to(wire)), n).float() for name, n in views.items() if n}
-    patches = gather(F.pad(batch["patches"].to(wire), (0, 0, 0, rows - M))).flatten(0, 1)    # (S rows) Z
-    masks = gather(batch["masks"])                                                           # S (G b) P
-    row = masks.flatten(1).cumsum(1) - 1 + rows * torch.arange(S, device=masks.device)[:, None]
-    kept = pick(masks, 2)                                                                    # (G kept) P
-    masked = kept.flatten().nonzero()[:, 0]                                                  # M of the kept
-    return out | dict(patches=patches[pick(row.view_as(masks), 2)[kept]].float(), masked=masked, masks=kept,
-                      weights=1 / kept.sum(1).clamp(min=1)[masked // P].float(),
-                      indices=pick(gather(batch["indices"].to(masks.device)), 1)), received
+    out = {name: travel(batch[name].to(wire), n).float() for name, n in views.items() if n}
+    out |= dict(patches=travel_patches(batch["patches"].to(wire)).float(),
+                indices=travel(batch["indices"].to(batch["cls"].device)[:, None], 1)[:, 0])
+    return out | batch.get("kept", {}), received
+
+
+def overlap(a, b, origin):
+    """What two slices have in common, counted from an origin; empty ones at 0."""
+    start, stop = max(a.start, b.start) - origin, min(a.stop, b.stop) - origin
+    return slice(start, stop) if start < stop else slice(0, 0)

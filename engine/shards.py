@@ -60,7 +60,8 @@ class Piece(NamedTuple):
             file.seek(self.offset + start * width)
             if file.readinto(data) != len(data):
                 raise ValueError(f"{self.path} is cut short")
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape and (stop - start, *self.shape[1:]))
+        shape = self.shape and (stop - start, *self.shape[1:])
+        return torch.frombuffer(data, dtype=self.dtype).view(shape) if data else torch.empty(shape, dtype=self.dtype)
 
 
 def write_tensors(path, entries, metadata):

@@ -71,8 +71,8 @@ def test_two_students_on_four_ranks_learn_as_if_alone(teacher, pair, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     images, masked = 3 * (2 * 32 * 32 + 2 * 16 * 16), 4 + 8  # a crop of 16 patches is masked by 0.3, one by 0.5
-    received = 4 * (8 * (images + 2 * 16) + 4 * masked * 16) + 8 * (2 * 16 + 8)
-    assert f"gathers {received:,} bytes on each rank" in done.stdout
+    received = 4 * (4 * (images + 2 * 16) + 2 * masked * 16) + 4 * 8  # a rank keeps 4 of 8 samples
+    assert f"brings {received:,} bytes to this rank" in done.stdout
     assert done.stdout.count("the cache takes 4,096 bytes for each step, 16,384 for the run") == 1
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 4 * 3  # each rank its part
     distill.main(["--out", str(out), "--resume", "--students", PAIR])  # the last step on one process
@@ -80,6 +80,19 @@ def test_two_students_on_four_ranks_learn_as_if_alone(teacher, pair, tmp_path):
         assert rows(out / name)[0]["gathered_bytes"] == received
         for one, four in zip(losses(rows(pair / name)), losses(rows(out / name)), strict=True):
             assert one == pytest.approx(four, abs=1e-4)  # 1e-5 measured
+
+
+def test_ranks_that_do_not_divide_the_batch(teacher, pair, tmp_path):
+    """8 images on 3 ranks: 3 each for the teacher, the ninth is cut; the third rank trains nothing"""
+    out = tmp_path / "three"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", "distill.py", "--teacher", str(teacher), *SHORT, "--out", str(out),
+               "--students", "tiny_half:1,convnext_micro:1", "--stop_after", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in BOTH:
+        for one, three in zip(losses(rows(pair / name))[:2], losses(rows(out / name)), strict=True):
+            assert one == pytest.approx(three, abs=1e-4)  # 1e-5 measured
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(teacher, pair, tmp_path):
@@ -227,6 +240,47 @@ def test_learning_rate_stays_and_then_cools_down(teacher, tmp_path):
     assert (paper.steps - paper.cooldown, paper.cooldown, paper.batch) == (1_000_000, 250_000, 1920)  # §5.2
 
 
+def test_recipe_of_the_convnexts(tmp_path):
+    """twice the teacher's crops, one grid; rates of T and S, of B and L; straight lines"""
+    path, alone = tmp_path / "vit.pth", Ranks(0, 1, torch.device("cpu"), None)
+    save_backbone(ViT(ViTConfig(1, 256, 4, 64)), path)
+    words = ["--teacher", str(path), "--mode", "features", "--out", str(tmp_path / "x"), "--workers", "0", "--students"]
+    c = distill.configure([*words, ",".join(f"convnext_{size}" for size in "tsbl")])
+    assert (c.recipe, c.global_size, c.local_size, c.patch_size, c.teacher_scale) == ("convnext", 512, 224, 32, 0.5)
+    named = {name: getattr(c, name) for name in (
+        "steps", "lr_warmup", "lr_end", "weight_decay_end", "momentum", "momentum_end", "teacher_temp_warmup",
+        "freeze_last_layer", "layer_decay", "patch_embed_lr", "drop_path", "clip", "beta2")}
+    assert named == dict(
+        steps=500 * 1250, lr_warmup=80 * 1250, lr_end=1e-6, weight_decay_end=0.2, momentum=0.994, momentum_end=1.0,
+        teacher_temp_warmup=150_000, freeze_last_layer=1250, layer_decay=1.0, patch_embed_lr=1.0, drop_path=0.0,
+        clip=3.0, beta2=0.999)
+    own = {size: distill.of_student(c, f"convnext_{size}") for size in "tsbl"}
+    assert {size: each.lr for size, each in own.items()} == dict(t=2e-4, s=2e-4, b=1e-4, l=1e-4)
+    assert {size: each.weight_decay for size, each in own.items()} == dict(t=0.04, s=0.04, b=0.02, l=0.04)
+    asked = distill.configure([*words, "convnext_b", "--lr", "3e-4"])
+    assert distill.of_student(asked, "convnext_b").lr == 3e-4
+    small = distill.Student(replace(c, size="convnext_micro"), alone, 256)
+    assert small.lr[:100_000].argmax() == 99_999 and small.lr.max() / c.lr_factor == pytest.approx(2e-4, rel=1e-4)
+    assert small.lr[-1] / c.lr_factor == pytest.approx(1e-6)
+    for values, ends in (small.weight_decay, (0.04, 0.2)), (small.momentum, (0.994, 1)):
+        assert (values[0], values[-1]) == ends and np.ptp(np.diff(values)) < 1e-12
+    teacher, seen = distill.make_teacher(replace(c, precision="fp32"), alone), []
+    teacher["backbone"].register_forward_pre_hook(lambda _, args: seen.append(args[0][0].shape[-1]))
+    batch = dict(global_crops=torch.randn(2, 3, 512, 512), masked=torch.arange(512))
+    assert distill.teacher_says(c, teacher, batch)["patches"].shape == (2 * 16 * 16, 256) and seen == [256]
+    assert small.networks["backbone"](batch["global_crops"][:1]).grid == (16, 16)
+
+
+def test_recipe_of_the_released_vits(tmp_path, teacher):
+    c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", "--recipe", "released", "--out",
+                           str(tmp_path / "x"), "--group", "64"])
+    student = distill.Student(replace(c, size="tiny_half"), Ranks(0, 1, torch.device("cpu"), None), 128)
+    assert len(student.lr) == 25_000 and (student.lr[12_500:] == 5e-5 * c.lr_factor).all()
+    assert student.lr[6249] / c.lr_factor == pytest.approx(2.5e-5, rel=1e-3)
+    assert (student.weight_decay == 0.04).all() and student.temp[[0, -1]] == pytest.approx([0.04, 0.07], abs=1e-5)
+    assert (student.momentum[0], student.momentum[-1]) == (0.994, 1)
+
+
 def test_steps_to_time(teacher, tmp_path):
     """three of each, were the run to have one"""
     c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", *SHORT, "--out", str(tmp_path / "x")])
@@ -263,6 +317,9 @@ def test_layers_of_a_convnext():
     (["--mode", "features", "--n_local", "2"], "looks at global crops alone"),
     (["--cooldown", "9"], "--cooldown 9: a cooldown has 0 to --steps 4"),
     (["--size", "s"], "unknown option --size"),
+    (["--recipe", "convnext"], "--recipe convnext: choose one of paper, released.*ConvNeXts alone"),
+    (["--recipe", "papre"], "--recipe papre: choose one of paper"),
+    (["--teacher_scale", "0"], "--teacher_scale is 0.0; it must be above 0"),
     (["--batch", "9"], "not a multiple of --group 2"),
     (["--resume"], "no run to go on with"),
 ])

@@ -8,7 +8,7 @@ import torch
 
 from data import Batches, open_source
 from engine import groups
-from engine.groups import assign, describe, fit, make_group, make_plan, share
+from engine.groups import assign, describe, fit, kept_by, make_group, make_plan, share
 from engine.ranks import Ranks
 from train import TrainConfig
 
@@ -98,6 +98,19 @@ def test_plans_that_cannot_be(n_ranks, counts):
         make_plan(c, on(0, n_ranks), counts, None)
 
 
+def test_plan_of_the_released_run():
+    """48, 48, 80, 120 of 296 ranks: 1,920 images, 7 on each rank for the teacher, of which the last are cut"""
+    c, ranks = replace(CONFIG, batch=1920), on(0, 296)
+    keeps = kept_by(c, ranks, make_plan(c, ranks, dict(s=48, sp=48, b=80, l=120), None))
+    assert [sum(keep.stop - keep.start == n for keep in keeps) for n in (40, 24, 16)] == [96, 80, 120]
+    assert 295 * -(-1920 // 296) > 1920 and keeps[0] == slice(0, 40) and keeps[-1] == slice(1904, 1920)
+
+
+def test_one_group_of_all_ranks_divides_the_batch():
+    with pytest.raises(ValueError, match="--batch 12 is not divisible by 5 ranks; write how many"):
+        make_plan(CONFIG, on(0, 5), dict(a=0), None)
+
+
 def test_groups_keep_the_whole_batch_each(monkeypatch):
     monkeypatch.setattr(groups.dist, "new_group", lambda members, **_: tuple(members))
     made = [make_group(CONFIG, on(rank, 6), [(0, 2, ["a"]), (2, 3, ["b"])]) for rank in range(6)]
@@ -110,52 +123,69 @@ def test_groups_keep_the_whole_batch_each(monkeypatch):
 # What travels
 
 
-def gathered(c, n_ranks, keep):
+def sharing(c, n_ranks, keeps):
     """share() on each of the ranks, in one process: once to hear what all send, once to receive it."""
-    sent, source, patcher = [], open_source("shapes", 24), pytest.MonkeyPatch()
-    b = c.batch // n_ranks
-    parts = [Batches(c, source, rank * b, b)[0] for rank in range(n_ranks)]
+    sent, source, b = [], open_source("shapes", 24), -(-c.batch // n_ranks)
+    parts = [Batches(c, source, rank * b, b) for rank in range(n_ranks)]
+    for part, keep in zip(parts, keeps, strict=True):
+        part.kept = Batches(c, source, keep.start, keep.stop - keep.start) if keep.stop else None
+    parts = [part[0] for part in parts]
     for part in parts:  # in place of features: the number of the image and crop, and of the patch
         part["cls"] = (part["indices"][None] + torch.tensor([[0], [100]])).flatten()[:, None].float()
         part["patches"] = torch.stack([part["cls"][part["masked"] // 16, 0], part["masked"] % 16.0], dim=1)
 
-    def send(out, x, group):
-        sent[-1].append(x)
+    def send(out, x, rows_in, rows_out, group):
+        sent[-1].append(x.split(rows_out))
         out.zero_()
 
-    def receive(out, x, group):
-        out.copy_(torch.cat([each.pop(0) for each in sent]))
-    with patcher.context() as patch:
-        patch.setattr(groups.dist, "all_gather_into_tensor", send)
+    def receive(out, x, rows_in, rows_out, group):
+        found = [each[len(done)][at] for each in sent]
+        assert [len(rows) for rows in found] == rows_in
+        done.append(out.copy_(torch.cat(found)))
+
+    def call(rank, part):
+        kept = part["kept"]["masks"].sum(1) if "kept" in part else torch.zeros(0, dtype=torch.int64)
+        return share(c, on(rank, n_ranks), part, keeps, [part["masks"].sum(1), kept])
+    shared = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups.dist, "all_to_all_single", send)
         for rank, part in enumerate(parts):
             sent.append([])
-            share(c, on(rank, n_ranks), part, keep)
-        patch.setattr(groups.dist, "all_gather_into_tensor", receive)
-        return share(c, on(0, n_ranks), parts[0], keep)
+            call(rank, part)
+        patch.setattr(groups.dist, "all_to_all_single", receive)
+        for at, part in enumerate(parts):
+            done = []
+            shared.append(call(at, part))
+    return shared
 
 
-@pytest.mark.parametrize("n_ranks, group", [(2, 3), (4, 3), (4, 12), (6, 4), (12, 4)])
-@pytest.mark.parametrize("first, last", [(0, 12), (3, 6), (4, 8), (9, 12), (0, 0)])
-def test_share_gives_each_group_its_samples(n_ranks, group, first, last):
-    """ranks' parts cut across the groups of masks, and groups' parts across the ranks' """
+@pytest.mark.parametrize("group", [3, 4, 12])
+@pytest.mark.parametrize("n_ranks, counts", [
+    (2, (1, 1)), (4, (3, 1)), (6, (2, 3)), (12, (4, 6)), (5, (2, 3)), (7, (2, 4))])
+def test_share_gives_each_rank_its_samples(n_ranks, counts, group):
+    """ranks' parts cut across the groups of masks, and groups' parts across the ranks'; padded where they must be"""
     c = replace(CONFIG, group=group)
-    shared, _ = gathered(c, n_ranks, slice(first, last))
-    if first == last:
-        assert len(shared["indices"]) == len(shared["patches"]) == 0
-        return
-    whole = Batches(c, open_source("shapes", 24), first, last - first)[0]
-    for name in ("global_crops", "local_crops", "masks", "masked", "weights", "indices"):
-        assert torch.equal(shared[name], whole[name]), name
-    cls = (whole["indices"][None] + torch.tensor([[0], [100]])).flatten().float()
-    assert torch.equal(shared["cls"][:, 0], cls)
-    assert torch.equal(shared["patches"], torch.stack([cls[whole["masked"] // 16], whole["masked"] % 16.0], dim=1))
+    firsts = itertools.accumulate(counts, initial=0)
+    plan = [(first, n, [str(n)]) for first, n in zip(firsts, counts, strict=False)]
+    keeps = kept_by(c, on(0, n_ranks), plan)
+    for (shared, _), keep in zip(sharing(c, n_ranks, keeps), keeps, strict=True):
+        if not keep.stop:
+            assert len(shared["indices"]) == len(shared["patches"]) == len(shared["global_crops"]) == 0
+            continue
+        whole = Batches(c, open_source("shapes", 24), keep.start, keep.stop - keep.start)[0]
+        for name in ("global_crops", "local_crops", "masks", "masked", "weights", "indices"):
+            assert torch.equal(shared[name], whole[name]), name
+        cls = (whole["indices"][None] + torch.tensor([[0], [100]])).flatten().float()
+        assert torch.equal(shared["cls"][:, 0], cls)
+        assert torch.equal(shared["patches"], torch.stack([cls[whole["masked"] // 16], whole["masked"] % 16.0], dim=1))
 
 
 @pytest.mark.parametrize("precision, size", [("fp32", 4), ("bf16", 2)])
 def test_received_bytes_are_those_of_the_arithmetic(precision, size):
-    shared, received = gathered(replace(CONFIG, precision=precision), 4, slice(0, 6))
-    images = 12 * 3 * (2 * 32 * 32 + 2 * 16 * 16)
-    masked = 4 + 6 + 8                                  # of 16 patches: 3 of a group's 6 crops, 0.23, 0.37, 0.5 of them
-    masked = int(16 * (0.1 + 0.4 / 3)) + int(16 * (0.1 + 0.8 / 3)) + 8
-    assert received == size * (images + 12 * 2 * 1 + 4 * masked * 2) + 12 * (2 * 16 + 8)
+    """of what a rank keeps, and of nothing else"""
+    c = replace(CONFIG, precision=precision)
+    shared, received = sharing(c, 4, kept_by(c, on(0, 4), [(0, 2, ["a"]), (2, 2, ["b"])]))[0]
+    images = 6 * 3 * (2 * 32 * 32 + 2 * 16 * 16)
+    masked = int(16 * (0.1 + 0.4 / 3)) + int(16 * (0.1 + 0.8 / 3)) + 8  # of each 6 crops, 3
+    assert received == size * (images + 6 * 2 * 1 + 2 * masked * 2) + 6 * 8
     assert shared["global_crops"].dtype == torch.float32

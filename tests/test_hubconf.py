@@ -14,7 +14,7 @@ from model import SIZES, ViT
 from weights import save_backbone
 
 ROOT = str(Path(__file__).parents[1])
-ENTRIES = dict(vits16="s", vits16plus="s+", vitb16="b", vitl16="l", vith16plus="h+", vit7b16="7b",
+ENTRIES = dict(vits16="s", vits16plus="s+", vitb16="b", vitl16="l", vitl16plus="l+", vith16plus="h+", vit7b16="7b",
                convnext_tiny="convnext_t", convnext_small="convnext_s", convnext_base="convnext_b",
                convnext_large="convnext_l")
 

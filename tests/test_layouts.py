@@ -25,7 +25,7 @@ from engine import layouts
 from model import SIZES, ViT, ViTConfig
 from weights import Stored, empty, load_backbone, save_backbone
 
-RELEASED = {"s": "small", "s+": "small_plus", "b": "base", "l": "large", "h+": "huge_plus", "7b": "7b"}
+RELEASED = {"s": "small", "s+": "small_plus", "b": "base", "l": "large", "l+": "", "h+": "huge_plus", "7b": "7b"}
 CONVNEXTS = {"convnext_t": "tiny", "convnext_s": "small", "convnext_b": "base", "convnext_l": "large"}
 LIKE_7B = ViTConfig(2, 256, 2, 192, "swiglu", qkv_bias=False, local_norm=True)
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
@@ -119,6 +119,8 @@ def test_every_name_of_the_vits(size):
         assert read_as(shapes_of(hf, drop), json_config) == ("hf", kept, computed)
         assert read_as(shapes_of(hf, drop), {}) == ("hf", kept, computed)
 
+    if not RELEASED[size]:
+        return  # timm has none of it
     name = f"vit_{RELEASED[size]}_patch16_dinov3"
     with torch.device("meta"):
         bare, biased = timm.create_model(name, num_classes=0), timm.create_model(name, num_classes=0, qkv_bias=True)
