@@ -54,10 +54,10 @@ class DistillConfig(TrainConfig):
     teacher: str = ""              # a run of train.py, with its heads; with --mode features any weights
     students: str = ""             # s,b,convnext_t; with the ranks of each, s:1,b:2, nothing is timed
     mode: str = "heads"            # heads: the losses of pretraining; features: cosine and smooth L1 through adapters
-    cooldown: int = 250_000        # last steps, in which the learning rate falls from lr to lr_end, a cosine
-    momentum: float = 0.994        # of the average of each student, which is what is saved to be used
+    cooldown: int = 250_000        # [0, 1e7]: last steps, in which the learning rate falls from lr to lr_end, a cosine
+    momentum: float = 0.994        # [0, 1]: of the average of each student, which is what is saved to be used
     cache: str = ""                # folder: what the teacher says is kept there, for runs over the same batches
-    joined: int = 0                # step of the run at which a student's own first step was
+    joined: int = 0                # [0, 1e7]: step of the run at which a student's own first step was
 
     @property
     def vit(self):

@@ -46,10 +46,10 @@ class VisualizeConfig:
     weights: str = ""          # a run's folder, or a weights file
     size: str = ""             # s, b, ...: of a .pth file, which does not say
     out: str = ""              # the .png to write, for explore the .html; its folder is made
-    resolution: int = 0        # pixels of the short side that the network sees; 0 = its own; more = a finer picture
-    foreground: float = 0.0    # pca: patches above this share of component 1's range are the object; 0 = off
+    resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
+    foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
     layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
-    point: tuple = (0.5, 0.5)  # similarity, attention: x,y, shares of width and height; attention without: class token
+    point: tuple = (0.5, 0.5)  # [0, 1): similarity, attention: x,y, shares of the sides; attention without: class token
 
 
 def find_images(words):

@@ -47,7 +47,7 @@ GATED = ("released DINOv3 weights are licence-gated: request them at ai.meta.com
 class WeightsConfig:
     to: str = ""               # layout of OUT: meta, hf, timm, nano
     size: str = ""             # s, b, convnext_t, ...: stop if IN is of another
-    in_chans: int = 0          # channels of the images, beyond IN's three; 0 = as in IN
+    in_chans: int = 0          # [0, 1024]: channels of the images, beyond IN's three; 0 = as in IN
 
 # --------------------------------------------------------------------------------
 # What is in a file
