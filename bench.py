@@ -254,6 +254,9 @@ def main(argv):
         return
     values, names = command_line.read_words(argv, command_line.types(BenchConfig()))
     config = command_line.apply(BenchConfig(), values)
+    if config.json:
+        command_line.writable(config.json, folder=False, option="--json")
+    command_line.writable(config.out)
     for name in names:
         if name not in ON_CPU | ON_A_GPU:
             raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(ON_CPU | ON_A_GPU)}")

@@ -94,6 +94,9 @@ def configure(argv):
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     out = values.get("out", "runs/distilled")
+    command_line.writable(out)
+    if values.get("cache"):
+        command_line.writable(values["cache"], option="--cache")
     begun = Path(out, "config.json").exists()
     if values.get("resume", "").lower() == "auto":
         values["resume"] = str(begun)

@@ -169,6 +169,7 @@ def configure(argv):
     c = command_line.apply(recipe, values)
     shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
     c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
+    command_line.writable(c.out)
     check(c)
     if saved(c.out):
         raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
@@ -202,6 +203,7 @@ def say_init(path):
 def resumed_config(values, out):
     """The config that the run was started with, and what the command line may change of it."""
     c = go_on(saved_config(out), values, out)
+    command_line.writable(out)
     done = newest(out)[0]
     if c.steps < done:
         raise ValueError(f"--steps {c.steps}: {out} has {done} steps already; ask for as many, or for more")

@@ -18,6 +18,8 @@ from ast import literal_eval
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
 
 RANGE = re.compile(r"([\[(])(-?[\w.]+), (-?[\w.]+)([\])])( rising)?(?=: )")
 ROOMS = "", "engine", "sets", "tasks", "decoders"  # the folders of our own code, from the root
@@ -123,6 +125,18 @@ def choose_device(name):
     if name != "auto" and name not in there:
         raise ValueError(f"--device {name} is not here; this machine has: {', '.join(there)}")
     return torch.device(there[0] if name == "auto" else name)
+
+
+def writable(path, folder=True, option="--out"):
+    """Raises ValueError, before there is anything to lose, if no folder, or no file, can be written at a path."""
+    path, kind = Path(path), "folder" if folder else "file"
+    try:
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            raise ValueError(f"{option} {path} is no {kind}; name another")
+        above = (path.absolute(), *path.absolute().parents)[not folder:]
+        TemporaryFile(dir=next(each for each in above if os.path.lexists(each))).close()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: no {kind} can be written there ({error.strerror}); name another") from error
 
 
 def describe(config):

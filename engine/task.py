@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from typing import NamedTuple
 
+from engine import config as command_line
 from engine.views import fitted
 
 SIZES = "s", "s+", "b", "l", "h+", "7b", "convnext_t", "convnext_s", "convnext_b", "convnext_l"  # of the paper's tables
@@ -101,6 +102,9 @@ class Task:
 
     def check(self, c):
         """What the command line alone can tell. Raises ValueError."""
+        for option in ("cache", "out"):
+            if getattr(c, option, ""):
+                command_line.writable(getattr(c, option), option=f"--{option}")
         if c.data == "shapes" and not self.shapes:
             raise ValueError(f"--data: {self.name} does not run on shapes; name a folder with {self.layout}")
         if self.decoders and c.decoder not in self.decoders:

@@ -1,5 +1,6 @@
 """config.py: what a command line may look like, what its mistakes say, and that help shows the comments in the code."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -191,6 +192,44 @@ def test_nonsense_trains_nothing(said, tmp_path):
 def test_no_data_is_not_the_folder_one_stands_in():
     with pytest.raises(ValueError, match="--data is empty; name a folder, or shapes"):
         configure(["--data", ""])
+
+
+@pytest.mark.parametrize("where, kind", [
+    ("file", "folder"), ("file/below", "folder"), ("/dev/null", "folder"), ("/proc/run", "folder"),
+    ("/dev/null", "file"), (".", "file"), ("file/x.png", "file"), ("/proc/x.png", "file"), ("x" * 300, "folder")])
+def test_where_nothing_can_be_written(tmp_path, monkeypatch, where, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ValueError, match=f"^--out {where}.*({kind})") as error:
+        config.writable(where, folder=kind == "folder")
+    assert "\n" not in str(error.value) and os.listdir() == ["file"]
+
+
+def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
+    def read_only(dir):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(config, "TemporaryFile", read_only)  # root may write anywhere
+    with pytest.raises(ValueError, match="no folder can be written there .Permission denied."):
+        config.writable(tmp_path / "new" / "run")
+
+
+def test_where_something_can(tmp_path):
+    for path, folder in ((tmp_path, True), (tmp_path / "a/b", True), (tmp_path / "x.png", False)):
+        config.writable(path, folder)
+    (tmp_path / "x.png").touch()
+    config.writable(tmp_path / "x.png", folder=False)  # it will be replaced
+    assert os.listdir(tmp_path) == ["x.png"]
+
+
+@pytest.mark.parametrize("command", [
+    "train --out FILE", "distill --out FILE", "evaluate --task nyu --weights pixels --out FILE",
+    "evaluate --task knn --weights pixels --cache FILE", "bench forward --out FILE", "bench forward --json FILE/x.json",
+    "visualize pca shapes:1 --weights FILE --out FILE/x.png", "weights FILE FILE/x.pth --to meta"])
+def test_every_command_asks_first(command, tmp_path):
+    (tmp_path / "FILE").touch()
+    name, *words = command.replace("FILE", str(tmp_path / "FILE")).split()
+    with pytest.raises(ValueError, match=r"^(--out|--cache|--json|OUT) .*FILE"):
+        importlib.import_module(name).main(words)
 
 
 def test_only_the_first_rank_says_what_is_wrong(monkeypatch, capsys):
