@@ -53,10 +53,10 @@ from train import RECIPES
 class BenchConfig:
     json: str = ""             # forward to steps: a file to write the rows to, and NAME.md beside it
     out: str = "build/gpu"     # gpu-: folder of what is written
-    minutes: float = 7.5       # gpu-: no row is begun later, so that a call ends within 8; gpu-5: of it all
+    minutes: float = 7.5       # (0, inf): gpu-: no row is begun later, so that a call ends within 8; gpu-5: of it all
     data: str = "shapes"       # gpu-4, gpu-5: photos, a folder as train.py takes it; shapes = generated
     size: str = "s"            # gpu-5: what is trained
-    largest: int = 0           # check-OP: elements of the largest shape; 0 = all
+    largest: int = 0           # [0, inf): check-OP: elements of the largest shape; 0 = all
     dry: bool = False          # gpu-: on the CPU, on tiny shapes: every line runs, no number means anything
 
 # --------------------------------------------------------------------------------
@@ -254,6 +254,9 @@ def main(argv):
         return
     values, names = command_line.read_words(argv, command_line.types(BenchConfig()))
     config = command_line.apply(BenchConfig(), values)
+    if config.json:
+        command_line.writable(config.json, folder=False, option="--json")
+    command_line.writable(config.out)
     for name in names:
         if name not in ON_CPU | ON_A_GPU:
             raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(ON_CPU | ON_A_GPU)}")

@@ -25,13 +25,13 @@ EPS = 1e-6   # of every LayerNorm; the ViTs have 1e-5
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
-    depths: tuple              # blocks of each of the four stages
-    dims: tuple                # their widths C; the last one is D
-    layerscale: float = 1e-6   # what gamma starts from
-    init_std: float = 0.02     # of the start values of linears and convolutions
-    in_chans: int = 3          # C of the images
-    mean: tuple = (0.485, 0.456, 0.406)  # what images, RGB in [0, 1], were normalised with; here: LVD-1689M (web)
-    std: tuple = (0.229, 0.224, 0.225)
+    depths: tuple              # [1, 1000]: blocks of each of the four stages
+    dims: tuple                # [1, 65536]: their widths C; the last one is D
+    layerscale: float = 1e-6   # [0, 100]: what gamma starts from
+    init_std: float = 0.02     # [0, 100]: of the start values of linears and convolutions
+    in_chans: int = 3          # [1, 1024]: C of the images
+    mean: tuple = (0.485, 0.456, 0.406)  # (-1000, 1000): of the images, RGB in [0, 1]; here: LVD-1689M (web)
+    std: tuple = (0.229, 0.224, 0.225)   # (0, 1000]: the same: standard deviation
 
     # what a ViTConfig says too; depth counts what `layers` can name: stages
     patch_size = property(lambda self: STRIDE)

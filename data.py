@@ -180,28 +180,28 @@ def resize(image, height, width):
 
 @dataclass(frozen=True)
 class CropConfig:
-    global_size: int = 256         # pixels; G = 2 crops
-    local_size: int = 112          # pixels
-    n_local: int = 8               # L
-    global_scale: tuple = (0.32, 1.0)   # share of the image's area
-    local_scale: tuple = (0.05, 0.32)   # the same of local crops
-    ratio: tuple = (3 / 4, 4 / 3)  # width / height of the area cut out
-    flip: float = 0.0              # probability of a horizontal flip
-    jitter: float = 0.8            # probability of: brightness, contrast, saturation, hue in random order
-    brightness: float = 0.4        # factors in 1 +- this
-    contrast: float = 0.4          # the same
-    saturation: float = 0.2        # the same
-    hue: float = 0.1               # shift in +- this, of the full circle
-    grey: float = 0.2              # probability
+    global_size: int = 256         # [1, 4096]: pixels; G = 2 crops
+    local_size: int = 112          # [1, 4096]: pixels
+    n_local: int = 8               # [0, 64]: L
+    global_scale: tuple = (0.32, 1.0)   # (0, 1] rising: share of the image's area
+    local_scale: tuple = (0.05, 0.32)   # (0, 1] rising: the same of local crops
+    ratio: tuple = (3 / 4, 4 / 3)  # [0.01, 100] rising: width / height of the area cut out
+    flip: float = 0.0              # [0, 1]: probability of a horizontal flip
+    jitter: float = 0.8            # [0, 1]: probability of: brightness, contrast, saturation, hue in random order
+    brightness: float = 0.4        # [0, 1]: factors in 1 +- this
+    contrast: float = 0.4          # [0, 1]: the same
+    saturation: float = 0.2        # [0, 1]: the same
+    hue: float = 0.1               # [0, 0.5]: shift in +- this, of the full circle
+    grey: float = 0.2              # [0, 1]: probability
     # Probabilities of a Gaussian blur as the paper means them. The released code applies 1 - p: its weights saw the
     # first global crop never blurred, the second 90 % and locals 50 % of the time.
-    blur_global_1: float = 1.0     # probability, first global crop
-    blur_global_2: float = 0.1     # probability, second global crop
-    blur_local: float = 0.5        # probability, local crops
-    blur_sigma: tuple = (0.1, 2.0)  # pixels, 9 taps
-    solarize: float = 0.2          # probability, second global crop only; inverts values from 128
-    mask_share: float = 0.5        # share of global crops with masked patches
-    mask_ratio: tuple = (0.1, 0.5)  # masked patches, spread evenly over the masked crops
+    blur_global_1: float = 1.0     # [0, 1]: probability, first global crop
+    blur_global_2: float = 0.1     # [0, 1]: probability, second global crop
+    blur_local: float = 0.5        # [0, 1]: probability, local crops
+    blur_sigma: tuple = (0.1, 2.0)  # [0.01, 100] rising: pixels, 9 taps
+    solarize: float = 0.2          # [0, 1]: probability, second global crop only; inverts values from 128
+    mask_share: float = 0.5        # [0, 1]: share of global crops with masked patches
+    mask_ratio: tuple = (0.1, 0.5)  # [0, 1] rising: masked patches, spread evenly over the masked crops
 
 
 # columns of the table of colours, one row for each crop; an entry of 0 in APPLY, GREY, SIGMA, SOLARIZE means off

@@ -55,12 +55,12 @@ class DistillConfig(TrainConfig):
     students: str = ""             # s,b,convnext_t; with the ranks of each, s:1,b:2, nothing is timed
     mode: str = "heads"            # heads: the losses of pretraining; features: cosine and smooth L1 through adapters
     recipe: str = ""               # paper, released, convnext or tiny; empty = as teacher and students want it
-    cooldown: int = 250_000        # last steps, in which the learning rate falls from lr to lr_end, a cosine
+    cooldown: int = 250_000        # [0, 1e7]: last steps, in which the learning rate falls from lr to lr_end, a cosine
     linear: bool = False           # weight decay and momentum go straight to their ends, not along a cosine
-    teacher_scale: float = 1.0     # side of the teacher's crops, over that of the students'
-    momentum: float = 0.994        # of the average of each student, which is what is saved to be used
+    teacher_scale: float = 1.0     # (0, 16]: side of the teacher's crops, over that of the students'
+    momentum: float = 0.994        # [0, 1]: of the average of each student, which is what is saved to be used
     cache: str = ""                # folder: what the teacher says is kept there, for runs over the same batches
-    joined: int = 0                # step of the run at which a student's own first step was
+    joined: int = 0                # [0, 1e7]: step of the run at which a student's own first step was
 
     @property
     def vit(self):
@@ -113,6 +113,9 @@ def configure(argv):
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     out = values.get("out", "runs/distilled")
+    command_line.writable(out)
+    if values.get("cache"):
+        command_line.writable(values["cache"], option="--cache")
     begun = Path(out, "config.json").exists()
     if values.get("resume", "").lower() == "auto":
         values["resume"] = str(begun)

@@ -33,27 +33,27 @@ from ops import rope_attention
 
 @dataclass(frozen=True)
 class ViTConfig:
-    depth: int                 # blocks
-    width: int                 # D
-    heads: int                 # A
-    hidden: int                # F, width of the MLP
+    depth: int                 # [1, 1000]: blocks
+    width: int                 # [4, 65536]: D
+    heads: int                 # [1, 1024]: A
+    hidden: int                # [1, 262144]: F, width of the MLP
     ffn: str = "mlp"           # "mlp": GELU; "swiglu": w3(silu(w1 x) * w2 x)
     qkv_bias: bool = True      # its key third is masked out, unless key_bias
     key_bias: bool = False     # the bias of keys too, as in the released recipe of ViT-L on ImageNet-1k
     norm_eps: float = 1e-5     # of all LayerNorms; 1e-6 in that recipe
     local_norm: bool = False   # own final norm for cls and registers of local crops, in training only
-    patch_size: int = 16       # pixels
-    n_registers: int = 4       # R
-    layerscale: float = 1e-5   # what LayerScale's gamma starts from
-    init_std: float = 0.02     # of the linears' start values
-    in_chans: int = 3          # C
-    mean: tuple = (0.485, 0.456, 0.406)  # what images, RGB in [0, 1], were normalised with; here: LVD-1689M (web)
-    std: tuple = (0.229, 0.224, 0.225)
+    patch_size: int = 16       # [1, 256]: pixels
+    n_registers: int = 4       # [0, 1024]: R
+    layerscale: float = 1e-5   # [0, 100]: what LayerScale's gamma starts from
+    init_std: float = 0.02     # [0, 100]: of the linears' start values
+    in_chans: int = 3          # [1, 1024]: C
+    mean: tuple = (0.485, 0.456, 0.406)  # (-1000, 1000): of the images, RGB in [0, 1]; here: LVD-1689M (web)
+    std: tuple = (0.229, 0.224, 0.225)   # (0, 1000]: the same: standard deviation
 
     def __post_init__(self):
         if self.ffn not in ("mlp", "swiglu"):
             raise ValueError(f"ViTConfig: ffn is {self.ffn!r}; write 'mlp' or 'swiglu'")
-        if self.width % self.heads or self.width // self.heads % 4:
+        if self.heads < 1 or self.width % self.heads or self.width // self.heads % 4:
             raise ValueError(f"ViTConfig: width {self.width} over {self.heads} heads; a head needs a multiple of 4")
 
 

@@ -52,61 +52,61 @@ class TrainConfig(CropConfig):
     recipe: str = ""               # another recipe than the size's own, by name; l has one: released
     stage: str = "pretrain"        # the recipe's stage
     data: str = "shapes"           # a folder of images, or shapes: the generated set
-    n_shapes: int = 4096           # images of the generated set
+    n_shapes: int = 4096           # [1, 100000]: images of the generated set
     out: str = ""                  # folder of the run; empty = runs/SIZE
     init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
     resume: bool = False           # go on from OUT's newest checkpoint, with its config; auto = or begin
-    seed: int = 0                  # of weights, crops, masks, stochastic depth
+    seed: int = 0                  # [0, 4294967295]: of weights, crops, masks, stochastic depth
     device: str = "auto"           # auto, cpu, cuda, mps
     kernels: str = "auto"          # csrc: auto = where it is built, off, or on = stop where it is not
     precision: str = "auto"        # bf16 (autocast: float32 weights and residual stream), fp32, or auto
-    workers: int = -1              # processes that prepare batches, for each rank; -1 = as the machine allows
-    save_every: int = 1000         # steps between checkpoints
-    keep: int = 3                  # checkpoints, the newest ones
-    keep_every: int = 0            # steps between checkpoints that are kept besides; 0 = none
-    log_every: int = 10            # steps between lines of metrics.jsonl; each makes the host wait for the device
-    stop_after: int = 0            # save and leave after this many steps of this run; 0 = at the end
-    steps: int = 1000              # optimizer steps; the warm-ups of the recipe shrink and grow with it
-    batch: int = 64                # images of a step, over all ranks
-    depth: int = 0                 # blocks; 0 = the size's own
-    patch_size: int = 0            # pixels; 0 = the size's own
-    n_registers: int = 4           # R
+    workers: int = -1              # [-1, 256]: processes that prepare batches, of each rank; -1 = as the machine allows
+    save_every: int = 1000         # [1, inf): steps between checkpoints
+    keep: int = 3                  # [1, inf): checkpoints, the newest ones
+    keep_every: int = 0            # [0, inf): steps between checkpoints that are kept besides; 0 = none
+    log_every: int = 10            # [1, inf): steps between lines of metrics.jsonl; each makes the host wait for a GPU
+    stop_after: int = 0            # [0, inf): save and leave after this many steps of this run; 0 = at the end
+    steps: int = 1000              # [1, 1e7]: optimizer steps; the warm-ups of the recipe shrink and grow with it
+    batch: int = 64                # [2, 1e6]: images of a step, over all ranks
+    depth: int = 0                 # [0, 1000]: blocks; 0 = the size's own
+    patch_size: int = 0            # [0, 256]: pixels; 0 = the size's own
+    n_registers: int = 4           # [0, 1000]: R
     key_bias: bool = False         # the attention's keys have a bias
-    norm_eps: float = 1e-5         # of the backbone's LayerNorms
-    mean: tuple = SIZES["tiny"].mean  # of the images' channels, RGB in [0, 1]; kept with the weights
-    std: tuple = SIZES["tiny"].std  # the same: standard deviation
-    group: int = 16                # consecutive samples that masks and stochastic depth are drawn for together
-    drop_path: float = 0.0         # share of samples that skip a branch, the same in all blocks
-    rope_rescale: float = 2.0      # RoPE box jitter: coordinates times a factor in [1/this, this]
+    norm_eps: float = 1e-5         # (0, 1]: of the backbone's LayerNorms
+    mean: tuple = SIZES["tiny"].mean  # [0, 1]: of the images' channels, RGB in [0, 1]; kept with the weights
+    std: tuple = SIZES["tiny"].std  # (0, 1]: the same: standard deviation
+    group: int = 16                # [1, 1e6]: consecutive samples that masks and stochastic depth are drawn for at once
+    drop_path: float = 0.0         # [0, 1): share of samples that skip a branch, the same in all blocks
+    rope_rescale: float = 2.0      # [1, 100]: RoPE box jitter: coordinates times a factor in [1/this, this]
     checkpointing: bool = False    # recompute the blocks' activations in the backward pass: less memory, slower
-    dino_hidden: int = 2048        # H of the DINO head
-    dino_bottleneck: int = 256     # Z
-    dino_prototypes: int = 65536   # K
-    ibot_hidden: int = 2048        # the same of the iBOT head
-    ibot_bottleneck: int = 256     # Z
-    ibot_prototypes: int = 65536   # K
-    prototype_std: float = 0.02    # of both heads' last layer at the start
-    lr: float = 1e-3               # peak, before the factor 4 sqrt(batch / 1024)
-    lr_end: float = 1e-6           # before the same factor; cosine after the warm-up; the peak itself = constant
-    lr_warmup: int = 100           # steps, linear from 0
-    weight_decay: float = 0.04     # at the start; none for biases, norms and LayerScale
-    weight_decay_end: float = 0.4  # at the end, cosine
-    momentum: float = 0.992        # of the teacher's average; 1 = frozen
-    momentum_end: float = 1.0      # at the end, cosine
-    teacher_temp: float = 0.07     # after the warm-up
-    teacher_temp_start: float = 0.04  # linear from here
-    teacher_temp_warmup: int = 300  # steps
-    student_temp: float = 0.1      # of all cross-entropies
-    beta1: float = 0.9             # AdamW
-    beta2: float = 0.999
-    clip: float = 3.0              # largest gradient norm, of backbone and heads separately; 0 = off
-    layer_decay: float = 0.9       # lr of a block is that of the next one times this
-    patch_embed_lr: float = 0.2    # further factor on the patch embedding's lr
-    freeze_last_layer: int = 10    # first steps in which the prototypes do not move
-    local_weight: float = 1.0      # factor on the DINO term of local crops
-    ibot_weight: float = 1.0       # factor on the iBOT term
-    koleo_weight: float = 0.1      # factor on the KoLeo term of each global crop
-    koleo_group: int = 16          # consecutive samples that KoLeo looks for neighbours in
+    dino_hidden: int = 2048        # [1, 65536]: H of the DINO head
+    dino_bottleneck: int = 256     # [1, 65536]: Z
+    dino_prototypes: int = 65536   # [2, 1e7]: K
+    ibot_hidden: int = 2048        # [1, 65536]: the same of the iBOT head
+    ibot_bottleneck: int = 256     # [1, 65536]: Z
+    ibot_prototypes: int = 65536   # [2, 1e7]: K
+    prototype_std: float = 0.02    # (0, 10]: of both heads' last layer at the start
+    lr: float = 1e-3               # [0, 10]: peak, before the factor 4 sqrt(batch / 1024)
+    lr_end: float = 1e-6           # [0, 10]: before the same factor; cosine after the warm-up; the peak's = constant
+    lr_warmup: int = 100           # [0, 1e7]: steps, linear from 0
+    weight_decay: float = 0.04     # [0, 10]: at the start; none for biases, norms and LayerScale
+    weight_decay_end: float = 0.4  # [0, 10]: at the end, cosine
+    momentum: float = 0.992        # [0, 1]: of the teacher's average; 1 = frozen
+    momentum_end: float = 1.0      # [0, 1]: at the end, cosine
+    teacher_temp: float = 0.07     # [0.001, 10]: after the warm-up
+    teacher_temp_start: float = 0.04  # [0.001, 10]: linear from here
+    teacher_temp_warmup: int = 300  # [0, 1e7]: steps
+    student_temp: float = 0.1      # [0.001, 10]: of all cross-entropies
+    beta1: float = 0.9             # [0, 1): AdamW
+    beta2: float = 0.999           # [0, 1): the same
+    clip: float = 3.0              # [0, inf): largest gradient norm, of backbone and heads separately; 0 = off
+    layer_decay: float = 0.9       # (0, 1]: lr of a block is that of the next one times this
+    patch_embed_lr: float = 0.2    # [0, 100]: further factor on the patch embedding's lr
+    freeze_last_layer: int = 10    # [0, 1e7]: first steps in which the prototypes do not move
+    local_weight: float = 1.0      # [0, 1000]: factor on the DINO term of local crops
+    ibot_weight: float = 1.0       # [0, 1000]: factor on the iBOT term
+    koleo_weight: float = 0.1      # [0, 1000]: factor on the KoLeo term of each global crop
+    koleo_group: int = 16          # [2, 1e6]: consecutive samples that KoLeo looks for neighbours in
 
     @property
     def vit(self):
@@ -190,6 +190,7 @@ def configure(argv):
     c = command_line.apply(recipe, values)
     shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
     c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
+    command_line.writable(c.out)
     check(c)
     if saved(c.out):
         raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
@@ -233,6 +234,7 @@ def say_init(path):
 def resumed_config(values, out):
     """The config that the run was started with, and what the command line may change of it."""
     c = go_on(saved_config(out), values, out)
+    command_line.writable(out)
     done = newest(out)[0]
     if c.steps < done:
         raise ValueError(f"--steps {c.steps}: {out} has {done} steps already; ask for as many, or for more")
@@ -262,7 +264,10 @@ def saved_config(out, kind=TrainConfig):
             if not command_line.fits(given[name], old):
                 raise ValueError(f"{out}/config.json: {name} is {value!r}, where a {type(old).__name__} belongs; "
                                  "restore it from a copy")
-    return kind(**given)
+    try:
+        return command_line.checked(kind(**given))
+    except ValueError as error:
+        raise ValueError(f"{out}/config.json: {error}; restore it from a copy") from error
 
 
 def saved_text(out):
@@ -284,11 +289,6 @@ def check(c):
     ops.use_kernels(c.kernels)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
-    for name in ("steps", "batch", "group", "koleo_group", "log_every", "save_every", "keep"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name} is {getattr(c, name)}; it must be at least 1")
-    if c.seed < 0:
-        raise ValueError(f"--seed is {c.seed}; it must be at least 0")
     for name in ("global_size", "local_size"):
         side, patch = getattr(c, name), c.patch_size
         if side < patch:

@@ -46,10 +46,10 @@ class VisualizeConfig:
     weights: str = ""          # a run's folder, or a weights file
     size: str = ""             # s, b, ...: of a .pth file, which does not say
     out: str = ""              # the .png to write, for explore the .html; its folder is made
-    resolution: int = 0        # pixels of the short side that the network sees; 0 = its own; more = a finer picture
-    foreground: float = 0.0    # pca: patches above this share of component 1's range are the object; 0 = off
+    resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
+    foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
     layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
-    point: tuple = (0.5, 0.5)  # similarity, attention: x,y, shares of width and height; attention without: class token
+    point: tuple = (0.5, 0.5)  # [0, 1): similarity, attention: x,y, shares of the sides; attention without: class token
 
 
 def find_images(words):
@@ -79,7 +79,7 @@ def cropped(image, resolution, patch_size, name="image"):
 
 
 def load_photos(names, resolution, patch_size):
-    """The images that can be read, as the network takes them, and their names; the others are counted and named."""
+    """The images that can be read and hold a patch, for the network, and their names; others are counted and named."""
     photos, read, broken = [], [], []
     for name in tqdm(names, desc="reading", unit="img", leave=False, disable=None):
         try:
@@ -87,12 +87,12 @@ def load_photos(names, resolution, patch_size):
                 torch.from_numpy(shapes.scene(int(name[7:]), 192).image).permute(2, 0, 1)
             photos.append(cropped(image, resolution, patch_size, name))
             read.append(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             broken.append(str(error))
-    if broken:
-        print(f"skipped {len(broken)} unreadable:", *broken, sep="\n  ")
     if not photos:
-        raise ValueError(f"IMAGE: none of {len(names)} could be read")
+        raise ValueError(f"IMAGE: none of {len(names)} can be taken; {broken[0]}")
+    if broken:
+        print(f"skipped {len(broken)} of {len(names)}:", *broken, sep="\n  ")
     return photos, read
 
 
@@ -220,10 +220,9 @@ def configure(argv):
     c, (mode, *words) = command_line.apply(VisualizeConfig(), values), words or [""]
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
-    if not 0 <= c.foreground < 1 or not all(0 <= share < 1 for share in c.point):
-        raise ValueError(f"--foreground {c.foreground}, --point {c.point}: write shares, from 0 to below 1")
-    if not c.weights or Path(c.out).suffix != MODES[mode] or c.resolution < 0:
-        raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a {MODES[mode]}; --resolution >= 0")
+    if not c.weights or Path(c.out).suffix != MODES[mode]:
+        raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a {MODES[mode]}")
+    command_line.writable(c.out, folder=False)
     layers = c.layers.split(",") if c.layers else []
     if not all(layer.isdecimal() for layer in layers) or mode == "attention" and len(layers) > 1:
         raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; for attention only one")

@@ -27,17 +27,18 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from convnext import ConvNeXt, ConvNeXtConfig
 from engine import config as command_line
 from engine import layouts
 from engine.layouts import LAYOUTS, STATISTICS, WEB, named, size_of, to_theirs, widen
+from engine.shards import Entry, write_tensors
 from model import ViT, ViTConfig
 
 SUFFIXES = {"meta": (".pth", ".pt", ".bin"), "timm": (".safetensors",), "nano": (".safetensors",)}  # hf: a folder
 FOLDER = "teacher.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 INSIDE = "teacher", "model_ema", "model", "state_dict"  # of a .pth: dicts that may lie around the tensors
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 KINDS = "name a run's folder, a .safetensors or .pth file, or a folder of Hugging Face or timm"
 GATED = ("released DINOv3 weights are licence-gated: request them at ai.meta.com/resources/models-and-libraries/"
          "dinov3-downloads or on the model's page at huggingface.co/facebook")
@@ -47,7 +48,7 @@ GATED = ("released DINOv3 weights are licence-gated: request them at ai.meta.com
 class WeightsConfig:
     to: str = ""               # layout of OUT: meta, hf, timm, nano
     size: str = ""             # s, b, convnext_t, ...: stop if IN is of another
-    in_chans: int = 0          # channels of the images, beyond IN's three; 0 = as in IN
+    in_chans: int = 0          # [0, 1024]: channels of the images, beyond IN's three; 0 = as in IN
 
 # --------------------------------------------------------------------------------
 # What is in a file
@@ -73,23 +74,27 @@ def find(path):
         path = next((path / name for name in FOLDER if (path / name).is_file()), path / FOLDER[0])
     files = [path]
     if path.name.endswith(".index.json") and path.is_file():
-        files = [path.parent / name for name in sorted(set(read_json(path).get("weight_map", {}).values()))]
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(
+                isinstance(name, str) and Path(name).name == name for name in shards.values()):
+            raise ValueError(f"{path} has no weight_map, tensor to file beside it; download it again")
+        files = [path.parent / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
             gated = re.search(r"dinov3[_-](vit|convnext)", "/".join(path.parts[-2:]))
             raise ValueError(f"{file} does not exist; {GATED if gated else KINDS}")
         with file.open("rb") as opened:
             text = opened.read(40).lstrip()
-        if text.startswith((b"<", b"version https:")):
-            raise ValueError(f"{file} holds no weights but a text that begins {text[:20]}: a page or a pointer that "
-                             "came in their place; download it again, with a link that has not expired")
+        if text and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in text):
+            raise ValueError(f"{file} holds no weights but a text that begins {text[:20]}; if a page or a pointer came "
+                             "in their place, download it again, with a link that has not expired")
     return files
 
 
 def read_json(path):
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON object: {error}") from error
 
 
@@ -115,12 +120,15 @@ def open_pth(file, stored):
     try:
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever the unpickler says of foreign bytes
-        reason = "it holds Python objects, which may run code when they are opened" \
-            if isinstance(error, pickle.UnpicklingError) else f"{str(error).partition('. ')[0]}; is it cut short?"
+        foreign = isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower()
+        reason = "it holds Python objects, which may run code when they are opened" if foreign else \
+            f"{str(error).partition('. ')[0]}; is it cut short?"
         raise ValueError(f"{file} is no plain checkpoint: {reason}") from error
-    while isinstance(state, dict) and (inner := [state[k] for k in INSIDE if isinstance(state.get(k), dict)]):
-        state = inner[0]
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    for _ in INSIDE:  # no more often: a dict may lie in itself
+        if isinstance(state, dict) and (inner := [state[k] for k in INSIDE if isinstance(state.get(k), dict)]):
+            state = inner[0]
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()):
         raise ValueError(f"{file} holds no dict of tensors, name to parameter, nor one under {', '.join(INSIDE)}")
     for key, x in state.items():
         stored[key] = Stored(tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda x=x: x)
@@ -154,7 +162,8 @@ def load_backbone(path, size=None, dtype=torch.float32):
     path    of any layout, in any float dtype; with wrappers, prefixes, shards, older or newer names
     size    a name of SIZES or CONVNEXT_SIZES to check against: the tensors say it themselves
     dtype   of the parameters; None: as in the file. The periods of RoPE are float32 always
-    raises  ValueError: no such file, of no layout, or tensors that are missing, unexpected or misshapen, by name
+    raises  ValueError: no such file, of no layout, or tensors that are missing, unexpected, misshapen, of no floating
+            point or not finite, by name
     """
     model, tensors = stream_backbone(path, size, dtype)
     model.load_state_dict(dict(tensors), assign=True)
@@ -186,9 +195,23 @@ def empty(config):
 
 def gather(file, key, like, dtype):
     """Our tensor, from what the layout keeps of it; a third that it does not keep is zero."""
-    parts = [name and file.stored[name].read() for name in to_theirs(key, like, file.config, file.layout)]
+    parts = [name and sound(file, name) for name in to_theirs(key, like, file.config, file.layout)]
     x = torch.cat([torch.zeros_like(parts[0]) if x == "" else x for x in parts]) if len(parts) > 1 else parts[0]
     return x.reshape(like.shape).to(dtype or x.dtype)
+
+
+def sound(file, name):
+    """A tensor of the file. Raises ValueError for one that a network cannot compute with."""
+    x = file.stored[name].read()
+    if x.dtype not in FLOATS or x.layout != torch.strided or x.is_meta:
+        kind = "without numbers" if x.is_meta else f"{x.dtype}, {x.layout}".replace("torch.", "")
+        raise ValueError(f"{file.path}: {name} is {kind}, where dense numbers of floating point belong; "
+                         "name a file of weights that were trained, not quantised or packed")
+    # the least and the largest say it without a copy: nan is both
+    if x.numel() and not name.endswith("bias_mask") and not all(side.isfinite() for side in x.aminmax()):
+        raise ValueError(f"{file.path}: {name} holds nan or inf, so that all features would; it comes of a run that "
+                         "diverged, or is damaged: take an earlier checkpoint")
+    return x
 
 
 def mend(file, model, state):
@@ -233,21 +256,22 @@ def save_backbone(model, path, layout="meta", metadata=None, state=None):
         print(f"{path}: {layout} has no place for {len(lost)} things: {'; '.join(lost[:5])}")
     new = path.with_name(path.name + ".new")
     path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {name: Entry(tuple(x.shape), x.dtype, partial(iter, [x])) for name, x in out.items()}
     if layout == "meta":
         torch.save(out, new)
     elif layout == "nano":
         notes = {key: str(value) for key, value in (metadata or {}).items()}
-        save_file(out, new, notes | {"config": json.dumps(asdict(config)), "commit": commit(), "format": "pt"})
+        write_tensors(new, entries, notes | {"config": json.dumps(asdict(config)), "commit": commit(), "format": "pt"})
     elif layout == "timm":
         notes = dict(heads=getattr(config, "heads", 0), mean=config.mean, std=config.std)
-        save_file(out, new, {key: json.dumps(value) for key, value in notes.items()} | {"format": "pt"})
+        write_tensors(new, entries, {key: json.dumps(value) for key, value in notes.items()} | {"format": "pt"})
     else:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         dtype = str(next(iter(out.values())).dtype).removeprefix("torch.")
         (new / "config.json").write_text(json.dumps(layouts.hf_config(config) | dict(torch_dtype=dtype), indent=2))
         (new / "preprocessor_config.json").write_text(json.dumps(layouts.hf_processor(config), indent=2))
-        save_file(out, new / "model.safetensors", {"format": "pt"})
+        write_tensors(new / "model.safetensors", entries, {"format": "pt"})
     new.replace(path)
 
 
@@ -321,6 +345,8 @@ def main(argv):
     c = command_line.apply(WeightsConfig(), values)
     if len(words) != 1 + bool(c.to) or c.to not in ("", *LAYOUTS):
         raise ValueError(f"{len(words)} names and --to {c.to!r}; write IN alone, or IN OUT --to {'|'.join(LAYOUTS)}")
+    if c.to:
+        command_line.writable(words[1], folder=c.to == "hf", option="OUT")
     model = load_backbone(words[0], c.size or None, None if c.to else torch.float32)
     model = inflate(model, c.in_chans) if c.in_chans else model
     convert(model, words[1], c.to) if c.to else show(model, words[0])

@@ -2,6 +2,11 @@
 The command line of every script: the fields of a frozen dataclass are its options, their comments its help.
 
     python train.py --size s --lr 3e-4 --resume          --field value, --field=value; a bool field may stand alone
+
+A number's comment begins with what it may be, and `apply` refuses all else; of several numbers it holds for each:
+
+    momentum: float = 0.994              # [0, 1]: of the teacher's average
+    scale: tuple = (0.3, 1.0)            # (0, 1] rising: share of the area         rising: none is below the one before
 """
 
 import inspect
@@ -12,7 +17,11 @@ import traceback
 from ast import literal_eval
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
 
+RANGE = re.compile(r"([\[(])(-?[\w.]+), (-?[\w.]+)([\])])( rising)?(?=: )")
 ROOMS = "", "engine", "sets", "tasks", "decoders"  # the folders of our own code, from the root
 
 
@@ -46,10 +55,9 @@ def convert(field, text, old):
         return text
     try:
         value = literal_eval(text.capitalize() if kind is bool else text)
-    except (ValueError, SyntaxError, TypeError):
+        value = float(value) if kind is float and type(value) is int else value
+    except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError):
         value = text
-    if kind is float and type(value) is int:
-        value = float(value)
     if not fits(value, old):
         like = f"{len(old)} numbers, as in {','.join(map(str, old))}" if kind is tuple else kind.__name__
         raise ValueError(f"--{field} wants {like}, got {text!r}")
@@ -64,8 +72,45 @@ def fits(value, old):
 
 
 def apply(config, values):
-    """config with {field: text} on top."""
-    return replace(config, **{field: convert(field, text, getattr(config, field)) for field, text in values.items()})
+    """config with {field: text} on top. Raises ValueError if a field's type or range is another."""
+    given = {field: convert(field, text, getattr(config, field)) for field, text in values.items()}
+    return checked(replace(config, **given))
+
+
+def checked(config):
+    """config, if each of its numbers lies in the range of its field; else a ValueError."""
+    for field, text in ranges(type(config)).items():
+        value = getattr(config, field)
+        if not lies_in(value, text):
+            shown = ",".join(map(str, value)) if type(value) is tuple else f"{value:.12g}"
+            raise ValueError(f"--{field} is {shown}; it must be in {text}")
+    if getattr(config, "data", None) == "":  # a script's variable that was not set: not the folder one stands in
+        raise ValueError("--data is empty; name a folder, or shapes")
+    return config
+
+
+def lies_in(value, text):
+    """Whether a number, or each of a tuple, is in a range like "[0, 1)" or "(0, 1] rising"; nan is in none."""
+    opens, low, high, closes, rising = RANGE.match(text + ": ").groups()
+    values = value if type(value) is tuple else (value,)
+    above = all(v > float(low) or v == float(low) and opens == "[" for v in values)
+    below = all(v < float(high) or v == float(high) and closes == "]" for v in values)
+    return above and below and not (rising and list(values) != sorted(values))
+
+
+@cache
+def ranges(kind):
+    """{field: its range}; a class that is made and not written has them in `ranges`."""
+    found = {}
+    for each in reversed(kind.__mro__[:-1]):
+        found |= each.ranges if "ranges" in vars(each) else {
+            field: legal[0] for field, note in notes(each).items() if (legal := RANGE.match(note))}
+    return found
+
+
+def notes(kind):
+    """{field: the comment that stands beside it in the source}, of this class alone."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M))
 
 
 def types(config):
@@ -82,13 +127,26 @@ def choose_device(name):
     return torch.device(there[0] if name == "auto" else name)
 
 
+def writable(path, folder=True, option="--out"):
+    """Raises ValueError, before there is anything to lose, if no folder, or no file, can be written at a path."""
+    path, kind = Path(path), "folder" if folder else "file"
+    try:
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            raise ValueError(f"{option} {path} is no {kind}; name another")
+        above = (path.absolute(), *path.absolute().parents)[not folder:]
+        TemporaryFile(dir=next(each for each in above if os.path.lexists(each))).close()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: no {kind} can be written there ({error.strerror}); name another") from error
+
+
 def describe(config):
     """One line for each field: name, value, and the comment that stands beside it in the source."""
-    source = "".join(inspect.getsource(kind) for kind in reversed(type(config).__mro__[:-1]))
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    beside = {}
+    for kind in reversed(type(config).__mro__[:-1]):
+        beside |= notes(kind)
     value = {field: ",".join(f"{v:.3g}" for v in old) if type(old := getattr(config, field)) is tuple else str(old)
              for field in types(config)}
-    return "\n".join(f"  --{field:18} {value[field] or '-':14} {notes.get(field, '')}" for field in value)
+    return "\n".join(f"  --{field:18} {value[field] or '-':14} {beside.get(field, '')}" for field in value)
 
 
 def run(main):

@@ -20,6 +20,7 @@ from functools import cache
 import torch
 
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig
+from engine import config as command_line
 from model import SIZES, ViTConfig, initial_value
 
 LAYOUTS = {"meta": 0, "hf": 1, "timm": 2, "nano": 0}  # column of the tables; nano: Meta's names, and the config
@@ -159,7 +160,7 @@ def recognise(path, shapes, beside):
 
     shapes   {name without wrappers: shape}
     beside   what may say the number of heads, which the tensors show in Meta's layout alone
-    returns  layout, config;  raises ValueError if no layout has half of the names
+    returns  layout, config;  raises ValueError if no layout has half of the names, or they tell no network
     """
     readings = [(to_ours(shapes, table, layout), table, layout)
                 for table in (VIT, CONVNEXT) for layout in ("meta", "hf", "timm")]
@@ -168,7 +169,10 @@ def recognise(path, shapes, beside):
     if 2 * len(ours) < len(shapes) or not commonest(known, NORMS, 0):
         raise ValueError(f"{path} is of no known layout: of its {len(shapes)} tensors, {len(ours)} have names of "
                          f"{layout}; it begins with {list(shapes)[:5]}")
-    return layout, vit_config(known, beside) if table is VIT else convnext_config(known)
+    try:
+        return layout, vit_config(known, beside) if table is VIT else convnext_config(known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def commonest(shapes, pattern, axis, default=0):
@@ -190,6 +194,8 @@ def vit_config(shapes, beside):
     E = 128 if D == 4096 else 64                                           # of all released sizes
     periods = commonest(shapes, r"rope_embed\.periods", 0)                 # E/4
     said = beside.get("num_attention_heads", beside.get("heads"))
+    if said is not None and not re.fullmatch(r"\d{1,4}", str(said)):
+        raise ValueError(f"the number of heads is {said!r}")
     heads = D // (4 * periods) if periods else int(said) if said else known[0].heads if known else max(1, D // E)
     base = known[0] if known else ViTConfig(0, D, heads, hidden, ffn, qkv_bias=False)
     return replace(
@@ -247,21 +253,45 @@ def read_config(path, text):
     """The configuration that a file of layout nano carries."""
     try:
         config = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(text).items()}
-        return (ConvNeXtConfig if "depths" in config else ViTConfig)(**config)
-    except (ValueError, TypeError, AttributeError) as error:
+        return check((ConvNeXtConfig if "depths" in config else ViTConfig)(**config))
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} has a configuration that this version cannot read: {error}") from error
+
+
+def check(config):
+    """config, if its types, its ranges and the numbers of its channels are those of a network; else a ValueError."""
+    like = CONVNEXT_SIZES["convnext_t"] if isinstance(config, ConvNeXtConfig) else SIZES["s"]
+    for name in vars(config):
+        old, value = getattr(like, name), getattr(config, name)
+        n = config.in_chans if name in ("mean", "std") else len(old) if type(old) is tuple else 0
+        if not command_line.fits(value, (0,) * n or old):
+            raise ValueError(f"{name} is {value!r}, where {f'{n} numbers' if n else type(old).__name__} belong")
+    for name, legal in command_line.ranges(type(config)).items():
+        if not command_line.lies_in(getattr(config, name), legal):
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be in {legal}")
+    return config
 
 
 def with_statistics(config, path, metadata, timm, processor):
     """The normalisation that the file says, or what lies beside it, or its name, or else the web's; and notes on it."""
-    own = {key: json.loads(metadata[key]) for key in ("mean", "std") if key in metadata}
-    places = (own, "mean", "std"), (processor, "image_mean", "image_std"), (timm, "mean", "std")
-    given = [(tuple(place[mean]), tuple(place[std])) for place, mean, std in places if mean in place and std in place]
+    places = (metadata, "mean", "std"), (processor, "image_mean", "image_std"), (timm, "mean", "std")
+    given = [(place[mean], place[std]) for place, mean, std in places
+             if isinstance(place, dict) and mean in place and std in place]
+    try:
+        given = [tuple(tuple(map(float, json.loads(x) if isinstance(x, str) else x)) for x in pair) for pair in given]
+        if any(not values for pair in given for values in pair):
+            raise ValueError("one is empty")
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: mean and std are no lists of numbers: {error}") from error
     notes = [] if given or named(path) else ["it says no normalisation, so the web's (LVD-1689M) is taken"]
     if given and given[0] != (named(path) or given[0]):
         notes.append(f"its name says other statistics than the mean and std {given[0]} that came with it, which hold")
     mean, std = given[0] if given else named(path) or WEB
-    return replace(config, mean=widen(mean, config.in_chans), std=widen(std, config.in_chans)), notes
+    found = replace(config, mean=widen(mean, config.in_chans), std=widen(std, config.in_chans))
+    try:
+        return check(found), notes
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def named(path):

@@ -13,10 +13,9 @@ A file in tasks/ ends with such a record, and tasks/__init__.py has a line for i
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
 
+from engine import config as command_line
 from engine.views import fitted
 
 WIDE = 512  # pixels of --resolution
@@ -29,18 +28,15 @@ class EvaluateConfig:
     weights: str = ""          # a run's folder, a weights file, pixels, or untrained:SIZE
     data: str = "shapes"       # a folder in the layout that the task has, or shapes: generated
     size: str = ""             # s, b, convnext_t, ...: stop if the weights are of another
-    resolution: int = 0        # pixels of what the network sees: a square's side, or the short one; 0 = the task's
-    batch: int = 64            # images at a time
-    limit: int = 0             # images, clips of each split, evenly spaced; 0 = all, or as many as shapes has
+    resolution: int = 0        # [0, 16384]: pixels of the square, or short side, that the network sees; 0 = the task's
+    batch: int = 64            # [1, 1e6]: images at a time
+    limit: int = 0             # [0, inf): images, clips of each split, evenly spaced; 0 = all, or as many as shapes has
     device: str = "auto"       # auto, cpu, cuda, mps
-    workers: int = -1          # processes that read images, for each rank; -1 = as the machine allows
+    workers: int = -1          # [-1, 256]: processes that read images, for each rank; -1 = as the machine allows
     precision: str = "auto"    # of the network: bf16, fp32; auto = bf16 where the hardware multiplies it
-    seed: int = 0              # of the order of samples, the heads, the control
+    seed: int = 0              # [0, 4294967295]: of the order of samples, the heads, the control
     control: bool = False      # truth that is shuffled, or patches that are: the score must be that of chance
     cache: str = ""            # folder that keeps features, to read or to go on with; empty = TMPDIR, while this runs
-
-
-LEAST = dict(batch=1, limit=0, resolution=0, workers=-1)
 
 
 SKIPPED = {}  # what this run could not use: {line: how many}
@@ -52,21 +48,12 @@ def skip(what, n=1):
     SKIPPED[what] = n
 
 
-def writable(folder):
-    """Raises ValueError if nothing can be written into a folder of --out, which is made."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--out {folder}: {error.strerror}; name a folder that can be written") from error
-
-
 class Option(NamedTuple):
     name: str
     default: object            # on photos; its type is the option's
     note: str                  # for --help: unit, meaning
     shapes: object = None      # the default on shapes, if that is another
-    least: float = 0           # of a number
+    least: float = 0           # that a number may be
     scored: bool = True        # another value is another protocol, and the paper's number no longer beside
 
     def at(self, data):
@@ -121,7 +108,10 @@ class Task:
         """A frozen EvaluateConfig with the task's own fields, defaults where none are given."""
         data = values.get("data", "shapes")
         own = [(option.name, type(option.default), option.at(data)) for option in self.all_options()]
-        kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True)
+        ranges = {option.name: f"[{option.least}, inf)" for option in self.all_options()
+                  if not isinstance(option.default, str)}
+        kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True,
+                              namespace=dict(ranges=ranges))
         return kind(task=self.name, **values)
 
     def view_at(self, side):
@@ -129,19 +119,15 @@ class Task:
 
     def check(self, c):
         """What the command line alone can tell. Raises ValueError."""
-        numbers = [option for option in self.all_options() if not isinstance(option.default, str)]
-        least = LEAST | {option.name: option.least for option in numbers}
-        for name, number in least.items():
-            if getattr(c, name) < number:
-                raise ValueError(f"--{name} is {getattr(c, name)}; it must be at least {number}")
+        for option in ("cache", "out"):
+            if getattr(c, option, ""):
+                command_line.writable(getattr(c, option), option=f"--{option}")
         if c.data == "shapes" and not self.shapes:
             raise ValueError(f"--data: {self.name} does not run on shapes; name a folder with {self.layout}")
         if c.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"--precision {c.precision}: write auto, bf16 or fp32")
         if self.decoders and c.decoder not in self.decoders:
             raise ValueError(f"--decoder {c.decoder}: {self.name} has {', '.join(self.decoders)}")
-        if getattr(c, "out", ""):
-            writable(c.out)
         for module in self.needs:
             try:
                 __import__(module)

@@ -1,5 +1,6 @@
 """config.py: what a command line may look like, what its mistakes say, and that help shows the comments in the code."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from engine import config
-from train import RECIPES, TrainConfig
+from train import RECIPES, TrainConfig, configure
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,14 @@ class Options(Parent):
     flip: float = 0.25         # overrides the parent's
     steps: int = 10
     long_name: bool = False    # dashes, too
+
+
+@dataclass(frozen=True)
+class Ranged:
+    share: float = 0.5         # [0, 1): of all
+    pair: tuple = (0.1, 1.0)   # (0, 1] rising: least and largest
+    n: int = 3                 # [-1, inf): -1 = all
+    note: str = "x"            # in [0, 1]: no range
 
 
 def parse(*argv):
@@ -113,6 +122,125 @@ def test_devices():
     assert config.choose_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(ValueError, match="--device abacus is not here; this machine has: .*cpu"):
         config.choose_device("abacus")
+
+# --------------------------------------------------------------------------------
+# What a number may be
+
+
+@pytest.mark.parametrize("field, right, wrong", [
+    ("share", ["0", "0.999"], ["1", "-0.001", "1e999", "-1e999"]),
+    ("pair", ["1e-9,1", "1,1"], ["0,1", "0.5,1.01", "0.6,0.5", "1e999,1e999"]),
+    ("n", ["-1", "0", str(10**30)], ["-2", str(-(10**30))]),
+])
+def test_a_number_lies_in_the_range_of_its_comment(field, right, wrong):
+    text = config.ranges(Ranged)[field]
+    for said in right:
+        assert config.lies_in(getattr(config.apply(Ranged(), {field: said}), field), text)
+    for said in wrong:
+        with pytest.raises(ValueError, match=rf"^--{field} is .*; it must be in {re.escape(text)}$"):
+            config.apply(Ranged(), {field: said})
+
+
+def test_nan_lies_nowhere_and_words_have_no_range():
+    assert config.ranges(Ranged).keys() == {"share", "pair", "n"}
+    assert not config.lies_in(float("nan"), "(-inf, inf)") and not config.lies_in((0.5, float("nan")), "(0, 1]")
+    with pytest.raises(ValueError, match="--share is nan"):
+        config.checked(Ranged(share=float("nan")))
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "(" * 3000, "-" * 5000 + "1", "1j", "1_0.0__0", "[1]", "0x", "\0", ""])
+def test_whatever_is_typed_is_a_number_or_a_mistake(text):
+    for field in "share", "pair", "n":
+        with pytest.raises(ValueError, match=f"^--{field} (wants|is) "):
+            config.apply(Ranged(), {field: text})
+
+
+def configs():
+    from bench import BenchConfig
+    from distill import DistillConfig
+    from engine.task import EvaluateConfig
+    from tasks import TASKS
+    from visualize import VisualizeConfig
+    from weights import WeightsConfig
+    written = TrainConfig(), DistillConfig(), EvaluateConfig(), VisualizeConfig(), BenchConfig(), WeightsConfig()
+    return [*written, *(task.config() for task in TASKS.values())]
+
+
+def test_every_number_of_every_command_has_a_range_and_its_defaults_lie_in_it():
+    for c in configs():
+        numbers = {field for field, kind in config.types(c).items() if kind in (int, float, tuple)}
+        assert config.ranges(type(c)).keys() == numbers, type(c)
+        assert config.checked(c) is c
+    assert all(config.checked(recipe) for recipe in RECIPES.values())
+
+
+NONSENSE = """lr -1, momentum 2, drop_path 1.5, flip 7, global_scale 1,0; ratio -1,1; mask_ratio 2,3; student_temp -0.1,
+    koleo_group 1, dino_prototypes 1, dino_bottleneck 0, std -1,-1,-1; clip -1, workers -7, stop_after -4, n_shapes 0,
+    depth -1, patch_size -16, n_local -1, ratio 0,0; mask_share 2, prototype_std 0, beta1 1, batch 100000000000,
+    depth 100000, std 0,0,0; rope_rescale 0, student_temp 0, lr nan, lr inf, lr 1e999, batch 1e11, clip 1e999"""
+
+
+@pytest.mark.parametrize("said", [each.strip() for each in re.split(r"; |, (?=[a-z])|,\n", NONSENSE)])
+def test_nonsense_trains_nothing(said, tmp_path):
+    field, text = said.split()
+    with pytest.raises(ValueError, match=f"^--{field} (is|wants) .*") as error:
+        configure(["--out", str(tmp_path), f"--{field}", text])
+    assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
+    assert "wants" in str(error.value) or config.ranges(TrainConfig)[field] in str(error.value)
+
+
+def test_no_data_is_not_the_folder_one_stands_in():
+    with pytest.raises(ValueError, match="--data is empty; name a folder, or shapes"):
+        configure(["--data", ""])
+
+
+@pytest.mark.parametrize("where, kind", [
+    ("file", "folder"), ("file/below", "folder"), ("/dev/null", "folder"), ("/proc/run", "folder"),
+    ("/dev/null", "file"), (".", "file"), ("file/x.png", "file"), ("/proc/x.png", "file"), ("x" * 300, "folder")])
+def test_where_nothing_can_be_written(tmp_path, monkeypatch, where, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ValueError, match=f"^--out {where}.*({kind})") as error:
+        config.writable(where, folder=kind == "folder")
+    assert "\n" not in str(error.value) and os.listdir() == ["file"]
+
+
+def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
+    def read_only(dir):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(config, "TemporaryFile", read_only)  # root may write anywhere
+    with pytest.raises(ValueError, match="no folder can be written there .Permission denied."):
+        config.writable(tmp_path / "new" / "run")
+
+
+def test_where_something_can(tmp_path):
+    for path, folder in ((tmp_path, True), (tmp_path / "a/b", True), (tmp_path / "x.png", False)):
+        config.writable(path, folder)
+    (tmp_path / "x.png").touch()
+    config.writable(tmp_path / "x.png", folder=False)  # it will be replaced
+    assert os.listdir(tmp_path) == ["x.png"]
+
+
+@pytest.mark.parametrize("command", [
+    "train --out FILE", "distill --out FILE", "evaluate --task nyu --weights pixels --out FILE",
+    "evaluate --task knn --weights pixels --cache FILE", "bench forward --out FILE", "bench forward --json FILE/x.json",
+    "visualize pca shapes:1 --weights FILE --out FILE/x.png", "weights FILE FILE/x.pth --to meta"])
+def test_every_command_asks_first(command, tmp_path):
+    (tmp_path / "FILE").touch()
+    name, *words = command.replace("FILE", str(tmp_path / "FILE")).split()
+    with pytest.raises(ValueError, match=r"^(--out|--cache|--json|OUT) .*FILE"):
+        importlib.import_module(name).main(words)
+
+
+def test_only_the_first_rank_says_what_is_wrong(monkeypatch, capsys):
+    def main(argv):
+        raise ValueError("too many")
+    for rank, said in ("0", "too many"), ("1", ""):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(config, "on_purpose", lambda error: True)  # it is a test's own
+        with pytest.raises(SystemExit) as end:
+            config.run(main)
+        assert end.value.code == 2 and said in capsys.readouterr().err.removesuffix("\n").rpartition(": ")[2]
 
 # --------------------------------------------------------------------------------
 # Help

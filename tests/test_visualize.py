@@ -223,8 +223,16 @@ def test_command_writes_a_picture(folder, tmp_path, capsys, mode):
         assert picture.size == (2 * 40 + GUTTER, 3 * 32 + 2 * GUTTER) and picture.mode == "RGB"
     printed = capsys.readouterr().out
     assert f"wrote {out}: 3 images, 84x104 pixels" in printed
-    assert "skipped 1 unreadable" in printed and "broken.jpg" in printed
+    assert "skipped 1 of 4" in printed and "broken.jpg" in printed
     assert "1.png: 24x36 cropped to 24x32" in printed and "0.png: " not in printed
+
+
+def test_an_image_of_one_pixel_costs_its_place_alone(folder, tmp_path, capsys):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "square.png")
+    main(["pca", str(tmp_path), "--weights", str(folder / "weights.safetensors"), "--out", str(tmp_path / "x.png")])
+    printed = capsys.readouterr().out
+    assert "skipped 1 of 2:" in printed and "dot.png: 1x1 is less than one patch" in printed and ": 1 image," in printed
 
 
 def test_find_images(folder):
@@ -241,12 +249,12 @@ def test_find_images(folder):
     ("pca missing.png", "missing.png does not exist"),
     ("pca shapes:x", "shapes:x does not exist"),
     ("pca empty", "none in empty"),
-    ("pca broken.jpg", "none of 1 could be read"),
-    ("pca 0.png --foreground 1.5", "write shares"),
-    ("similarity 0.png --point 12,3", "write shares"),
+    ("pca broken.jpg", "none of 1 can be taken; "),
+    ("pca 0.png --foreground 1.5", "--foreground is 1.5; it must be in "),
+    ("similarity 0.png --point 12,3", "--point is 12,3; it must be in "),
     ("similarity 0.png --point 0.3", "--point wants 2 numbers"),
     ("pca 0.png --resolution 5", "less than one patch"),
-    ("pca 0.png --resolution=-5", "--resolution >= 0"),
+    ("pca 0.png --resolution=-5", r"--resolution is -5; it must be in .0, 16384."),
     ("pca 0.png --out picture.xyz", "OUT a .png"),
     ("pca 0.png --weights nowhere", "nowhere does not exist"),
 ])
@@ -263,8 +271,9 @@ def test_mistakes_are_named(folder, monkeypatch, words, message):
 def test_a_mistake_is_one_line_and_exit_code_2(folder):
     run = subprocess.run([sys.executable, ROOT / "visualize.py", "pca", folder / "photos" / "broken.jpg", "--weights",
                           folder / "weights.safetensors", "--out", folder / "x.png"], capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (2, "visualize.py: IMAGE: none of 1 could be read\n")
-    assert "broken.jpg" in run.stdout
+    assert (run.returncode, run.stderr) == (2, run.stderr) and run.stderr.startswith(
+        "visualize.py: IMAGE: none of 1 can be taken; ") and run.stderr.count("\n") == 1
+    assert "broken.jpg" in run.stderr
 
 
 def test_help_names_every_option(capsys):

@@ -137,7 +137,7 @@ def test_a_thousand_pixels_non_square_several_at_once(folder, monkeypatch, mode)
 @pytest.mark.parametrize("words, message", [
     ("attention 0.png --out a.png --layers 0,1", "--layers 0,1: write blocks, .* for attention only one"),
     ("attention 0.png --out a.png --layers 3", "attention: no block 3; this network has blocks 0 to 2"),
-    ("attention 0.png --out a.png --point 1,0.5", "write shares"),
+    ("attention 0.png --out a.png --point 1,0.5", "--point is 1,0.5; it must be in "),
     ("pca 0.png --out a.png --layers 0,12", "no block 12"),
     ("pca 0.png --out a.png --layers -1", "--layers -1: write blocks, 0-based, as in 3,5"),
     ("pca 0.png --out a.png --layers 1,,2", "write blocks"),

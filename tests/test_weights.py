@@ -107,12 +107,24 @@ def test_dtypes(layout, dtype, tmp_path):
     assert as_stored(images(1, 3, 8, 8).to(dtype)).cls.isfinite().all()
 
 
+@pytest.mark.parametrize("layout", FILES)
+def test_equal_networks_make_equal_files_that_others_may_read(vit, tmp_path, layout):
+    """Mode 0644, or what the umask leaves, as all else that is written."""
+    (tmp_path / "plain").touch()
+    for folder in "a", "b":
+        (tmp_path / folder).mkdir()
+        save_backbone(vit, tmp_path / folder / FILES[layout], layout)
+    a, b = ([path for path in sorted((tmp_path / folder).rglob("*")) if path.is_file()] for folder in ("a", "b"))
+    assert a and [path.read_bytes() for path in a] == [path.read_bytes() for path in b]
+    assert {path.stat().st_mode for path in a} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_failing_save_leaves_the_old_file(vit, path, monkeypatch):
-    def full_disk(state, new, metadata):
+    def full_disk(new, entries, metadata):
         new.write_bytes(b"half a fi")
         raise OSError("no space left on device")
     old = path.read_bytes()
-    monkeypatch.setattr(weights, "save_file", full_disk)
+    monkeypatch.setattr(weights, "write_tensors", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_backbone(vit, path, "nano")
     assert path.read_bytes() == old

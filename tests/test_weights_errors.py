@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import SIZES, ViT, ViTConfig
-from weights import load_backbone, save_backbone
+from weights import load_backbone, main, save_backbone
 
 CONFIG = ViTConfig(3, 16, 2, 24, patch_size=4, n_registers=2)
 FILES = {"meta": "x.pth", "hf": "x", "timm": "x.safetensors", "nano": "x.safetensors"}
@@ -149,6 +149,100 @@ def test_a_configuration_of_another_version(vit, tmp_path):
     fails(path, "has a configuration that this version cannot read: .*colour")
 
 
+INDEX = [{}, [], {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"cls_token": 3}}, {"weight_map": None},
+         {"weight_map": {"cls_token": "../x.safetensors"}}]
+
+
+@pytest.mark.parametrize("index", INDEX)
+def test_an_index_of_no_files(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json has no weight_map, tensor to file beside it"):
+        load_backbone(tmp_path)
+
+
+def test_json_deeper_than_any_network(vit, tmp_path):
+    save_backbone(vit, tmp_path / "hf", "hf")
+    for name in "config.json", "preprocessor_config.json":
+        text = (tmp_path / "hf" / name).read_text()
+        (tmp_path / "hf" / name).write_text("[" * 100_000)
+        with pytest.raises(ValueError, match=f"{name} is no JSON object"):
+            load_backbone(tmp_path / "hf")
+        (tmp_path / "hf" / name).write_text(text)
+
+# --------------------------------------------------------------------------------
+# What a file says of a network that cannot be
+
+
+@pytest.mark.parametrize("field, value", [
+    ("heads", 0), ("heads", -2), ("width", -16), ("width", 0), ("depth", 0), ("depth", 10**9), ("depth", True),
+    ("hidden", 1e3), ("patch_size", 0), ("n_registers", -1), ("in_chans", 0), ("qkv_bias", 1), ("ffn", "moe"),
+    ("std", [0, 1, 1]), ("std", [float("nan")] * 3), ("mean", ["a", "b", "c"]), ("mean", [0.5]), ("mean", 0.5)])
+def test_the_configuration_that_a_file_carries(vit, tmp_path, field, value):
+    path = tmp_path / "x.safetensors"
+    save_file(vit.state_dict(), path, {"config": json.dumps(vars(CONFIG) | {field: value})})
+    fails(path, rf"has a configuration that this version cannot read: .*{field}")
+
+
+@pytest.mark.parametrize("file, field, value", [
+    ("config.json", "num_attention_heads", [2]), ("config.json", "num_attention_heads", "many"),
+    ("config.json", "num_attention_heads", -2), ("config.json", "num_attention_heads", 3),
+    ("preprocessor_config.json", "image_std", [0, 0, 0]), ("preprocessor_config.json", "image_std", 0.5),
+    ("preprocessor_config.json", "image_mean", []), ("preprocessor_config.json", "image_mean", ["red"]),
+    ("preprocessor_config.json", "image_mean", None), ("preprocessor_config.json", "image_std", [1e400] * 3)])
+def test_what_lies_beside_the_tensors(vit, tmp_path, file, field, value):
+    save_backbone(vit, tmp_path / "hf", "hf")
+    path = tmp_path / "hf" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    fails(tmp_path / "hf", "heads|mean and std are no lists of numbers|std is .*; it must be in")
+
+
+def test_a_block_whose_number_is_a_billion(path, layout):
+    key = GAMMA[layout]
+    rewrite(path, lambda state: state.update({key.replace("1", "1000000000", 1): torch.zeros(16)}), layout)
+    fails(path, "depth is 1000000001; it must|the tensors differ, .*1000000001|1 unexpected .*1000000000")
+
+# --------------------------------------------------------------------------------
+# What a network cannot compute with
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none(path, layout, value):
+    rewrite(path, lambda state: state[GAMMA[layout]].__setitem__(3, value), layout)
+    fails(path, rf"{GAMMA[layout]} holds nan or inf")
+    with pytest.raises(ValueError, match=GAMMA[layout]):
+        main([str(path)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_of_another_kind(path, layout, dtype):
+    rewrite(path, lambda state: state.update({GAMMA[layout]: state[GAMMA[layout]].to(dtype)}), layout)
+    fails(path, rf"{GAMMA[layout]} is {str(dtype).partition('.')[2]}, ")
+
+
+def quantised(x):
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pack", [torch.Tensor.to_sparse, quantised, lambda x: x.to("meta")])
+def test_tensors_that_are_packed(vit, tmp_path, pack):
+    state = vit.state_dict()
+    torch.save(state | {GAMMA["meta"]: pack(state[GAMMA["meta"]])}, tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", rf"{GAMMA['meta']} is (float32, sparse_coo|qint8, strided|without numbers)|is no plain")
+
+
+def test_a_dict_that_lies_in_itself_and_names_that_are_numbers(vit, tmp_path):
+    state = {"cls_token": torch.zeros(3)}
+    state["model"] = {"teacher": state}
+    torch.save(state, tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", "holds no dict of tensors")
+    torch.save(dict(enumerate(vit.state_dict().values())), tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", "holds no dict of tensors, name to parameter")
+
+# --------------------------------------------------------------------------------
+# Code
+
+
 class Trap:
     """Unpickling it leaves a file."""
 
@@ -173,14 +267,23 @@ def test_a_pth_of_foreign_bytes(tmp_path, content):
     fails(tmp_path / "x.pth", "is no plain checkpoint")
 
 
+def test_only_what_names_code_is_said_to_hold_some(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02\xff\xfe")
+    with pytest.raises(ValueError) as error:
+        load_backbone(tmp_path / "x.pth")
+    assert "Python objects" not in str(error.value)
+    torch.save({"cls_token": Trap(str(tmp_path / "sprung"))}, tmp_path / "x.pth")
+    fails(tmp_path / "x.pth", "Python objects, which may run code")
+
+
 PAGE, POINTER = b"\n<!DOCTYPE html><title>403</title>", b"version https://git-lfs.github.com/spec/v1"
 
 
-@pytest.mark.parametrize("content", [PAGE, POINTER])
+@pytest.mark.parametrize("content", [PAGE, POINTER, b"import torch\n\nprint(1)\n", b"loss,lr\n1,2\n"])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_a_page_in_place_of_a_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    fails(tmp_path / name, "holds no weights but a text that begins b'(<!DOCTYPE|version).*download it again")
+    fails(tmp_path / name, "holds no weights but a text that begins b'(<!DOC|version|import|loss).*download it again")
 
 
 @pytest.mark.parametrize("thing", [torch.zeros(3), {"cls_token": 3}, {"model": {"cls_token": "a"}}])
