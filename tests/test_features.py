@@ -108,6 +108,19 @@ def test_tokens_are_the_networks_own():
         torch.testing.assert_close(found.cls[i], exact.cls[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.patches[i], exact.patches[0].mean(0), atol=1e-5, rtol=1e-5)
 
+
+def test_a_pass_over_many_images_is_planned(tmp_path, monkeypatch, capsys):
+    """Of 10 images: cls and mean patch of 128 floats each; of what is there, nothing."""
+    monkeypatch.setattr(features, "MANY", 10)
+    c = TASKS["knn"].config(resolution=32, workers=0, batch=4, cache=str(tmp_path))
+    frozen = Frozen(VIT, TASKS["knn"], c)
+    frozen.tokens("val", Plain(10))
+    size = sum(x.nbytes for x in VIT.state_dict().values()) / 1e9
+    said = capsys.readouterr().out
+    assert "val: 10 images; disk 0.0 GB in " in said and f"memory {size:.1f} GB of weights on each of 1 devices" in said
+    frozen.tokens("val", Plain(10))
+    assert not capsys.readouterr().out
+
 # --------------------------------------------------------------------------------
 # Floors
 
