@@ -5,11 +5,13 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py pca PHOTOS --weights runs/s --out pca.png --resolution 512 --foreground 0.5
     python visualize.py similarity dog.jpg --weights runs/s --out dog.png --point 0.3,0.6 --layers 8
     python visualize.py attention dog.jpg --weights runs/s --out heads.png        photo, mean, head 0, 1, ... by row
+    python visualize.py outliers dog.jpg --weights runs/s --out norms.png     by block: norms of patches, of channels
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
 
     patch_features       images of any size -> maps of patches
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
+    outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
 
 Why does my PCA look wrong?
@@ -37,7 +39,7 @@ from engine.attention import attention_row
 from engine.explore import HEAT, page
 from weights import load_backbone
 
-MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html")  # and what OUT ends in
+MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png")  # and what OUT ends in
 GUTTER = 4  # white pixels between pictures
 
 
@@ -192,6 +194,32 @@ def attention_picture(vit, image, layers=None, point=None):
     return [sheet([[picture] for picture in (photo, *(heat for _, heat in pairs))])], patches.sum(1).tolist()
 
 
+@torch.no_grad()
+def outliers(vit, image):
+    """
+    Where a few patches or channels carry very large values: of every block's output, before the final norm.
+
+    image    C H W uint8
+    returns  maps of the patches' norms, blocks of h w;  norms of the channels over all patches, blocks D; on the host
+    """
+    blocks = list(range(vit.config.depth))
+    found = [features.map()[0].float().cpu() for features in vit.layers(network_input(vit, image), blocks, norm=False)]
+    return [x.norm(dim=0) for x in found], [x.flatten(1).norm(dim=1) for x in found]
+
+
+def outliers_picture(vit, image):
+    """One sheet: the photo, then for each block its patches' norms, from 0 to its own largest; and lines to print"""
+    patches, channels = outliers(vit, image)
+    heats = [side_by_side(image, (m / m.max().clamp(min=1e-12)).numpy())[1] for m in patches]
+    lines = [f"block {k:3}  patches {ratio(m)}  channels {ratio(c)}, of channel {c.argmax()}"
+             for k, (m, c) in enumerate(zip(patches, channels, strict=True))]
+    return [sheet([[picture] for picture in (side_by_side(image, patches[0].numpy() * 0)[0], *heats)])], lines
+
+
+def ratio(norms):
+    return f"median {norms.median():.3g} max {norms.max():.3g}"
+
+
 def side_by_side(image, colours):
     """C H W uint8, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
     if colours.ndim == 2:
@@ -239,7 +267,10 @@ def main(argv):
     if mode == "attention":
         groups, shares = zip(*(attention_picture(vit, photo, layers, point) for photo in photos), strict=True)
         print("attention to patches, by head:", *(" ".join(f"{x:.0%}" for x in each) for each in shares), sep="\n  ")
-    maps = [] if mode == "attention" else patch_features(vit, photos, layers=layers)
+    if mode == "outliers":
+        groups, lines = zip(*(outliers_picture(vit, photo) for photo in photos), strict=True)
+        print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
+    maps = [] if mode in ("attention", "outliers") else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
     elif mode == "similarity":

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from engine.task import Option
-from sets.classes import Chosen
 
 TRIES = 5                      # draws of --shots
 SHARE = 0.01                   # of each class of train, held out of the draws: picks what a task has to pick
@@ -69,6 +68,22 @@ def few(labels, c):
     return [np.concatenate([rows[: c.shots] for rows in by_class(labels, order).values()]) for order in orders]
 
 
+class Drawn:
+    """Some images of a source, by their rows"""
+
+    def __init__(self, source, rows):
+        self.source, self.rows = source, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, i):
+        return self.source.load(self.rows[i])
+
+    def label(self, i):
+        return self.source.label(self.rows[i])
+
+
 def drawn(train, c, pick):
     """train -> the images that --shots needs, and of these the rows of each draw, and of the hold-out if `pick`"""
     labels = np.array([train.label(i) for i in range(len(train))])
@@ -76,7 +91,7 @@ def drawn(train, c, pick):
     free = np.flatnonzero(~held)
     draws = [free[rows] for rows in few(labels[free], c)] + [np.flatnonzero(held)]
     needed = np.unique(np.concatenate(draws))
-    return Chosen(train, needed.tolist()), [needed.searchsorted(rows) for rows in draws]
+    return Drawn(train, needed.tolist()), [needed.searchsorted(rows) for rows in draws]
 
 
 def classify(data, frozen, c, score, patches=False, pick=False, settings=()):

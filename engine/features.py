@@ -9,6 +9,8 @@ Dimension letters: see the top of model.py.
 """
 
 import json
+import shutil
+import time
 import zlib
 from functools import cached_property, partial
 from itertools import groupby, islice
@@ -29,6 +31,7 @@ from model import SIZES, Features, ViT, build
 from weights import identify, load_backbone
 
 CHUNK = 64              # images whose patches lie in one file
+MANY = 20000            # images from which on a pass over them is planned
 ROWS = 256              # images whose class tokens do, or as many more as fill the last batch
 UNTRAINED = SIZES | CONVNEXT_SIZES
 
@@ -149,6 +152,7 @@ class Frozen:
         images = Computed(partial(loaded, source=source, view=view))
         job = self.job(name, images, len(source), partial(pack_tokens, layers=self.layers), size, (view, source),
                        view=view.func.__name__, more=view.keywords, layers=self.layers)
+        self.plan(job, images)
         make([job], self, self.c, self.ranks)
         unreadable = [error for path in job.chunks
                       for error in json.loads(read(*index(path)["unreadable"]).tobytes())]
@@ -249,6 +253,22 @@ class Frozen:
         c = self.c
         return dict(weights=weights_of(self.model), files=files_of(c), device=self.device.type, data=str(c.data),
                     resolution=c.resolution, limit=c.limit, precision=self.precision, norm=self.norm)
+
+    def plan(self, job, views):
+        """Prints, before many images are looked at, what that takes: disk, memory, hours"""
+        left = sum(len(items) for path, items in job.chunks.items() if not path.is_file())
+        if left < MANY or isinstance(view := views[0], Exception):
+            return
+        images = [view] * min(self.c.batch, 8)
+        tokens = self.tokens_of(images)  # what is slow the first time is over
+        start = time.perf_counter()
+        tokens = self.tokens_of(images)
+        hours = (time.perf_counter() - start) / len(images) * left / self.ranks.count / 3600
+        each, network = (sum(x.nbytes for x in found) for found in (
+            [x[:1] for x in tokens], [*self.model.parameters(), *self.model.buffers()]))
+        print(f"{job.name}: {left:,} images; disk {each * left / 1e9:.1f} GB in {job.folder.path}, where "
+              f"{shutil.disk_usage(job.folder.path).free / 1e9:.0f} GB are free; memory {network / 1e9:.1f} GB of "
+              f"weights on each of {self.ranks.count} devices; {hours:.1f} hours or more, by {len(images)} at a time")
 
     def job(self, name, dataset, n, compute, size, made_by, **about):
         about |= dict(name=name, n=n, size=size, code=code_of(type(self.model), *made_by))

@@ -82,10 +82,10 @@ def run(data, frozen, c):
                 lr=decoder.peak("depth", c))
 
 
-def task(name, layout, *paper):
+def task(name, layout, *paper, side=480):
     options = (Option("iterations", 38400, "steps of the head", shapes=300, least=1),
                Option("lr", 0.0, "peak; 0 = the decoder's own"))
-    return Task(name, layout, open_depth, run, wants="maps", metric="rmse", lower=True, view=fitted, sides=(480, 160),
+    return Task(name, layout, open_depth, run, wants="maps", metric="rmse", lower=True, view=fitted, sides=(side, 160),
                 options=options, decoders=("linear",), pictures="image, truth, prediction", paper=paper)
 
 
@@ -95,4 +95,4 @@ TASKS = (
     task("nyu", FOLDERS + ", or nyu_{train,test}.txt", Paper("rmse", by_size(
         0.403, 0.399, 0.373, 0.352, 0.352, 0.309, 0.448, 0.432, 0.420, 0.403), 480, dict(n_val=654))),  # Tab. 14
     task("kitti", "kitti_eigen_{train,test}.txt, input/, gt_depth/",
-         Paper("rmse", {"7b": 2.346}, 352, dict(n_val=652))))                                  # Tab. 3
+         Paper("rmse", {"7b": 2.346}, 352, dict(n_val=652)), side=352))                        # Tab. 3; native

@@ -4,6 +4,7 @@ The Met: which exhibit does a photo show, if any? Nearest images of the data bas
     python evaluate.py --task met --weights runs/s --data MET      ground_truth/*.json, images/, each as large as it is
 
     whitened    PCA learnt on the data base
+    nearest     the most similar images
     answers     the nearest exhibit, and a confidence
     run         val picks two settings; GAP of the test queries
 
@@ -33,26 +34,28 @@ def whitened(features):
     return [F.normalize((each.double() - mean) @ basis, dim=1) for each in features]
 
 
-def answers(queries, images, ids, n_neighbours, sharpness):
+def nearest(queries, images):
+    """n D, m D -> the 50 largest cosines and their rows, n k: once for all settings, as there are 397,000 images"""
+    found = [(part @ images.T).topk(min(max(NEIGHBOURS), len(images))) for part in queries.split(256)]
+    return [torch.cat(column) for column in zip(*found, strict=True)]
+
+
+def answers(cosine, near, ids, n_neighbours, sharpness):
     """
     For each query the id of its nearest image, and how sure that is, among all C ids of the data base:
 
         s_c = largest cosine of the neighbours of id c;  sure = exp(t s_max) / (sum over c of exp(t s_c) + C - n),
         n ids among the neighbours, t sharpness
 
+    cosine, near  of at least so many neighbours, as `nearest` has them
     returns  ids n, confidence n
     """
     ids = torch.as_tensor(ids)
-    n_ids, sure, found = len(ids.unique()), [], []
-    for part in queries.split(256):
-        cosine, near = (part @ images.T).topk(min(n_neighbours, len(images)))                  # B k, largest first
-        named = ids[near]
-        again = (named[:, :, None] == named[:, None, :]).tril(-1).any(2)                       # its id came before
-        weight = (sharpness * (cosine - cosine[:, :1])).exp().masked_fill(again, 0)            # over exp(t s_max)
-        absent = (n_ids - (~again).sum(1)) * (-sharpness * cosine[:, 0]).exp()
-        sure.append(1 / (weight.sum(1) + absent))
-        found.append(named[:, 0])
-    return torch.cat(found), torch.cat(sure)
+    cosine, named = cosine[:, :n_neighbours], ids[near[:, :n_neighbours]]                      # n k, largest first
+    again = (named[:, :, None] == named[:, None, :]).tril(-1).any(2)                           # its id came before
+    weight = (sharpness * (cosine - cosine[:, :1])).exp().masked_fill(again, 0)                # over exp(t s_max)
+    absent = (len(ids.unique()) - (~again).sum(1)) * (-sharpness * cosine[:, 0]).exp()
+    return named[:, 0], 1 / (weight.sum(1) + absent)
 
 
 def run(data, frozen, c):
@@ -71,11 +74,12 @@ def score(database, val, test):
 
     returns  gap, gap_minus (without distractors) and accuracy of the exhibits' queries, percent
     """
-    images, tuned, asked = whitened([each[0] for each in (database, val, test)])
+    images, *queries = whitened([each[0] for each in (database, val, test)])
+    tuned, asked = (nearest(each, images) for each in queries)
 
-    def tried(queries, truth, *settings):
+    def tried(near, truth, *settings):
         truth = torch.as_tensor(truth)
-        found, sure = answers(queries, images, database[1], *settings)
+        found, sure = answers(*near, database[1], *settings)
         return sure, found == truth, truth >= 0
 
     grid = [(global_average_precision(*tried(tuned, val[1], k, t)), k, t) for k in NEIGHBOURS for t in SHARPNESS]

@@ -1,10 +1,8 @@
 """engine/features.py: tokens and maps in order, the unreadable named, kept on disk and taken up again; the floors."""
 
 import copy
-import importlib
 import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +11,10 @@ import pytest
 import torch
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from engine import features, keys
+from engine import features
 from engine.features import Frozen, Pixels, chosen_layers, whole_patches
 from engine.views import centre_crop, fitted, mirrored
 from model import SIZES, ViT, initialise
-from sets.pairs import Scenes
 from tasks import TASKS
 
 CPU, TASK = torch.device("cpu"), TASKS["segmentation"]
@@ -107,6 +104,19 @@ def test_tokens_are_the_networks_own():
         exact = network(centre_crop(source.load(i), 32, 16)[0])
         torch.testing.assert_close(found.cls[i], exact.cls[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.patches[i], exact.patches[0].mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_over_many_images_is_planned(tmp_path, monkeypatch, capsys):
+    """Of 10 images: cls and mean patch of 128 floats each; of what is there, nothing."""
+    monkeypatch.setattr(features, "MANY", 10)
+    c = TASKS["knn"].config(resolution=32, workers=0, batch=4, cache=str(tmp_path))
+    frozen = Frozen(VIT, TASKS["knn"], c)
+    frozen.tokens("val", Plain(10))
+    size = sum(x.nbytes for x in VIT.state_dict().values()) / 1e9
+    said = capsys.readouterr().out
+    assert "val: 10 images; disk 0.0 GB in " in said and f"memory {size:.1f} GB of weights on each of 1 devices" in said
+    frozen.tokens("val", Plain(10))
+    assert not capsys.readouterr().out
 
 # --------------------------------------------------------------------------------
 # Floors
@@ -239,27 +249,6 @@ def test_cache_knows_the_files(change, tmp_path):
     assert cached_in(VIT, c) == before
     change(photo)
     assert len(cached_in(VIT, c)) == 2
-
-
-def test_cache_knows_the_code(tmp_path, monkeypatch):
-    """Another constant in what makes an image is another file; another comment is not."""
-    (tmp_path / "made_by_test.py").write_text("SIDE = 32\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(keys, "ROOT", tmp_path)
-    module = importlib.import_module("made_by_test")
-    digests = []
-    for text in "SIDE = 32\n", "SIDE = 32  # pixels\n", "SIDE = 33\n":
-        Path(module.__file__).write_text(text)
-        keys.parsed.cache_clear()
-        digests.append(keys.code_of(SimpleNamespace(__module__="made_by_test")))
-    assert digests[0] == digests[1] != digests[2]
-
-
-def test_the_code_of_features_is_that_of_images_views_and_networks(monkeypatch):
-    seen, parsed = [], keys.parsed
-    monkeypatch.setattr(keys, "parsed", lambda path, time: seen.append(Path(path).name) or parsed(path, time))
-    keys.code_of(partial(fitted, side=3), Scenes(range(1), 0, 32, None), VIT)
-    assert {"views.py", "pairs.py", "shapes.py", "data.py", "model.py", "ops.py"} <= set(seen)
 
 
 def test_maps_of_other_layers_views_and_controls_are_others(tmp_path):

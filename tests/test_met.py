@@ -18,7 +18,7 @@ from tasks import TASKS, met
 
 def test_answers_are_the_formula():
     images, queries, ids = unit(30, 4, 0), unit(8, 4, 1), [i % 11 for i in range(30)]
-    found, sure = met.answers(queries, images, ids, 7, 5.0)
+    found, sure = met.answers(*met.nearest(queries, images), ids, 7, 5.0)
     for i, query in enumerate(queries):
         near = sorted(range(30), key=lambda j: -float(images[j] @ query))[:7]  # noqa: B023
         score = {}

@@ -1,5 +1,6 @@
 """visualize.py beyond one small square: attention, explore, several layers, ConvNeXt, 1024 pixels."""
 
+import copy
 import json
 import re
 
@@ -11,7 +12,7 @@ from PIL import Image
 from convnext import ConvNeXt, ConvNeXtConfig
 from engine.attention import attention_row
 from model import ViT, ViTConfig, build
-from visualize import GUTTER, HEAT, attention_picture, main, network_input, patch_features
+from visualize import GUTTER, HEAT, attention_picture, main, network_input, outliers, patch_features
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,27 @@ def test_what_a_convnext_cannot_do_is_named(folder, monkeypatch, convnext):
     with pytest.raises(ValueError, match=r"--layers \[2, 3\] have grids \[\(4, 6\), \(2, 3\)\]; name one of them"):
         run(folder, monkeypatch, convnext, "pca 0.png --resolution 64 --layers 2,3 --out b.png")
     assert not (folder / "b.png").exists()
+
+
+def test_outliers_are_found_by_block(vit, tmp_path, monkeypatch, capsys):
+    """A channel that the second block adds 1000 to: loud in it, not in the first; norms are those of the tokens."""
+    vit, image = copy.deepcopy(vit), torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
+    patches, channels = outliers(vit, image)
+    exact = [x.patches[0] for x in vit.layers(network_input(vit, image), [0, 1, 2], norm=False)]
+    for k in range(3):
+        torch.testing.assert_close(patches[k].flatten(), exact[k].norm(dim=1))
+        torch.testing.assert_close(channels[k], exact[k].norm(dim=0))
+    plain = vit(network_input(vit, image)).patches[0]
+    torch.testing.assert_close(vit.norm(exact[-1]), plain)                                   # --norm false is before it
+    last = [module for module in vit.blocks[1].modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias[5] += 1000
+        for name, gamma in vit.blocks[1].named_parameters():
+            if name.startswith("ls2"):
+                gamma.fill_(1)
+    loud = outliers(vit, image)
+    assert loud[1][1].argmax() == 5 and loud[1][1].max() > 100 * loud[1][1].median()
+    torch.testing.assert_close(loud[1][0], channels[0])
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    run(tmp_path, monkeypatch, vit, "outliers photo.png --out norms.png")
+    assert "of channel 5" in capsys.readouterr().out and (tmp_path / "norms.png").is_file()
