@@ -109,7 +109,7 @@ class Task:
         data = values.get("data", "shapes")
         own = [(option.name, type(option.default), option.at(data)) for option in self.all_options()]
         ranges = {option.name: f"[{option.least}, inf)" for option in self.all_options()
-                  if not isinstance(option.default, str)}
+                  if type(option.default) in (int, float)}
         kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True,
                               namespace=dict(ranges=ranges))
         return kind(task=self.name, **values)

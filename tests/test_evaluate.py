@@ -151,7 +151,7 @@ def test_a_set_is_checked_before_weights_are_loaded(photos, monkeypatch):
 
 @pytest.mark.parametrize("task, more, says", [
     ("linear", ["--tests", "nowhere"], "--tests: nowhere is no folder and no real.json"),
-    ("segmentation", ["--data", "shapes", "--out", "file/below"], "--out file/below: Not a directory"),
+    ("segmentation", ["--data", "shapes", "--out", "file/below"], "--out file/below: no folder can be written there"),
     ("voc07", ["--data", "."], "voc07: sklearn is not installed; pip install -e")])
 def test_what_fails_does_so_before_weights_are_loaded(task, more, says, photos, monkeypatch):
     monkeypatch.chdir(photos)

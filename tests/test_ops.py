@@ -179,6 +179,11 @@ def test_other_factors_than_those_given_are_noticed(kernels):
     losses = ops.assignment_loss(student.requires_grad_() * 1, *rest, factors=torch.tensor([0.3, 0.3, 0.5]))
     with pytest.raises(ValueError, match=r"multiplied with \[1.0, 1.0, 1.0\], but factors are \[0.3"):
         losses.sum().backward()
+    student.grad = None
+    factors = torch.tensor([0.3, 0.3, 0.5])
+    losses = ops.assignment_loss(student * 1, *rest, factors=factors)
+    losses.backward(factors * torch.tensor([1, math.nan, 1]))           # a gradient that is not finite stays so
+    assert student.grad[1].isnan().any() and student.grad[[0, 2]].isfinite().all()
 
 
 @on_devices
