@@ -374,7 +374,8 @@ def fuzz(cases, attempt, n, seed):
         run_once(SOUND["run"])
     for i in range(n):
         case = cases[i % len(cases)]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that it will not quantise for ever
             found, tried = attempt(case, random.Random(f"{seed} {i}"), Path(folder))
         counts[case.__name__][found] += 1
         if found in BAD:
