@@ -67,7 +67,8 @@ def by_block(task, data, frozen, c):
 def task_of(argv):
     """The record that --task names. Raises ValueError if none does."""
     words = [word.partition("=") for word in argv]
-    name = next((after or [*argv, ""][i + 1] for i, (word, _, after) in enumerate(words) if word == "--task"), "")
+    names = [after or [*argv, ""][i + 1] for i, (word, _, after) in enumerate(words) if word == "--task"]
+    name = names[-1] if names else ""  # of several the last counts, as of every option
     if name not in TASKS:
         raise ValueError(f"--task {name or '(none)'}: choose one of {', '.join(TASKS)}")
     return TASKS[name]

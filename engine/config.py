@@ -9,6 +9,7 @@ A number's comment begins with what it may be, and `apply` refuses all else; of 
     scale: tuple = (0.3, 1.0)            # (0, 1] rising: share of the area         rising: none is below the one before
 """
 
+import errno
 import inspect
 import os
 import re
@@ -167,7 +168,9 @@ def run(main):
 
 
 def on_purpose(error):
-    """Whether our own code raised it, in a sentence for the user."""
+    """Whether our own code raised it, in a sentence for the user; or it is of a name that no file can have."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return True
     last = traceback.extract_tb(error.__traceback__)[-1]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     place = os.path.dirname(os.path.relpath(last.filename, root))

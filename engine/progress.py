@@ -35,7 +35,7 @@ def step_of(line):
     """Of a row of metrics.jsonl; infinite for one that a kill cut short."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 

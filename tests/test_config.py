@@ -281,6 +281,7 @@ def program(tmp_path, body):
     ("print(argv)", 0, "['a word']\n"),
     ("raise ValueError('too many')", 2, "program.py: too many\n"),
     ("raise OSError('no room')", 2, "program.py: no room\n"),
+    ("import os; os.stat('x' * 300)", 2, f"program.py: [Errno 36] File name too long: '{'x' * 300}'\n"),
     ("raise KeyboardInterrupt", 130, ""),
 ])
 def test_what_we_say_on_purpose_is_one_line(tmp_path, body, code, says):

@@ -184,6 +184,7 @@ def test_what_fails_does_so_before_weights_are_loaded(task, more, says, photos, 
     (["--task", "depth", "--weights", "pixels", "--decoder", "round"], "--decoder round: depth has linear"),
     (["--task", "segmentation", "--weights", "pixels", "--resolution", "60"], "--resolution 60: write whole patches"),
     (["--task", "depth", "--weights", "pixels", "--layers", "9"], "--layers 9: write blocks, 0-based"),
+    (["--task", "knn", "--weights", "pixels", "--task", "dance"], "--task dance: choose one of "),
     (["--task", "knn", "--weights", "pixels", "--limit", "-1"], "--limit is -1; it must be in .0, inf."),
     (["--task", "rgbd", "--weights", "pixels"], "rgbd does not run on shapes; name a folder with NAME"),
     (["--task", "davis", "--weights", "pixels", "--data", "nowhere"], "nowhere has no folder JPEGImages/480p")])
