@@ -319,7 +319,7 @@ def test_layers_of_a_convnext():
     (["--size", "s"], "unknown option --size"),
     (["--recipe", "convnext"], "--recipe convnext: choose one of paper, released.*ConvNeXts alone"),
     (["--recipe", "papre"], "--recipe papre: choose one of paper"),
-    (["--teacher_scale", "0"], "--teacher_scale is 0.0; it must be above 0"),
+    (["--teacher_scale", "0"], "--teacher_scale is 0; it must be in "),
     (["--batch", "9"], "not a multiple of --group 2"),
     (["--resume"], "no run to go on with"),
 ])
