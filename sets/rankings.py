@@ -30,9 +30,9 @@ class Kind:
     def __setstate__(self, state):
         self.code = {">": ">"}.get(state[1], "<") + self.code
 
-    def numbers(self, data, shape):
+    def numbers(self, data, shape, order="C"):
         data = data.encode("latin1") if isinstance(data, str) else bytes(data)
-        return np.frombuffer(data, self.code).reshape(shape)
+        return np.frombuffer(data, self.code).reshape(shape, order="F" if order == "F" else "C")
 
 
 class Array:
@@ -44,7 +44,7 @@ class Array:
 
     def __setstate__(self, state):
         _, shape, kind, fortran, data = state
-        self.values = kind.numbers(data, shape[::-1]).T if fortran else kind.numbers(data, shape)
+        self.values = kind.numbers(data, shape, "F" if fortran else "C")
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.values, dtype)
@@ -52,7 +52,7 @@ class Array:
 
 GROUPS = "easy", "hard", "junk"
 STAND_INS = dict(ndarray=Array, dtype=Kind, _reconstruct=Array, scalar=lambda kind, data: kind.numbers(data, ())[()],
-                 _frombuffer=lambda data, kind, shape, order: kind.numbers(data, shape))
+                 _frombuffer=lambda data, kind, shape, order: kind.numbers(data, shape, order))
 
 
 class Plain(pickle.Unpickler):

@@ -29,6 +29,12 @@ def test_garg_is_rounded_down():
     np.testing.assert_array_equal(found, exact)
 
 
+def test_nyus_share_of_1920_columns_is_exact():
+    """3 x 41 = 123 of them lie left of what is scored, where 41 / 640 x 1920 is a little less in floating point."""
+    found = depths.scored_pixels(np.full((1440, 1920), 3, np.float32), depths.SETS["nyu"])
+    assert found.any(0).nonzero()[[0, -1], 0].tolist() == [123, 1802] and found.any(1).nonzero()[0] == 135
+
+
 def test_depths_of_one_name_in_two_rooms_are_two(tmp_path):
     for split in "train", "test":
         for k, room in enumerate(("kitchen", "office"), 1):

@@ -31,11 +31,12 @@ def write_gnd(root, name="gnd_roxford5k.pkl", protocol=2, pickled=None, **change
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_arrays_and_numbers_of_any_protocol(protocol, tmp_path):
-    groups = dict(easy=np.array([[2, 0]], "i4", order="F"), hard=[np.int64(1)], junk=np.array([1.0, 2.0], ">f8"))
+    square = np.array([[2, 0], [1, 1]], "i4", order="F")
+    groups = dict(easy=square, hard=[np.int64(1)], junk=np.array([1.0, 2.0], ">f8"))
     write_gnd(tmp_path, protocol=protocol, gnd=[groups, groups])
     queries, images, truths = rankings.revisited(tmp_path)
     assert [path.stem for path in queries.paths + images.paths] == list("qrabc")
-    assert [[truths[1][name].tolist() for name in ("easy", "hard", "junk")]] == [[[2, 0], [1], [1, 2]]]
+    assert [[truths[1][name].tolist() for name in ("easy", "hard", "junk")]] == [[[2, 0, 1, 1], [1], [1, 2]]]
 
 
 class Forged:
