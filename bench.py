@@ -53,7 +53,7 @@ from train import RECIPES
 class BenchConfig:
     json: str = ""             # forward to steps: a file to write the rows to, and NAME.md beside it
     out: str = "build/gpu"     # gpu-: folder of what is written
-    minutes: float = 7.5       # (0, inf): gpu-: no row is begun later, so that a call ends within 8; gpu-5: of it all
+    minutes: float = 7.5       # [0, inf): gpu-: no row is begun later, so that a call ends within 8; gpu-5: of it all
     data: str = "shapes"       # gpu-4, gpu-5: photos, a folder as train.py takes it; shapes = generated
     size: str = "s"            # gpu-5: what is trained
     largest: int = 0           # [0, inf): check-OP: elements of the largest shape; 0 = all

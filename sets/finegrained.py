@@ -38,27 +38,28 @@ class Known:
     """Parts of a set, one after the other: each has items (image, label), as torchvision's have them, and classes."""
 
     def __init__(self, parts):
-        self.items, self.classes, self.last = ConcatDataset(parts), list(parts[0].classes), (None, None, None)
+        self.items, self.classes = ConcatDataset(parts), list(parts[0].classes)
+        self.labels = [int(label) for part in parts for label in labels_of(part)]
 
     def __len__(self):
         return len(self.items)
 
-    def item(self, i):
-        """Row, image, label. Kept, as image and label are asked for one after the other."""
-        if self.last[0] != i:
-            try:
-                image, label = self.items[i]
-                image = np.array(image.convert("RGB"))
-            except Exception as error:  # Pillow's decoders fail in many ways on foreign bytes; all mean: unreadable
-                raise OSError(f"image {i} of {len(self)}: {error}") from error
-            self.last = i, torch.from_numpy(image).permute(2, 0, 1), int(label)
-        return self.last
-
     def load(self, i):
-        return self.item(i)[1]
+        try:
+            image = np.array(self.items[i][0].convert("RGB"))
+        except Exception as error:  # Pillow's decoders fail in many ways on foreign bytes; all mean: unreadable
+            raise OSError(f"image {i} of {len(self)}: {error}") from error
+        return torch.from_numpy(image).permute(2, 0, 1)
 
     def label(self, i):
-        return self.item(i)[2]
+        return self.labels[i]
+
+
+def labels_of(part):
+    """Without opening an image: torchvision's sets have them under one of three names."""
+    if hasattr(part, "_samples"):
+        return [label for _, label in part._samples]
+    return part.targets if hasattr(part, "targets") else part._labels
 
 
 class Named:
@@ -66,13 +67,13 @@ class Named:
 
     def __init__(self, pairs):
         self.pairs, self.classes = pairs, sorted({name for _, name in pairs})
+        self.targets = [self.classes.index(name) for _, name in pairs]
 
     def __len__(self):
         return len(self.pairs)
 
     def __getitem__(self, i):
-        path, name = self.pairs[i]
-        return Image.open(path), self.classes.index(name)
+        return Image.open(self.pairs[i][0]), self.targets[i]
 
 
 def cub(root):

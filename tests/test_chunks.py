@@ -260,7 +260,7 @@ def test_two_ranks_are_one(lines, broken, tmp_path, monkeypatch, capsys):
     for line in lines:
         evaluate.main(f"{line} {SHORT}".split())
     one = said_by(capsys.readouterr().out)
-    with pytest.raises(ValueError, match="^unreadable .*4.png"):
+    with pytest.raises(ValueError, match="^--data: .*4.png or .* cannot be read"):
         evaluate.main(f"{broken} {SHORT}".split())
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "tmp").mkdir()
@@ -271,7 +271,7 @@ def test_two_ranks_are_one(lines, broken, tmp_path, monkeypatch, capsys):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     error, *two = said_by(done.stdout)                                  # of rank 0: the other says nothing
-    assert error["error"].startswith("error: rank 1: unreadable") and "4.png" in error["error"]
+    assert error["error"].startswith("error: --data: ") and "4.png" in error["error"]
     assert [row.pop("ranks") for row in one + two] == [1] * len(lines) + [2] * len(lines) and one == two
     left = {path.parents[1] for path in (tmp_path / "tmp").glob("nanodino-*/*/*.safetensors")}
     assert len(left) == 1                                               # of the command that failed, to go on with

@@ -125,7 +125,7 @@ def test_caltech101_draws_thirty_of_each_class(tmp_path, monkeypatch):
 
 
 def test_features_of_a_set_with_a_broken_image(tmp_path, capsys):
-    """Each image is opened once, for its pixels and its label; what cannot be read is named and left out."""
+    """Each image is opened once, for its pixels alone; what cannot be read is named and left out."""
     images = dict(pie=["pie/1", "pie/2"], soup=["soup/3"])
     for split in "train", "test":
         write(tmp_path / f"food-101/meta/{split}.json", json.dumps(images))

@@ -57,7 +57,7 @@ def test_arguments_fill_what_must_be_filled():
 
 def test_memory_and_operators_of_a_cpu():
     here = Cpu()
-    assert 60e6 < here.peak(lambda: torch.ones(16 << 20)) < 200e6
+    assert 500e6 < here.peak(lambda: torch.ones(128 << 20)) < 800e6       # more than what lies free from other tests
     found = here.launches(lambda: torch.ones(4, 4) @ torch.ones(4, 4))
     assert found["aten::mm"][0] == 1 and found["aten::ones"][0] == 2
 
