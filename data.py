@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -485,9 +486,20 @@ def epoch_order(seed, epoch, size):
 
 
 def ignore_signals(worker):
-    """They are for the main process, which still wants this batch; the whole process group gets them."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+    """
+    They are for the main process, which still wants this batch; the whole process group gets them. But what that
+    process itself sends, at its end, it waits for.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # of a system that does not tell who sent it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def obey():
+        while signal.sigwaitinfo(STOPS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    threading.Thread(target=obey, daemon=True).start()
 
 
 def loader(dataset, steps, workers, **kwargs):

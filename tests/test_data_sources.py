@@ -2,6 +2,9 @@
 
 import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +186,16 @@ def test_shapes_are_rendered_once_for_all_processes():
         assert torch.equal(image, source.load(i)) and image.shape == (3, 96, 96)
     assert [source.label(i) for i in range(4)] == [scene.label for scene in scenes]
     assert len(source) == 4 and source.name(3) == "shapes 3" and len(source.classes) == len(shapes.CLASSES)
+
+
+def test_a_loader_that_is_left_behind_lets_the_process_end():
+    """Its workers take no signal but that of their own process: else it would wait for them for ever."""
+    code = """
+import builtins
+from data import loader
+builtins.kept = iter(loader(list(range(99)), range(99), 1))  # until the interpreter goes
+print(next(kept))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 0 and done.stdout == "0\n", done.stderr
