@@ -11,7 +11,8 @@ are never written to memory.
 Bound by memory where the matrices leave the caches: student and teacher are read and the gradient is written once, 6
 bytes an element in bf16. An image's rows are worked on in L2: one exp2 an element of student and teacher.
 
-Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/assignment_loss_cpu.cpp -o build/k && build/k
+Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/assignment_loss_cpu.cpp -o build/k
+        build/k
 */
 #include <algorithm>
 

@@ -109,7 +109,7 @@ static void check(const char* who, const char* name, const Tensor& x, at::IntArr
 // --------------------------------------------------------------------------------
 // RoPE attention
 
-// as the CUDA kernels read it, 16 bytes at a time; it seldom lies otherwise, as a view that starts inside another tensor
+// as the CUDA kernels read it, 16 bytes at a time; a view that starts inside another tensor seldom lies otherwise
 static Tensor aligned(const Tensor& x) {
     return x.is_cuda() && (uintptr_t)x.const_data_ptr() % 16 ? at::clone(x) : x;
 }
@@ -132,7 +132,8 @@ static std::vector<RopeGroup> rope_groups(const char* who, const Tensor& qkv, at
         check(who, "cos", cos, cos.sizes(), qkv, at::kFloat);
         check(who, "sin", sin, cos.sizes(), qkv, at::kFloat);
         const auto places = (uintptr_t)cos.const_data_ptr() | (uintptr_t)sin.const_data_ptr();
-        TORCH_CHECK(!qkv.is_cuda() || places % 16 == 0, who, ": cos or sin starts off a multiple of 16 bytes; clone it");
+        TORCH_CHECK(!qkv.is_cuda() || places % 16 == 0, who,
+                    ": cos or sin starts off a multiple of 16 bytes; clone it");
         TORCH_CHECK(n_images[i] >= 0, who, ": got ", n_images[i], " images; wanted 0 or more; count them");
         groups.push_back({T, n_images[i], N, cos.const_data_ptr<float>(), sin.const_data_ptr<float>()});
         T += n_images[i] * N;

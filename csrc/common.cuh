@@ -47,7 +47,9 @@ __host__ __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162f
 template <typename T> __host__ __device__ T from_float(float v);
 template <> __host__ __device__ inline float from_float<float>(float v) { return v; }
 template <> __host__ __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
-template <> __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
 
 // 8 elements in one transaction (two for float); p must be aligned to 16 bytes
 template <typename T> __device__ inline void load8(float (&out)[8], const T* p) {

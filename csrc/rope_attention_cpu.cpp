@@ -11,7 +11,8 @@ The backward pass keeps nothing but qkv, out and lse: it turns q and k again, an
 Bound by arithmetic: 4 N^2 E FLOP forward, 10 N^2 E backward for an image and head, all in float32. A thread owns an
 image and head, converts and turns its rows once, into buffers that fit its L2 cache, and takes blocks of whole rows of
 scores from there: no online softmax, no sums across threads, so that the result does not depend on how many there are.
-Every product is one micro-kernel: 6 rows by up to 4 registers of accumulators, its left factor broadcast from any strides.
+Every product is one micro-kernel: 6 rows by up to 4 registers of accumulators, its left factor broadcast from any
+strides.
 
 Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/rope_attention_cpu.cpp -o build/k && build/k
 */
