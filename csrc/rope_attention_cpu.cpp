@@ -14,7 +14,8 @@ scores from there: no online softmax, no sums across threads, so that the result
 Every product is one micro-kernel: 6 rows by up to 4 registers of accumulators, its left factor broadcast from any
 strides.
 
-Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/rope_attention_cpu.cpp -o build/k && build/k
+Alone:  g++ -std=c++20 -O3 -march=native -ffp-contract=off -fopenmp -DALONE csrc/rope_attention_cpu.cpp -o build/k
+        build/k
 */
 #include <algorithm>
 #include <cmath>

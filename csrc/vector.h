@@ -187,7 +187,9 @@ template <typename H> static inline Pair<H> operator*(Pair<H> x, Pair<H> y) { re
 template <typename H> static inline Pair<H> operator-(Pair<H> x, float y) { return {x.low - y, x.high - y}; }
 template <typename H> static inline Pair<H> operator*(Pair<H> x, float y) { return {x.low * y, x.high * y}; }
 template <typename H> static inline Pair<H>& operator+=(Pair<H>& x, Pair<H> y) { return x = x + y; }
-template <typename H> static inline Pair<H> max(Pair<H> x, Pair<H> y) { return {max(x.low, y.low), max(x.high, y.high)}; }
+template <typename H> static inline Pair<H> max(Pair<H> x, Pair<H> y) {
+    return {max(x.low, y.low), max(x.high, y.high)};
+}
 template <typename H> static inline Pair<H> exp2(Pair<H> x) { return {exp2(x.low), exp2(x.high)}; }
 template <typename H> static inline Pair<H> log(Pair<H> x) { return {log(x.low), log(x.high)}; }
 template <typename H> static inline Pair<H> fma(Pair<H> x, Pair<H> y, Pair<H> z) {
