@@ -74,7 +74,7 @@ class Paper(NamedTuple):
 
 def by_size(*values):
     """One number for each of SIZES, None where the paper has none."""
-    return {size: value for size, value in zip(SIZES, values, strict=False) if value is not None}
+    return {size: value for size, value in zip(SIZES[: len(values)], values, strict=True) if value is not None}
 
 
 @dataclass(frozen=True)

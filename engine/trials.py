@@ -188,7 +188,8 @@ def beside(found, base, most):
 
     most  3e-2 in bf16: a rehearsal's first losses are 1.1e-3 apart; fp32 on a GPU sums in another order only
     """
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(found["rows"], base["rows"], strict=False)]
+    n = min(len(found["rows"]), len(base["rows"]))  # a run that broke off has fewer, and is wrong
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(found["rows"][:n], base["rows"][:n], strict=True)]
     apart = [abs(a - b) / abs(b) for a, b in pairs]
     fine = found["code"] == 0 and len(found["rows"]) == len(base["rows"]) > 0 and apart[0] < most
     row = dict(first=pairs[0][0], apart_at_first=apart[0], last=pairs[-1][0], apart_at_last=apart[-1]) if pairs else {}

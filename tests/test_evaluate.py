@@ -96,7 +96,7 @@ def test_photos_that_are_replaced_are_looked_at_again(photos, tmp_path, capsys):
     words = "--task", "knn", "--weights", "pixels", "--data", photos, "--resolution", 32, "--cache", tmp_path / "kept"
     assert run(capsys, *words)["top1_k10"] == 100
     a, b = ([*(photos / f"val/{name}").iterdir()] for name in "ab")
-    for x, y in zip(a, b, strict=False):
+    for x, y in zip(a, b, strict=True):
         old = x.read_bytes()
         x.write_bytes(y.read_bytes())
         y.write_bytes(old)

@@ -165,8 +165,7 @@ def sharing(c, n_ranks, keeps):
 def test_share_gives_each_rank_its_samples(n_ranks, counts, group):
     """ranks' parts cut across the groups of masks, and groups' parts across the ranks'; padded where they must be"""
     c = replace(CONFIG, group=group)
-    firsts = itertools.accumulate(counts, initial=0)
-    plan = [(first, n, [str(n)]) for first, n in zip(firsts, counts, strict=False)]
+    plan = [(end - n, n, [str(n)]) for end, n in zip(itertools.accumulate(counts), counts, strict=True)]
     keeps = kept_by(c, on(0, n_ranks), plan)
     for (shared, _), keep in zip(sharing(c, n_ranks, keeps), keeps, strict=True):
         if not keep.stop:
