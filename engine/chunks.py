@@ -3,6 +3,7 @@ What many images are turned into, on disk and not in memory: in files of some im
 
     Job, make      files that are wanted; those that are not there are dealt out to the ranks
     serve          ranks other than 0: they make their share of all that rank 0 asks for
+    everywhere     the same function on all ranks at once, of what no file could hold
     Stored, Table  the arrays of each image, the rows of all: read when they are asked for
     Keyed, kept    the folder that files lie in, named after all that they depend on; where, without --cache
 
@@ -166,14 +167,24 @@ def make(jobs, worker, c, ranks):
         time.sleep(0.1)
 
 
+def everywhere(function, worker, ranks):
+    """Rank 0: what function(worker) returns here; the ranks that `serve` run it too, and may exchange tensors in it."""
+    if ranks.count > 1:
+        exchange(ranks, dist.broadcast_object_list, [function])
+    return function(worker)
+
+
 def serve(worker, c, ranks):
-    """Ranks other than 0: makes this rank's share of every list of jobs, until rank 0 is done."""
+    """Ranks other than 0: their share of every list of jobs, and what runs everywhere, until rank 0 is done."""
     while True:
         asked = [None]
         exchange(ranks, dist.broadcast_object_list, asked)
         if asked[0] is None:
             return
-        attempt(asked[0], worker, c, ranks)
+        if callable(asked[0]):
+            asked[0](worker)
+        else:
+            attempt(asked[0], worker, c, ranks)
 
 
 def attempt(jobs, worker, c, ranks):

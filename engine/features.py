@@ -23,7 +23,7 @@ from torch import nn
 
 from convnext import CONVNEXT_SIZES, ConvNeXt, resize_map
 from data import loader
-from engine.chunks import Computed, Job, Keyed, Stored, Table, index, make, named, read
+from engine.chunks import Computed, Job, Keyed, Stored, Table, everywhere, index, make, named, read
 from engine.keys import code_of, files_of, weights_of
 from engine.ranks import Ranks, choose_precision
 from engine.task import skip
@@ -219,6 +219,10 @@ class Frozen:
 
     # ---- of anything
 
+    def together(self, function):
+        """function(frozen) on all ranks at once, as in training with a network that sees new views; rank 0's answer"""
+        return everywhere(partial(at_layers, function=function, layers=self.layers), self, self.ranks)
+
     def keep(self, name, function, n, **about):
         """
         Stored arrays, function(i) -> list of them, of n images, such as truths: made by the readers of all ranks, and
@@ -344,8 +348,12 @@ def pack_arrays(frozen, images):
 
 
 def pack_scores(frozen, images, function, layers):
+    return dict(named(at_layers(frozen, partial(function, i), layers) for i in images))
+
+
+def at_layers(frozen, function, layers):
     frozen.layers = layers  # rank 0's: it goes from block to block
-    return dict(named(function(i, frozen) for i in images))
+    return function(frozen)
 
 
 def scatter(map):

@@ -3,7 +3,8 @@ Where a process stands among the others that torchrun started, its device, and w
 
     start_ranks        --device -> Ranks, with a process group if there are several
     Ranks.mean         of a tensor;  Ranks.together  what all do, or fail at, with files
-    exchange, leading  Python objects between ranks; rank 0's part, after which, well or not, the others may leave
+    exchange, leading  what ranks tell each other; rank 0's part, after which, well or not, the others may leave
+    add_up, linked     tensors, over the ranks; the ranks with the fastest way for them
     choose_precision   auto -> bf16 or fp32
     count_workers      -1 -> processes that read images, for each rank
 """
@@ -11,7 +12,7 @@ Where a process stands among the others that torchrun started, its device, and w
 import os
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,11 +86,23 @@ def start_ranks(device, talk=False):
 
 
 def exchange(ranks, collective, *args):
-    """A collective of Python objects. Raises ValueError if a rank is gone."""
+    """A collective. Raises ValueError if a rank is gone."""
     try:
         collective(*args, group=ranks.group)
     except RuntimeError as error:
         raise ValueError("another rank has ended; it or torchrun says why") from error
+
+
+def linked(ranks):
+    """The same ranks, their tensors through NCCL where each has a GPU to itself; all of them ask. Not run on a GPU"""
+    alone = ranks.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+    return replace(ranks, group=dist.new_group(backend="nccl")) if ranks.count > 1 and alone else ranks
+
+
+def add_up(tensors, ranks):
+    """Each becomes, in place and on every rank, the sum of all ranks'."""
+    for x in tensors if ranks.count > 1 else ():
+        exchange(ranks, dist.all_reduce, x)
 
 
 @contextmanager

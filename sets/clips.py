@@ -5,6 +5,7 @@ Videos to classify: files, folders of frames, or moving `shapes`; and which of t
                   UCF101 with its ucfTrainTestlist/, SSv2 with its labels/, K400 with its annotations/
     Clip          one of them: frames of chosen numbers, their times
     Samples       T frames of each of many clips, as Frozen.maps wants images
+    sampled       a training view: T frames at times of its own, in a square of its own
 """
 
 import csv
@@ -17,13 +18,14 @@ import torch
 from tqdm import tqdm
 
 import shapes
-from data import loader, read_image, resize
+from data import CropConfig, cut, draw_crops, loader, read_image, resize
 from engine.chunks import Computed
 from engine.task import skip
 from sets.pairs import GENERATED, evenly, folders, images_below, lines
 
 EXTENSIONS = {".avi", ".mp4", ".webm", ".mkv"}
 RATE = 25            # frames a second of a folder of frames
+CROP = CropConfig(n_local=0, global_scale=(0.4, 1.0))  # of training views: share of the frame's area
 
 
 @dataclass(frozen=True)
@@ -194,3 +196,22 @@ class Samples:
     def image(self, i):
         clip, chosen = self.views[i]
         return clip.frames(chosen)
+
+
+def sampled(place, clips, T, side, seed):
+    """
+    (epoch, number of a clip) -> T frames at random, in order, each C side side uint8, one box for all; their times T
+
+    paper: DINOv3 App. D.6: 40 to 100 % of the area; no flip: some classes are directions
+    """
+    clip, rng = clips[place[1]], np.random.default_rng([seed, *place])
+    chosen = np.sort(rng.choice(len(clip.times), T, replace=len(clip.times) < T))
+    frames = clip.frames(chosen)
+    (box, _), *_ = draw_crops(rng, CROP, *frames[0].shape[1:])
+    return [cut(frame, box, False, side) for frame in frames], clip.times[chosen]
+
+
+def whole(place, views, side, at):
+    """(any, number of a view) -> its frames in `squares`, (len(at) T) of them; their times T"""
+    clip, chosen = views[place[1]]
+    return squares(clip.frames(chosen), side, at), clip.times[chosen]

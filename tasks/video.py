@@ -5,6 +5,7 @@ Classify videos by the frozen patch features of their frames, and a small attent
     python evaluate.py --task k400 --weights runs/s --data K400  {train,val}/CLASS/*.mp4, or {train,val}.csv: path label
 
     Probe          attention among all patches of all frames, then one query of them     DINOv3 §6.1.6, App. D.6
+    Kept, Live     features of clips: of `shapes` from disk; else from the network, of new views in each epoch
     run            top-1 of one view of each clip, and of six averaged                   DINOv3 Tab. 6
 
 b views of T frames, N = T h w tokens, W wide; else see model.py.
@@ -21,10 +22,13 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
+from data import loader
+from engine.chunks import Computed
 from engine.pictures import SHOWN, save_pictures
+from engine.ranks import Ranks, add_up, linked
 from engine.task import Option, Paper, Task
 from ops import rotate
-from sets.clips import Samples, open_clips, squares, uniform
+from sets.clips import Samples, open_clips, sampled, squares, uniform, whole
 
 HEAD = 64            # E
 PART = 8             # views that go through a probe at once; of 64 x 4096 tokens it would keep some 50 GB (reckoned)
@@ -48,13 +52,6 @@ SHAPES = ProbeConfig(width=128, depth=2, std=0.07, n_frames=8, batch=16, epochs=
 
 # --------------------------------------------------------------------------------
 # The probe
-
-
-def seen(found, times, views, device):
-    """What a probe sees: maps b T h w D float16, times b T; b is views by squares.    found  maps of Samples"""
-    maps = torch.from_numpy(np.array([found[i] for i in views.tolist()]))                      # views (squares T) h w D
-    maps = maps.unflatten(1, (-1, times.shape[1]))
-    return maps.flatten(0, 1).to(device), times[views].repeat_interleave(maps.shape[1], 0).to(device)
 
 
 def waves(n):
@@ -129,40 +126,101 @@ class Probe(nn.Module):
             return self.classes(x[:, 0]).float()
 
 
-def train_probes(data, labels, clips, n_classes, recipe, c, device):
+def train_probes(feed, labels, clips, n_classes, recipe, c, ranks):
     """
-    Probes side by side on the same batches:  [(probe, rate, weight decay)] for each pair of the latter
+    Probes side by side on the same batches, of which each rank has a part:  [(probe, rate, weight decay)] for each pair
 
-    data     features and times of a view of each clip    labels  of each    clips  numbers of those to train on
+    feed     Kept or Live    labels  of each clip    clips  numbers of those to train on
     paper:   DINOv3 App. D.6; start values, and a cosine without warm-up, are V-JEPA 2's
-    differs: features are computed once, of the views that the test has; there each epoch draws times and squares
     """
-    probes, rng = [], np.random.default_rng(c.seed)
+    device, rng, probes = feed.device, np.random.default_rng(c.seed), []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for lr in [c.lr] if c.lr else recipe.rates:
             for decay in recipe.decays:
-                torch.manual_seed(c.seed)  # the same start for all
-                probe = Probe(data[0][0][0].shape[2], n_classes, recipe).to(device)
+                torch.manual_seed(c.seed)  # the same start for all, and on all ranks
+                probe = Probe(feed.width, n_classes, recipe).to(device)
+                for p in probe.parameters():
+                    p.grad = torch.zeros_like(p)
                 probes.append((probe, torch.optim.AdamW(probe.parameters(), lr, weight_decay=decay), lr, decay))
-    batches = [part for _ in range(recipe.epochs) for part in torch.tensor(rng.permutation(clips)).split(recipe.batch)]
-    for step, views in enumerate(tqdm(batches, f"{len(probes)} probes", unit="it", leave=False, disable=None)):
-        batch = *seen(*data, views, device), labels[views].to(device)
+    batches = [[(epoch, k) for k in part.tolist()] for epoch in range(recipe.epochs)
+               for part in torch.tensor(rng.permutation(clips)).split(recipe.batch)]
+    mine = [places[ranks.rank :: ranks.count] for places in batches]
+    bar = tqdm(feed(mine), f"{len(probes)} probes", len(mine), unit="it", leave=False, disable=ranks.rank > 0 or None)
+    for step, (maps, times) in enumerate(bar):
+        batch = maps, times, labels[[k for _, k in mine[step]]].to(device)
         for probe, optimizer, lr, _ in probes:
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(batches))) / 2
-            for maps, times, truth in zip(*(x.split(PART) for x in batch), strict=True):
-                (F.cross_entropy(probe(maps, times), truth, reduction="sum") / len(views)).backward()
+            for *part, truth in zip(*(x.split(PART) for x in batch), strict=True) if len(maps) else ():
+                (F.cross_entropy(probe(*part), truth, reduction="sum") / len(batches[step])).backward()
+            add_up([p.grad for p in probe.parameters()], ranks)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
     return [(probe, lr, decay) for probe, _, lr, decay in probes]
 
 
 @torch.no_grad()
-def probabilities(probe, data, views, device):
-    """(views squares) n_classes, on the host"""
-    return torch.cat([probe(*seen(*data, part, device)).softmax(1).cpu() for part in views.split(PART)])
+def probabilities(probes, feed, views, ranks):
+    """What each probe says of views, by number:  probes n squares n_classes, on the host, the same on every rank"""
+    found = torch.zeros(len(probes), len(views), feed.squares, probes[0].classes.out_features)
+    parts = torch.arange(len(views)).split(PART)[ranks.rank :: ranks.count]
+    for rows, seen in zip(parts, feed([[(0, k) for k in views[rows].tolist()] for rows in parts]), strict=True):
+        for k, probe in enumerate(probes):
+            found[k, rows] = probe(*seen).softmax(1).cpu().unflatten(0, (-1, feed.squares))
+    found = found.to(feed.device)
+    add_up([found], ranks)
+    return found.cpu()
+
+# --------------------------------------------------------------------------------
+# What it is fed
+
+
+class Kept:
+    """What a probe is fed, from disk: each epoch the same views, of `shapes`; elsewhere they would fill terabytes."""
+
+    def __init__(self, frozen, name, views, at, side):
+        self.source, self.squares, self.device = Samples(views), len(at), frozen.device
+        self.found = frozen.maps(name, self.source, partial(squares, side=side, at=at))
+        self.width = self.found[0][0].shape[2]
+
+    def __call__(self, batches):
+        """[[(epoch, number of a view)]] -> of each batch maps (b squares) T h w D float16, times (b squares) T"""
+        for views in ([k for _, k in places] for places in batches):
+            maps, times = torch.from_numpy(np.array([self.found[k] for k in views])), self.source.times[views]
+            maps = maps.unflatten(1, (self.squares, -1)).flatten(0, 1)
+            yield maps.to(self.device), times.repeat_interleave(self.squares, 0).to(self.device)
+
+
+class Live:
+    """The same, from a network that sees a view when it is its turn."""
+
+    def __init__(self, frozen, look, at, c):
+        """look  (epoch, number of a view) -> C H W uint8, squares T of them; their times T"""
+        self.frozen, self.look, self.squares, self.c, self.device = frozen, look, len(at), c, frozen.device
+        self.width = frozen.live([torch.zeros(3, c.resolution, c.resolution, dtype=torch.uint8)]).shape[3]
+
+    def __call__(self, batches):
+        stream = loader(Computed(self.look), [place for places in batches for place in places], self.c.workers)
+        for places in batches:
+            looked = [readable(next(stream)) for _ in places]
+            if not looked:  # of a small batch other ranks have all
+                yield torch.empty(0), torch.empty(0)
+                continue
+            frames = [frame for each, _ in looked for frame in each]
+            maps = torch.cat([self.frozen.live(frames[i : i + self.c.batch]).half()
+                              for i in range(0, len(frames), self.c.batch)])
+            times = torch.from_numpy(np.stack([times for _, times in looked])).float().to(self.device)
+            yield maps.unflatten(0, (-1, times.shape[1])), times.repeat_interleave(self.squares, 0)
+
+
+def readable(looked):
+    if isinstance(looked, Exception):
+        raise ValueError(f"video: {looked}; it was readable before")
+    return looked
 
 # --------------------------------------------------------------------------------
 # The task
+
+MIDDLE, ALL = [0.5], [0, 0.5, 1]
 
 
 def config_of(c):
@@ -178,35 +236,56 @@ def run(data, frozen, c):
     """
     Percent, of the probe that a tenth of train picks (DINOv3 Tab. 6):  top1  of the middle square and T frames of each
     val clip,  top1_tta  of the mean of six probabilities: three squares by two times T frames that interleave
+
+    differs: on shapes each epoch has the same views, uniform ones; their features are computed once
     """
-    recipe, device, rng = config_of(c), frozen.device, np.random.default_rng(c.seed)
-    (train, val, classes), T, seen_of = data, recipe.n_frames, {}
-    for name, views, at in (("train", [uniform(clip, T) for clip in train], [0.5]),
-                            ("val", [uniform(clip, T) for clip in val], [0.5]),
-                            ("averaged", [uniform(clip, T, k, 2) for clip in val for k in range(2)], [0, 0.5, 1])):
-        source = Samples(views)
-        seen_of[name] = frozen.maps(name, source, partial(squares, side=c.resolution, at=at)), source.times
+    (train, val, classes), T = data, config_of(c).n_frames
+    one = {name: [uniform(clip, T) for clip in clips] for name, clips in (("train", train), ("val", val))}
+    two = [uniform(clip, T, k, 2) for clip in val for k in range(2)]
+    if c.data == "shapes":
+        kept = partial(Kept, frozen, side=c.resolution)
+        first = kept("train", one["train"], MIDDLE)
+        feeds = first, first, kept("val", one["val"], MIDDLE), kept("averaged", two, ALL)
+        metrics, found = score(feeds, data, c, Ranks())
+    else:
+        looks = [partial(sampled, clips=train, T=T, side=c.resolution, seed=c.seed)]
+        looks += [partial(whole, views=views, side=c.resolution, at=at)
+                  for views, at in ((one["train"], MIDDLE), (one["val"], MIDDLE), (two, ALL))]
+        metrics, found = frozen.together(partial(live, looks=looks, data=data, c=c))
+    if c.out:
+        save_pictures(c, [shown(clip, classes, k) for clip, k in zip(val[:SHOWN], found, strict=False)])
+    return metrics
+
+
+def live(frozen, looks, data, c):
+    feeds = [Live(frozen, look, at, c) for look, at in zip(looks, (MIDDLE, MIDDLE, MIDDLE, ALL), strict=True)]
+    return score(feeds, data, c, linked(frozen.ranks))
+
+
+def score(feeds, data, c, ranks):
+    """feeds  to train on, to pick a probe by, of val, of val averaged -> metrics, the class found in each val clip"""
+    (train, val, classes), recipe, rng = data, config_of(c), np.random.default_rng(c.seed)
     labels, truth = (torch.tensor([clip.label for clip in clips]) for clips in (train, val))
     if c.control:
         labels, truth = (x[torch.from_numpy(rng.permutation(len(x)))] for x in (labels, truth))
     held, clips = torch.tensor(rng.permutation(len(train))).tensor_split([max(len(train) // 10, 1)])
-    probes = train_probes(seen_of["train"], labels, clips, len(classes), recipe, c, device)
-    found = [probabilities(probe, seen_of["train"], held, device).argmax(1) for probe, *_ in probes]
-    held_out = [100 * (each == labels[held]).double().mean().item() for each in found]
+    probes = train_probes(feeds[0], labels, clips, len(classes), recipe, c, ranks)
+    found = probabilities([probe for probe, *_ in probes], feeds[1], held, ranks)[:, :, 0].argmax(2)
+    held_out = (100 * (found == labels[held]).double().mean(1)).tolist()
     probe, lr, decay = probes[int(np.argmax(held_out))]
-    one = probabilities(probe, seen_of["val"], torch.arange(len(val)), device)
-    six = probabilities(probe, seen_of["averaged"], torch.arange(2 * len(val)), device).unflatten(0, (-1, 6)).mean(1)
+    one = probabilities([probe], feeds[2], torch.arange(len(val)), ranks)[0, :, 0]
+    six = probabilities([probe], feeds[3], torch.arange(2 * len(val)), ranks)[0].unflatten(0, (-1, 2)).mean((1, 2))
     top1, top1_tta = (100 * (each.argmax(1) == truth).double().mean().item() for each in (one, six))
-    rows, n_shown = [], SHOWN if c.out else 0
-    for clip, *names in zip(*(each[:n_shown] for each in (val, truth, one.argmax(1))), strict=True):
-        frames = clip.frames(uniform(clip, 4)[1])
-        tile = Image.new("RGB", frames[0].shape[:0:-1], "white")
-        text = "truth:\n{}\n\nfound:\n{}".format(*(classes[k] for k in names))
-        ImageDraw.Draw(tile).text((4, 4), text, "black")
-        rows.append([*frames, torch.from_numpy(np.array(tile)).permute(2, 0, 1)])
-    save_pictures(c, rows)
-    return dict(top1=top1, top1_tta=top1_tta, chance=100 / len(classes), top1_held_out=max(held_out),
-                best_lr=lr, best_weight_decay=decay, n_train=len(train), n_val=len(val))
+    return dict(top1=top1, top1_tta=top1_tta, chance=100 / len(classes), top1_held_out=max(held_out), best_lr=lr,
+                best_weight_decay=decay, n_train=len(train), n_val=len(val)), one.argmax(1).tolist()
+
+
+def shown(clip, classes, found):
+    """Four frames, and words beside them: the clip's class, and the one found"""
+    frames = clip.frames(uniform(clip, 4)[1])
+    tile = Image.new("RGB", frames[0].shape[:0:-1], "white")
+    ImageDraw.Draw(tile).text((4, 4), f"truth:\n{classes[clip.label]}\n\nfound:\n{classes[found]}", "black")
+    return [*frames, torch.from_numpy(np.array(tile)).permute(2, 0, 1)]
 
 
 def task(name, **paper):

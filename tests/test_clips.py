@@ -41,6 +41,33 @@ def test_squares_are_left_middle_right(H, W):
         exact = image[:, :, start : start + 4] if W > H else image[:, start : start + 4]
         assert torch.equal(found[2 * place], exact) and torch.equal(found[2 * place + 1], exact + 100)
 
+
+
+def test_a_training_view_is_its_own_in_each_epoch():
+    """T frames in order, none twice if there are enough; one box for all of 40 to 100 % of the area, never mirrored"""
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
+
+    class Ramp(clips.Clip):
+        def frames(self, chosen):
+            return [torch.stack([y, x, torch.full_like(y, k)]).to(torch.uint8) for k in chosen]
+
+    of, shares, seen = [Ramp(None, 0, np.arange(n) / 10) for n in (20, 3)], [], set()
+    for epoch in range(60):
+        for k, n in enumerate((20, 3)):
+            frames, times = clips.sampled((epoch, k), of, 8, 20, 5)
+            again, _ = clips.sampled((epoch, k), of, 8, 20, 5)
+            assert all(torch.equal(a, b) for a, b in zip(frames, again, strict=True))
+            numbers = [int(frame[2, 0, 0]) for frame in frames]
+            assert numbers == sorted(numbers) and len(set(numbers)) == 8 if n == 20 else len(set(numbers)) <= 3
+            np.testing.assert_allclose(times, np.array(numbers) / 10)
+            assert all(torch.equal(frame[:2], frames[0][:2]) for frame in frames)
+            down, across = (frames[0][i].float() for i in range(2))
+            high, wide = ((ramp.max() - ramp.min()).item() * 20 / 19 for ramp in (down, across))
+            assert (across[:, 1:] >= across[:, :-1]).all() and (down[1:] >= down[:-1]).all()
+            shares.append(high * wide / 2400)
+            seen.add((*numbers, high, wide))
+    assert len(seen) > 110 and 0.36 < min(shares) < 0.5 and 0.85 < max(shares) < 1.05
+
 # --------------------------------------------------------------------------------
 # Data
 

@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_clips import folders_of_frames
+from test_clips import a_clip, folders_of_frames
 
 from engine.features import Frozen, Pixels
+from engine.ranks import Ranks
 from engine.task import SKIPPED
+from sets import clips
 from tasks import TASKS, video
 
 CPU = torch.device("cpu")
@@ -134,33 +137,60 @@ def test_gradients_reach_every_parameter():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
 
 
+class Fed:
+    """A feed of what is at hand"""
+    device, squares, width = CPU, 1, 8
+
+    def __init__(self, maps, times):
+        self.maps, self.times = maps, times
+
+    def __call__(self, batches):
+        for rows in ([k for _, k in places] for places in batches):
+            yield self.maps[rows], self.times[rows]
+
+
 def test_fit_learns_eight_clips_and_keeps_the_generator():
-    maps, times = some_tokens(8)
-    found, labels = maps.half().numpy(), torch.arange(8) % 3
-    data = [list(view.reshape(4, 2, 3, 8)) for view in found], times
+    feed, labels = Fed(*some_tokens(8)), torch.arange(8) % 3
     state = torch.get_rng_state()
     grid = replace(TOY, epochs=40, rates=(1e-9, 2e-3))
-    probes = video.train_probes(data, labels, torch.arange(8), 3, grid, C, CPU)
+    probes = video.train_probes(feed, labels, torch.arange(8), 3, grid, C, Ranks())
     assert torch.equal(torch.get_rng_state(), state)
-    right = [(video.probabilities(probe, data, torch.arange(8), CPU).argmax(1) == labels).sum() for probe, *_ in probes]
+    found = video.probabilities([probe for probe, *_ in probes], feed, torch.arange(8), Ranks())
+    right = (found[:, :, 0].argmax(2) == labels).sum(1)
     assert right[1] == 8 and right[0] < 8
     short = replace(grid, epochs=1, decays=(0.01, 0.1))
     for c, rates in (C, (1e-9, 2e-3)), (replace(C, lr=0.5), (0.5,)):
-        probes = video.train_probes(data, labels, torch.arange(8), 3, short, c, CPU)
+        probes = video.train_probes(feed, labels, torch.arange(8), 3, short, c, Ranks())
         assert [setting for _, *setting in probes] == [[lr, decay] for lr in rates for decay in (0.01, 0.1)]
-    (one, *_), (other, *_) = video.train_probes(data, labels, torch.arange(8), 3, replace(grid, epochs=0), C, CPU)
+    (one, *_), (other, *_) = video.train_probes(feed, labels, torch.arange(8), 3, replace(grid, epochs=0), C, Ranks())
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_probes_see_each_clip_once_in_an_epoch_and_their_rate_falls_as_a_cosine(monkeypatch):
+    seen, rates = [], []
+
+    class Asked(Fed):
+        def __call__(self, batches):
+            seen.extend(batches)
+            return super().__call__(batches)
+
+    class Optimizer(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            assert self.param_groups[0]["weight_decay"] == 0.01
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    recipe = replace(TOY, epochs=2, batch=3)
+    video.train_probes(Asked(*some_tokens(8)), torch.arange(8) % 3, torch.arange(1, 8), 3, recipe, C, Ranks())
+    assert [len(places) for places in seen] == [3, 3, 1] * 2
+    for epoch in range(2):
+        assert sorted(place for places in seen[3 * epoch : 3 * epoch + 3] for place in places) == [
+            (epoch, k) for k in range(1, 8)]
+    assert rates == pytest.approx([2e-3 * x for x in (1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873)])
 
 # --------------------------------------------------------------------------------
 # The task
-
-
-def test_seen_puts_squares_beside_views():
-    found = [[np.full((1, 1, 1), 100 * view + 10 * place + t, np.float16) for place in range(3) for t in range(2)]
-             for view in range(4)]
-    maps, times = video.seen(found, torch.arange(8.0).view(4, 2), torch.tensor([2, 0]), CPU)
-    assert maps[..., 0, 0, 0].tolist() == [[200, 201], [210, 211], [220, 221], [0, 1], [10, 11], [20, 21]]
-    assert times.tolist() == [[4, 5]] * 3 + [[0, 1]] * 3
 
 
 class Oracle:
@@ -170,6 +200,45 @@ class Oracle:
     def maps(self, name, source, views):
         n = len(views.keywords["at"]) * source.times.shape[1]
         return [[np.eye(12, dtype=np.float16)[[[clip.label] * 2]]] * n for clip, _ in source.views]
+
+
+def test_kept_puts_squares_beside_views():
+    class Numbered(Oracle):
+        def maps(self, name, source, views):
+            return [[np.full((1, 1, 1), 100 * view + 10 * at + t, np.float16) for at in range(3) for t in range(2)]
+                    for view in range(4)]
+
+    views = [(a_clip(8), np.array([2 * k, 2 * k + 1])) for k in range(4)]
+    (maps, times), = video.Kept(Numbered(), "", views, [0, 0.5, 1], 32)([[(0, 2), (5, 0)]])
+    assert maps[..., 0, 0, 0].tolist() == [[200, 201], [210, 211], [220, 221], [0, 1], [10, 11], [20, 21]]
+    np.testing.assert_allclose(times, [[0.4, 0.5]] * 3 + [[0, 0.1]] * 3)
+
+
+def test_live_is_kept(tmp_path):
+    """The same views through the network when they are asked for, by two workers, a few frames at a time"""
+    c = replace(folders_of_frames(tmp_path), workers=2, batch=5)
+    train, _, _ = video.open_data(c)
+    views, frozen = [clips.uniform(clip, 4) for clip in train], Frozen(Pixels(), TASKS["video"], c)
+    for at in [0.5], [0, 0.5, 1]:
+        kept = video.Kept(frozen, "train", views, at, 32)
+        live = video.Live(frozen, partial(clips.whole, views=views, side=32, at=at), at, c)
+        assert live.width == kept.width == 48 and live.squares == kept.squares == len(at)
+        places = [[(0, 2), (1, 0)], [], [(1, 5)]]
+        for found, exact in zip(live(places), kept([places[0], places[0], places[2]]), strict=True):
+            if len(found[0]):
+                assert torch.equal(found[0], exact[0]) and torch.equal(found[1], exact[1])
+                assert found[0].dtype == torch.float16
+
+
+def test_a_clip_that_is_gone_ends_in_one_line(tmp_path):
+    c = folders_of_frames(tmp_path)
+    train, _, _ = video.open_data(c)
+    look = partial(clips.sampled, clips=train, T=3, side=32, seed=0)
+    live = video.Live(Frozen(Pixels(), TASKS["video"], c), look, [0.5], c)
+    for file in train[1].source.iterdir():
+        file.write_bytes(b"gone")
+    with pytest.raises(ValueError, match="video: .*readable before"):
+        next(live([[(0, 1)]]))
 
 
 @pytest.mark.parametrize("control", [False, True])
