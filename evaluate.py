@@ -7,6 +7,7 @@ Measure frozen features.
     python evaluate.py --task knn --weights untrained:s --data PHOTOS             floor: the network before training
     python evaluate.py --task knn --weights runs/s --data PHOTOS --control        floor: shuffled labels, or patches
     torchrun --nproc-per-node 8 evaluate.py --task ade20k --weights runs/s --data ADE      features from 8 GPUs
+    python evaluate.py --task ade20k --weights runs/s --data ADE --head DIR/head.safetensors    as --out DIR kept it
     python evaluate.py --task depth --help                                        the options of one task
 
 What a task is stands in tasks/, one protocol a file. Prints a table, and last one line of JSON.
@@ -20,6 +21,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 
 from engine import config as command_line
+from engine import heads
 from engine.chunks import kept, serve, turn
 from engine.features import Frozen, chosen_layers, describe, load, whole_patches
 from engine.layouts import size_of
@@ -95,6 +97,8 @@ def configure(argv):
     chosen_layers(c, config)
     if task.wants == "maps" and c.resolution:
         whole_patches(c, config)
+    if getattr(c, "head", ""):
+        heads.check(task, c, config)
     return c
 
 

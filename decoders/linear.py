@@ -2,8 +2,8 @@
 The linear decoder: BatchNorm, then one linear layer on every patch.
 
     windows, stride    what it sees of an image: windows two thirds of their side apart, 512: 341
+    Head               predict: maps of views -> an answer for each patch
     fit                AdamW on random batches of stored maps
-    LinearHead         predict: maps of views -> an answer for each patch
 
 paper: DINOv3 App. D.1, D.2. Dimension letters: see the top of model.py.
 """
@@ -46,12 +46,13 @@ def windows(image, side):
     return sliding.windows(image, side, stride(side))
 
 
-class LinearHead(nn.Module):
+class Head(nn.Module):
     """list of h w D -> list of n_out h w"""
 
     def __init__(self, width, n_out, dropout=0.0):
         super().__init__()
-        self.dropout, self.norm, self.linear = dropout, nn.BatchNorm1d(width), nn.Linear(width, n_out)
+        self.width, self.dropout = width, dropout
+        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, n_out)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
@@ -87,7 +88,7 @@ def fit(kind, maps, truths, n_out, loss_of, c, device):
     recipe = RECIPES[kind]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(c.seed)
-        head, lr = LinearHead(maps[0].shape[2], n_out, recipe.dropout).to(device), peak(kind, c)
+        head, lr = Head(maps[0].shape[2], n_out, recipe.dropout).to(device), peak(kind, c)
         optimizer = torch.optim.AdamW(head.parameters(), lr, (0.9, recipe.beta2), weight_decay=recipe.weight_decay)
         order, warmup = [], max(round(recipe.warmup * c.iterations), 1)
         for step in tqdm(range(c.iterations), desc="head", unit="it", leave=False, disable=None):

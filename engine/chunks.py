@@ -113,6 +113,11 @@ def kept(c):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def lent(folder):
+    """Whether it is one of `kept`, which will be gone"""
+    return folder.parent == Path(tempfile.gettempdir()) and (folder / "lock").is_file()
+
+
 class Keyed:
     """Where files are kept: in --cache one for all that they depend on; else one that is gone with this object."""
 

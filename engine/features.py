@@ -23,7 +23,7 @@ from torch import nn
 
 from convnext import CONVNEXT_SIZES, ConvNeXt, resize_map
 from data import loader
-from engine.chunks import Computed, Job, Keyed, Stored, Table, everywhere, index, make, named, read
+from engine.chunks import Computed, Job, Keyed, Stored, Table, everywhere, index, lent, make, named, read, write
 from engine.keys import code_of, files_of, weights_of
 from engine.ranks import Ranks, choose_precision
 from engine.task import skip
@@ -105,11 +105,17 @@ class Tokens:
     """Of the images of a source that could be read:  cls n D,  patches n D, their mean;  their rows in it, labels n"""
 
     def __init__(self, job, source):
-        self.folder, self.files = job.folder, [index(path) for path in job.chunks]
+        self.folder, self.paths = job.folder, [*job.chunks]
+        self.files = [index(path) for path in self.paths]
         read_rows = [read(*file["rows"]) for file in self.files]
         self.rows = [items[k] for items, rows in zip(job.chunks.values(), read_rows, strict=True) for k in rows]
         self.labels = torch.tensor([source.label(row) for row in self.rows])  # never from disk: folders are renamed
         self.files = [file for file, rows in zip(self.files, read_rows, strict=True) if rows.size]
+
+    def drop(self):
+        """Room for others, if no --cache is to keep them."""
+        for path in self.paths if lent(self.folder.path.parent) else ():
+            path.unlink()
 
     def table(self, *names):
         """The named ones side by side, on disk until a row is asked for"""
@@ -122,12 +128,12 @@ class Tokens:
 class Frozen:
     """
     model    a network in eval mode; a ConvNeXt's map is resized to patches of 16 pixels
-    task     the record: its view is what the network sees if no other is named, its control may scatter patches
+    task     the record: its view is what the network sees if no other is named, its control may scatter patches; kept
 
     Each rank has one; rank 0 calls it, the others serve.
     """
     def __init__(self, model, task, c, ranks=None):
-        self.c, self.ranks = c, ranks or Ranks()
+        self.c, self.task, self.ranks = c, task, ranks or Ranks()
         self.device, config = self.ranks.device, model.config
         self.model = model.to(self.device)
         self.layers, self.norm = chosen_layers(c, config), getattr(c, "norm", True)
@@ -238,6 +244,14 @@ class Frozen:
         return self.stored(name, range(n), n, partial(pack_scores, function=function, layers=self.layers),
                            function, size,
                            about | dict(layers=self.layers, scattered=self.scattered))
+
+    def once(self, name, function, **about):
+        """One array, function() on rank 0 alone, kept as features are."""
+        job = self.job(name, range(1), 1, None, 1, [function], task=self.c.task, **about)
+        (path,) = job.chunks
+        if not path.is_file():
+            write(path, {name: function()})
+        return read(*index(path)[name])
 
     def stored(self, name, dataset, n, compute, function, size, about):
         c = self.c

@@ -62,7 +62,8 @@ class Option(NamedTuple):
 
 LAYERS = Option("layers", "", "blocks, 0-based, as in 3,5, side by side; empty = the last; each = every one by itself")
 NORM = Option("norm", True, "features after the final norm; false = before it")
-OUT = Option("out", "", "folder for a picture: ", scored=False)
+OUT = Option("out", "", "folder for ", scored=False)
+HEAD = Option("head", "", "head.safetensors that an earlier run with --out has left: nothing is trained")
 
 
 class Paper(NamedTuple):
@@ -101,8 +102,9 @@ class Task:
         """Those of the record, and those that follow from it."""
         own = self.options + ((LAYERS,) if self.wants == "maps" else ())
         if self.decoders:
-            own += (Option("decoder", self.decoders[0], "one of " + ", ".join(self.decoders)),)
-        return own + ((OUT._replace(note=OUT.note + self.pictures),) if self.pictures else ())
+            own += (Option("decoder", self.decoders[0], "one of " + ", ".join(self.decoders)), HEAD)
+        left = [f"a picture: {self.pictures}"] * bool(self.pictures) + ["head.safetensors"] * (HEAD in own)
+        return own + ((OUT._replace(note=OUT.note + "; ".join(left)),) if left else ())
 
     def config(self, **values):
         """A frozen EvaluateConfig with the task's own fields, defaults where none are given."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from decoders import DECODERS
+from engine.heads import head_of
 from engine.metrics import depth_scores
 from engine.pictures import SHOWN, save_pictures, shades
 from engine.sliding import resized
@@ -50,19 +51,33 @@ def truth_at(i, source, order, sizes):
     return [nearest(source.truth(order[i]), sizes[i])]
 
 
-def run(data, frozen, c):
-    """The whole image, and at test the mean of it and its mirror image"""
-    (train, val, form), decoder, maps = data, DECODERS[c.decoder], frozen.maps("train", data[0]).row
-    sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
-    truth_of = partial(truth_at, source=train, order=others(len(train), c), sizes=sizes)
-    truths = frozen.keep("train truths", truth_of, len(train)).row
+def mean_of(truths, top):
+    """Metres, over the pixels whose depth is known. Raises ValueError if there are none."""
     total = count = 0
     for truth in truths:
-        known = truth[(truth > 0) & (truth <= form.top)]
+        known = truth[(truth > 0) & (truth <= top)]
         total, count = total + known.sum(dtype=np.float64), count + known.size
     if not count:
-        raise ValueError(f"depth: no train image has a known depth below {form.top} m")
-    head = decoder.fit("depth", maps, truths, BINS, partial(depth_loss, top=form.top), c, frozen.device)
+        raise ValueError(f"depth: no train image has a known depth below {top} m")
+    return float(total / count)
+
+
+def run(data, frozen, c):
+    """The whole image, and at test the mean of it and its mirror image"""
+    (train, val, form), decoder = data, DECODERS[c.decoder]
+
+    def train_head():
+        maps = frozen.maps("train", train).row
+        sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
+        truth_of = partial(truth_at, source=train, order=others(len(train), c), sizes=sizes)
+        truths = frozen.keep("train truths", truth_of, len(train)).row
+        mean = mean_of(truths, form.top)
+        head = decoder.fit("depth", maps, truths, BINS, partial(depth_loss, top=form.top), c, frozen.device)
+        return head, dict(mean_depth=mean, n_train=len(train), iterations=c.iterations,
+                          lr=decoder.peak("depth", c))
+
+    head, said = head_of(partial(decoder.Head, n_out=BINS), train_head, f"{BINS} bins to {form.top} m", frozen, c)
+    mean_depth = said.pop("mean_depth")
     scores, constant, shown = [], [], []
     for i, views in enumerate(frozen.maps("val", val, frozen.seen(mirrored))):
         truth = val.truth(i)
@@ -73,13 +88,12 @@ def run(data, frozen, c):
             raise ValueError(f"depth: val image {i} has no known depth below {form.top} m; leave it out")
         there = torch.from_numpy(truth)[counted]
         scores.append(depth_scores(found[counted], there))
-        constant.append(depth_scores(torch.full_like(there, float(total / count)), there)["rmse"])
+        constant.append(depth_scores(torch.full_like(there, mean_depth), there)["rmse"])
         if c.out and i < SHOWN:
             shown.append([val.image(i), shades(truth, form.top), shades(found.numpy(), form.top)])
     save_pictures(c, shown)
     return dict(**{name: float(np.mean([score[name] for score in scores])) for name in scores[0]},
-                chance_rmse=float(np.mean(constant)), n_train=len(train), n_val=len(val), iterations=c.iterations,
-                lr=decoder.peak("depth", c))
+                chance_rmse=float(np.mean(constant)), n_val=len(val), **said)
 
 
 def task(name, layout, *paper, side=480):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from decoders import DECODERS
+from engine.heads import head_of
 from engine.metrics import IGNORE, confusion, segmentation_scores
 from engine.pictures import SHOWN, hues, save_pictures
 from engine.sliding import enlarged, places, resized, slide
@@ -42,22 +43,28 @@ def run(data, frozen, c):
     """The head sees in training the windows that it sees in the test."""
     (train, val, n_classes), decoder, side = data, DECODERS[c.decoder], c.resolution
     cut, stride = partial(decoder.windows, side=side), decoder.stride(side)
-    maps = frozen.maps("train", train, cut).row
-    truth_of = partial(truth_windows, source=train, order=others(len(train), c), side=side, stride=stride)
-    truths = frozen.keep("train truths", truth_of, len(train), ignore=c.ignore).row
-    head = decoder.fit("segmentation", maps, truths, n_classes, loss, c, frozen.device)
-    seen = sum(np.bincount(truth.ravel(), minlength=256) for truth in truths)[:n_classes]
-    counts, constant, shown = 0, 0, []
+
+    def train_head():
+        maps = frozen.maps("train", train, cut).row
+        truth_of = partial(truth_windows, source=train, order=others(len(train), c), side=side, stride=stride)
+        truths = frozen.keep("train truths", truth_of, len(train), ignore=c.ignore).row
+        head = decoder.fit("segmentation", maps, truths, n_classes, loss, c, frozen.device)
+        seen = sum(np.bincount(truth.ravel(), minlength=256) for truth in truths)[:n_classes]
+        return head, dict(commonest=int(seen.argmax()), n_train=len(train), iterations=c.iterations,
+                          lr=decoder.peak("segmentation", c))
+
+    head, said = head_of(partial(decoder.Head, n_out=n_classes), train_head, f"{n_classes} classes", frozen, c)
+    commonest, counts, constant, shown = said.pop("commonest"), 0, 0, []
     for i, views in enumerate(frozen.maps("val", val, cut)):
         truth = torch.from_numpy(val.truth(i)).to(frozen.device)
         found = slide(head.predict(views), truth.shape, side, stride).argmax(0)
         counts = counts + confusion(found, truth, n_classes)
-        constant = constant + confusion(torch.full_like(found, int(seen.argmax())), truth, n_classes)
+        constant = constant + confusion(torch.full_like(found, commonest), truth, n_classes)
         if c.out and i < SHOWN:
             shown.append([val.image(i), hues(truth.cpu()), hues(found.cpu())])
     save_pictures(c, shown)
     return dict(**segmentation_scores(counts), chance_miou=segmentation_scores(constant)["miou"], n_classes=n_classes,
-                n_train=len(train), n_val=len(val), iterations=c.iterations, lr=decoder.peak("segmentation", c))
+                n_val=len(val), **said)
 
 
 def task(name, layout, *paper):

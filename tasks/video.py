@@ -193,21 +193,23 @@ class Kept:
 class Live:
     """The same, from a network that sees a view when it is its turn."""
 
-    def __init__(self, frozen, look, at, c):
+    def __init__(self, frozen, look, at):
         """look  (epoch, number of a view) -> C H W uint8, squares T of them; their times T"""
-        self.frozen, self.look, self.squares, self.c, self.device = frozen, look, len(at), c, frozen.device
-        self.width = frozen.live([torch.zeros(3, c.resolution, c.resolution, dtype=torch.uint8)]).shape[3]
+        self.frozen, self.look, self.squares, self.device = frozen, look, len(at), frozen.device
+        side = frozen.c.resolution
+        self.width = frozen.live([torch.zeros(3, side, side, dtype=torch.uint8)]).shape[3]
 
     def __call__(self, batches):
-        stream = loader(Computed(self.look), [place for places in batches for place in places], self.c.workers)
+        stream = loader(Computed(self.look), [place for places in batches for place in places],
+                        self.frozen.c.workers)
         for places in batches:
             looked = [readable(next(stream)) for _ in places]
             if not looked:  # of a small batch other ranks have all
                 yield torch.empty(0), torch.empty(0)
                 continue
             frames = [frame for each, _ in looked for frame in each]
-            maps = torch.cat([self.frozen.live(frames[i : i + self.c.batch]).half()
-                              for i in range(0, len(frames), self.c.batch)])
+            maps = torch.cat([self.frozen.live(frames[i : i + self.frozen.c.batch]).half()
+                              for i in range(0, len(frames), self.frozen.c.batch)])
             times = torch.from_numpy(np.stack([times for _, times in looked])).float().to(self.device)
             yield maps.unflatten(0, (-1, times.shape[1])), times.repeat_interleave(self.squares, 0)
 
@@ -251,15 +253,15 @@ def run(data, frozen, c):
         looks = [partial(sampled, clips=train, T=T, side=c.resolution, seed=c.seed)]
         looks += [partial(whole, views=views, side=c.resolution, at=at)
                   for views, at in ((one["train"], MIDDLE), (one["val"], MIDDLE), (two, ALL))]
-        metrics, found = frozen.together(partial(live, looks=looks, data=data, c=c))
+        metrics, found = frozen.together(partial(live, looks=looks, data=data))
     if c.out:
         save_pictures(c, [shown(clip, classes, k) for clip, k in zip(val[:SHOWN], found, strict=False)])
     return metrics
 
 
-def live(frozen, looks, data, c):
-    feeds = [Live(frozen, look, at, c) for look, at in zip(looks, (MIDDLE, MIDDLE, MIDDLE, ALL), strict=True)]
-    return score(feeds, data, c, linked(frozen.ranks))
+def live(frozen, looks, data):
+    feeds = [Live(frozen, look, at) for look, at in zip(looks, (MIDDLE, MIDDLE, MIDDLE, ALL), strict=True)]
+    return score(feeds, data, frozen.c, linked(frozen.ranks))
 
 
 def score(feeds, data, c, ranks):

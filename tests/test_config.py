@@ -311,5 +311,5 @@ def test_every_option_is_read():
     for task in TASKS.values():
         run = task.run.func if isinstance(task.run, partial) else task.run
         files = [run.__module__.replace(".", "/"), *(f"decoders/{name}" for name in task.decoders)]
-        files += ["engine/features"] + ["engine/classify"] * (task.wants == "tokens")
+        files += ["engine/features", "engine/heads"] + ["engine/classify"] * (task.wants == "tokens")
         assert not unread({option.name for option in task.all_options()} - {"decoder"}, files), task.name

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from test_classify import problem, shuffled
 
+from engine import chunks, features
 from engine.features import Frozen, Pixels
 from tasks import TASKS, linear
 
@@ -74,3 +75,29 @@ def test_corruptions_are_seen_whole(tmp_path, monkeypatch):
     TASKS["linear"].run(TASKS["linear"].open(c), frozen, c)
     file = torch.from_numpy(pixels).permute(2, 0, 1)
     assert [torch.equal(views[0], file) for views in seen.values()] == [False, False] + [True] * 5
+
+
+def test_features_of_a_test_set_are_dropped_and_what_was_answered_is_kept(tmp_path, monkeypatch):
+    """Five sets, and never more than one of them on disk, if it is not in --cache; the same command asks none again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    for root in "train", "val", *(f"c/fog/{k}" for k in range(1, 6)):
+        for k, name in enumerate("ab"):
+            (tmp_path / root / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (40 + 100 * k, 9, 9)).save(tmp_path / root / name / "1.png")
+    c = TASKS["linear"].config(data=str(tmp_path), tests=f"{tmp_path}/c", resolution=32, workers=0, iterations=9)
+    counts, asked = [], []
+    write, tokens = features.write, Frozen.tokens
+    monkeypatch.setattr(features, "write", lambda path, arrays: write(path, arrays) or counts.append(
+        len(list(path.parents[1].glob("*/*.safetensors")))))
+    monkeypatch.setattr(Frozen, "tokens", lambda self, name, *args: asked.append(name) or tokens(self, name, *args))
+    found = []
+    for cache, exact in ("", [3, 4, 5, 6, 7]), (str(tmp_path / "cache"), [4, 6, 8, 10, 12]):
+        with chunks.kept(replace(c, cache=cache)) as kept:
+            for _ in range(2):
+                frozen = Frozen(Pixels(), TASKS["linear"], kept)
+                found.append(TASKS["linear"].run(TASKS["linear"].open(kept), frozen, kept))
+        assert counts == exact and len(asked) == 9
+        counts.clear(), asked.clear()
+    assert all(each == found[0] for each in found) and found[0]["n_corruptions"] == 1

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_head_is_norm_then_linear():
-    head = linear.LinearHead(4, 3).double()
+    head = linear.Head(4, 3).double()
     maps = [torch.randn(2, 3, 4).double(), torch.randn(5, 1, 4).double()]
     x = torch.cat([m.flatten(0, 1) for m in maps])
     unit = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()

@@ -128,8 +128,9 @@ def test_top1_chooses_among_the_columns():
     variant = variants.Variant(None, [{1}, {4, 8}, set(), {6}], [1, 4, 6, 8])
     right = [max([1, 4, 6, 8], key=lambda k: logits[i, k]) in variant.answers[rows[i]]  # noqa: B023
              for i in range(50) if variant.answers[rows[i]]]
-    head = torch.eye(9).double(), torch.zeros(9).double()
-    guess = linear.chosen(logits, head, variant.columns, torch.device("cpu"))
+    head = linear.Head(9, 9).double()
+    head.linear.load_state_dict(dict(weight=torch.eye(9), bias=torch.zeros(9)))
+    guess = head.likeliest(logits, variant.columns)
     assert len(right) < 50 and variants.top1(guess, rows, variant) == pytest.approx(100 * np.mean(right))
 
 

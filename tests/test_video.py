@@ -7,11 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from forks import start
 from PIL import Image
 from test_clips import a_clip, folders_of_frames
 
+from engine.chunks import serve
 from engine.features import Frozen, Pixels
-from engine.ranks import Ranks
+from engine.ranks import Ranks, leading, start_ranks
 from engine.task import SKIPPED
 from sets import clips
 from tasks import TASKS, video
@@ -221,7 +223,7 @@ def test_live_is_kept(tmp_path):
     views, frozen = [clips.uniform(clip, 4) for clip in train], Frozen(Pixels(), TASKS["video"], c)
     for at in [0.5], [0, 0.5, 1]:
         kept = video.Kept(frozen, "train", views, at, 32)
-        live = video.Live(frozen, partial(clips.whole, views=views, side=32, at=at), at, c)
+        live = video.Live(frozen, partial(clips.whole, views=views, side=32, at=at), at)
         assert live.width == kept.width == 48 and live.squares == kept.squares == len(at)
         places = [[(0, 2), (1, 0)], [], [(1, 5)]]
         for found, exact in zip(live(places), kept([places[0], places[0], places[2]]), strict=True):
@@ -234,7 +236,7 @@ def test_a_clip_that_is_gone_ends_in_one_line(tmp_path):
     c = folders_of_frames(tmp_path)
     train, _, _ = video.open_data(c)
     look = partial(clips.sampled, clips=train, T=3, side=32, seed=0)
-    live = video.Live(Frozen(Pixels(), TASKS["video"], c), look, [0.5], c)
+    live = video.Live(Frozen(Pixels(), TASKS["video"], c), look, [0.5])
     for file in train[1].source.iterdir():
         file.write_bytes(b"gone")
     with pytest.raises(ValueError, match="video: .*readable before"):
@@ -263,3 +265,35 @@ def test_folders_of_frames_from_images(tmp_path, monkeypatch):
     found = video.run(video.open_data(c), Frozen(Pixels(), TASKS["video"], c), c)
     assert found["top1"] == found["top1_tta"] == 100 and sum(SKIPPED.values()) == 1 and found["chance"] == 50
     assert Image.open(tmp_path / "pictures/video.png").width == 5 * (48 + 4)
+
+
+def test_two_ranks_train_the_probes_of_one(tmp_path, monkeypatch):
+    """Of batches of five, of which one has three clips and the other two; of one, which one has alone."""
+    monkeypatch.setattr(video, "ProbeConfig", lambda: replace(TOY, epochs=3, rates=(2e-3, 5e-3), batch=5))
+    c, train = folders_of_frames(tmp_path), video.train_probes
+
+    def main(argv):
+        ranks = start_ranks("cpu", talk=True)
+        frozen = Frozen(Pixels(), TASKS["video"], c, ranks)
+        if ranks.rank:
+            return serve(frozen, c, ranks)
+        found = {}
+
+        def trained(*args):
+            probes = train(*args)
+            found["probes"] = [probe.state_dict() for probe, *_ in probes]
+            return probes
+
+        monkeypatch.setattr(video, "train_probes", trained)
+        with leading(ranks):
+            found |= dict(scores=video.run(video.open_data(c), frozen, c))
+        torch.save(found, tmp_path / f"{ranks.count}.pt")
+
+    for count in 1, 2:
+        group = start(tmp_path / f"run{count}", ranks=count, base=(), main=main)
+        assert group.wait(60)[0] == [0] * count, group.text()
+    one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=False) for count in (1, 2))
+    assert one["scores"] == two["scores"]
+    for a, b in zip(one["probes"], two["probes"], strict=True):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)  # measured 1.3e-5; a rate is 2e-3
