@@ -7,10 +7,12 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py sinkhorn     balanced assignments: ours beside the textbook's and what torch.compile makes of it
     python bench.py loss         the same with the cross-entropy and its gradient
     python bench.py attention    RoPE and attention: ours beside what is written elsewhere, and the errors of both
+    python bench.py evaluate     frozen features of a folder of photos beside the network alone: images per second
     python bench.py steps        training steps of tiny and ViT-S, kernels off and auto
 
-The last four run once for each level of the CPU kernels that this processor has, or at the one that NANODINO_CPU names;
-what is slower than its base says SLOWER. With a GPU, one call each, in this order (make gpu-NAME):
+sinkhorn, loss, attention and steps run once for each level of the CPU kernels that this processor has, or at the one
+that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, one call each, in this order
+(make gpu-NAME):
 
     python bench.py gpu-build    builds csrc/ there: NANODINO_ARCHS=90a for an H100 saves a minute
     python bench.py gpu-test     kernels against float64, shape by shape; the tests of ops.py
@@ -37,15 +39,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import ops
+import shapes
 from data import Batches, open_source
 from engine import config as command_line
 from engine import trials, versus
+from engine.features import Frozen, load
 from engine.opponents import with_kernels
+from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
 from engine.timing import Cpu, machine, medians
 from model import SIZES, ViT
+from tasks import TASKS
 from train import RECIPES
 
 
@@ -86,6 +93,30 @@ def data(machine, report, compiled):
         report.add("crops", recipe=name, images_per_s=64 / t.seconds, spread=t.spread)
 
 
+def evaluate(machine, report, compiled):
+    """Decoding, resizing, batching and writing happen beside the network, or it waits for them."""
+    views = [torch.from_numpy(shapes.scene(i, 512, 0).image) for i in range(256)]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, view in enumerate(views):
+            for split in "train", "val":
+                path = Path(folder, split, str(i % 2), f"{i}.jpg")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(view.numpy()).save(path, quality=90)
+        task = TASKS["knn"]
+        c = task.config(data=folder, weights="untrained:s", workers=count_workers(-1), resolution=224)
+        frozen, (photos, _) = Frozen(load(c.weights), task, c), task.open(c)
+        ready = [frozen.view(photos.load(i))[0] for i in range(len(photos))]
+        parts = [ready[i : i + c.batch] for i in range(0, len(ready), c.batch)]
+        ways = dict(network=lambda: [frozen.tokens_of(part) for part in parts],
+                    folder=lambda: frozen.tokens("train", photos))
+        times = medians(machine, ways, rounds=3)
+    for name, t in times.items():
+        share = times["network"].seconds / t.seconds
+        report.add("frozen features", what="ViT-S, 256 photos of 512 px, at 224", way=name, workers=c.workers,
+                   images_per_s=len(ready) / t.seconds, spread=t.spread, base_over_this=share,
+                   **dict(flag="SLOWER than 90 %") if share < 0.9 else {})
+
+
 def of_ops(name):
     """The benchmark of versus.py for a CPU, where a card's limits are not asked."""
     return lambda machine, report, compiled: getattr(versus, name)(machine, report, {}, compiled)
@@ -103,7 +134,7 @@ def steps(machine, report, compiled):
                        **dict(flag="SLOWER than without kernels") if slower else {})
 
 
-ON_CPU = dict(forward=forward, data=data, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),
+ON_CPU = dict(forward=forward, data=data, evaluate=evaluate, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),
               loss=of_ops("loss"), steps=steps)
 BY_LEVEL = "attention", "sinkhorn", "loss", "steps"
 
