@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import start
 from PIL import Image
 from test_scans import write_scan
 from test_voc07 import write_voc
@@ -227,18 +228,6 @@ LONG = ["--task knn --weights untrained:tiny --limit 40",
         "--task keypoints --weights untrained:tiny --limit 4 --resolution 64 --layers each",
         "--task rgbd --weights pixels --resolution 48 --data DATA/scan",
         "--task video --weights pixels --limit 8 --resolution 32"]
-SCRIPT = """
-import sys
-import evaluate
-from test_chunks import small
-small(setattr)
-for line in sys.argv[1:]:
-    try:
-        evaluate.main(line.split())
-    except ValueError as error:
-        print("error:", error)
-"""
-
 
 def small(change):
     """Files of few rows, so that both ranks have some; few fits of what trains."""
@@ -287,6 +276,14 @@ def data(tmp_path):
     return root
 
 
+def all_of(lines):
+    for line in lines:
+        try:
+            evaluate.main(line.split())
+        except ValueError as error:
+            print("error:", error)
+
+
 @pytest.fixture
 def one_thread():
     """As each rank has, or sums are taken in another order."""
@@ -306,14 +303,11 @@ def test_two_ranks_are_one(lines, broken, data, one_thread, tmp_path, monkeypatc
     one = said_by(capsys.readouterr().out)
     with pytest.raises(ValueError, match="^--data: .*4.png or .* cannot be read"):
         evaluate.main(f"{broken} {ALL}".split())
-    (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", str(tmp_path / "script.py"), f"{broken} {ALL}", *lines]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path / "tmp")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    error, *two = said_by(done.stdout)                                  # of rank 0: the other says nothing
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    ranks = start(tmp_path / "two", ranks=2, main=lambda argv: all_of([f"{broken} {ALL}", *lines]))
+    assert ranks.wait(300)[0] == [0, 0], ranks.text()
+    error, *two = said_by(ranks.text())                                 # of rank 0: the other says nothing
     assert error["error"].startswith("error: --data: ") and "4.png" in error["error"]
     assert [row.pop("ranks") for row in one + two] == [1] * len(lines) + [2] * len(lines)
     for alone, shared in zip(one, two, strict=True):
