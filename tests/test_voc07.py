@@ -85,6 +85,8 @@ def scikit_learns_map(x, signs, x_val, signs_val, C):
 def test_voc07_is_scikit_learns(voc, monkeypatch):
     """The C that a tenth picks, out of three, and what it scores; some images count for nothing in some classes."""
     monkeypatch.setattr(voc07, "PENALTIES", np.array([1e-3, 1e-1, 1e3]))
+    ranked, precision = [], voc07.mean_precision
+    monkeypatch.setattr(voc07, "mean_precision", lambda *each: ranked.append(len(each[0])) or precision(*each))
     root, splits, frozen = voc
     found = score(frozen, data=str(root))
     (x, signs), test = by_hand(splits)
@@ -95,6 +97,7 @@ def test_voc07_is_scikit_learns(voc, monkeypatch):
     assert found["C"] == voc07.PENALTIES[np.argmax(tried)] and len({round(each) for each in tried}) > 1
     assert found["map"] == pytest.approx(scikit_learns_map(x, signs, *test, found["C"]), rel=1e-6)
     assert found["chance"] + 20 < found["map"] < 99
+    assert ranked == [14] * 3 + [399] * 21           # what picks C; 20 random ones, and the score
     random = [[eleven_points(*each) for each in zip(test[1].T, rng.random((399, 3)).T, strict=True)] for _ in range(20)]
     assert found["chance"] == pytest.approx(np.mean(random), rel=1e-9)
 
