@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from data import read_image, resize
+from engine.task import skip
 from engine.views import nearest
 from sets.pairs import evenly
 from sets.scans import unproject
@@ -97,8 +98,8 @@ class Objects:
         files = sorted(Path(c.data).glob("*/wild_set/annotations.json"))
         scenes = [path for path in files if any(path.parents[1].glob("multiview*"))]
         if 0 < len(scenes) < len(files):  # as Probe3D has it; a download may be of wild sets alone
-            print(f"skipped {len(files) - len(scenes)} objects of {len(files)} that have no multiview_* scene")
-            files = scenes
+            n, files = len(files) - len(scenes), scenes
+            skip(f"{n} objects of {c.data} that have no multiview_* scene", n)
         pairs = draw_pairs([view for path in files for view in annotations(path)], c.seed)
         if not pairs:
             raise ValueError(f"--data: {c.data} has {len(files)} files OBJECT/wild_set/annotations.json, and no two "

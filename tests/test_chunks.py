@@ -14,16 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import start
 from PIL import Image
+from test_scans import write_scan
+from test_voc07 import write_voc
 
 import evaluate
 from engine import chunks, features
 from engine.chunks import Computed, Job, Keyed, Stored, make, named, share
 from engine.ranks import Ranks
-from tasks import TASKS
+from tasks import TASKS, logreg, video, voc07
 
 ROOT = Path(__file__).parents[1]
 C, ALONE = TASKS["segmentation"].config(workers=0), Ranks()
+PROBE = replace(video.SHAPES, epochs=1)
 
 
 def arrays_of(i):
@@ -106,7 +110,6 @@ def test_without_cache_a_folder_goes_with_what_it_holds():
     assert np.array_equal(row[0], arrays_of(0)[0])                    # the row alone keeps it
     del row
     assert not path.exists()
-
 
 
 def test_a_table_is_the_rows_of_all_files(tmp_path):
@@ -211,27 +214,26 @@ def test_two_of_the_same_command_have_a_folder_each(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------
 # Two processes: the lines of JSON of one, and an error of either in one line
 
-SHORT = "--device cpu --workers 0 --batch 8"
-TASKS = ["--task knn --weights untrained:tiny --limit 40", "--task tracking --weights pixels --limit 3 --resolution 64",
+ALL = "--device cpu --workers 0 --batch 8"
+SHORT = ["--task knn --weights untrained:tiny --limit 20 --layers each",
          "--task segmentation --weights untrained:tiny --limit 8 --resolution 64 --iterations 4 --control",
-         "--task discovery --weights pixels --limit 7 --resolution 64",
-         "--task keypoints --weights untrained:tiny --limit 4 --resolution 64"]
-OTHERS = ["--task knn --weights untrained:tiny --limit 30 --layers each",
-          "--task logreg --weights pixels --limit 24",
-          "--task linear --weights pixels --limit 20 --iterations 3",
-          "--task retrieval --weights pixels --limit 20", "--task depth --weights pixels --limit 4 --iterations 2",
-          "--task video --weights pixels --limit 24 --resolution 32"]
-SCRIPT = """
-import sys
-import evaluate
-from engine import features
-features.ROWS, features.CHUNK = 8, 3
-for line in sys.argv[1:]:
-    try:
-        evaluate.main(line.split())
-    except ValueError as error:
-        print("error:", error)
-"""
+         "--task tracking --weights pixels --limit 3 --resolution 64"]
+LONG = ["--task knn --weights untrained:tiny --limit 40",
+        "--task logreg --weights pixels --limit 24 --shots 1", "--task logreg --weights pixels --limit 24",
+        "--task linear --weights pixels --resolution 32 --iterations 3 --data DATA/photos --tests DATA/more",
+        "--task voc07 --weights pixels --resolution 32 --data DATA/voc",
+        "--task retrieval --weights pixels --limit 20",
+        "--task depth --weights pixels --limit 4 --iterations 2 --resolution 64",
+        "--task discovery --weights pixels --limit 7 --resolution 64",
+        "--task keypoints --weights untrained:tiny --limit 4 --resolution 64 --layers each",
+        "--task rgbd --weights pixels --resolution 48 --data DATA/scan",
+        "--task video --weights pixels --limit 8 --resolution 32"]
+
+def small(change):
+    """Files of few rows, so that both ranks have some; few fits of what trains."""
+    for module, name, value in ((features, "ROWS", 8), (features, "CHUNK", 3), (video, "SHAPES", PROBE),
+                                (logreg, "PENALTIES", [1e-2, 1.0]), (voc07, "PENALTIES", [1e-2, 1.0])):
+        change(module, name, value)
 
 
 def said_by(text):
@@ -253,25 +255,62 @@ def broken(tmp_path):
     return f"--task ade20k --weights pixels --resolution 32 --data {tmp_path}/data"
 
 
-@pytest.mark.parametrize("lines", [TASKS, pytest.param(OTHERS, marks=pytest.mark.long)], ids=["short", "others"])
-def test_two_ranks_are_one(lines, broken, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "ROWS", 8)
-    monkeypatch.setattr(features, "CHUNK", 3)
+@pytest.fixture
+def data(tmp_path):
+    """What shapes do not have: folders of four classes and more of their images, VOC of two classes, a scan."""
+    rng, root = np.random.default_rng(0), tmp_path / "sets"
+
+    def photo(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(path, format="png")
+
+    for folder in "photos/train", "photos/val", "more":
+        for k in range(20):
+            photo(root / folder / "abcd"[k % 4] / f"{k}.png")
+    voc, objects = root / "voc", [[("bird", False)], [("bird", False), ("car", False)], [("car", False)]] * 8
+    write_voc(voc, dict(trainval=objects, test=objects))
+    for path in voc.glob("JPEGImages/*"):
+        photo(path)
+    (root / "scan").mkdir()
+    write_scan(root / "scan")
+    return root
+
+
+def all_of(lines):
     for line in lines:
-        evaluate.main(f"{line} {SHORT}".split())
+        try:
+            evaluate.main(line.split())
+        except ValueError as error:
+            print("error:", error)
+
+
+@pytest.fixture
+def one_thread():
+    """As each rank has, or sums are taken in another order."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.mark.parametrize("lines", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["short", "long"])
+def test_two_ranks_are_one(lines, broken, data, one_thread, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "lists"))
+    small(monkeypatch.setattr)
+    lines = [f"{line.replace('DATA', str(data))} {ALL}" for line in lines]
+    for line in lines:
+        evaluate.main(line.split())
     one = said_by(capsys.readouterr().out)
     with pytest.raises(ValueError, match="^--data: .*4.png or .* cannot be read"):
-        evaluate.main(f"{broken} {SHORT}".split())
-    (tmp_path / "script.py").write_text(SCRIPT)
+        evaluate.main(f"{broken} {ALL}".split())
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", str(tmp_path / "script.py")]
-    command += [f"{line} {SHORT}" for line in (broken, *lines)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    error, *two = said_by(done.stdout)                                  # of rank 0: the other says nothing
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    ranks = start(tmp_path / "two", ranks=2, main=lambda argv: all_of([f"{broken} {ALL}", *lines]))
+    assert ranks.wait(300)[0] == [0, 0], ranks.text()
+    error, *two = said_by(ranks.text())                                 # of rank 0: the other says nothing
     assert error["error"].startswith("error: --data: ") and "4.png" in error["error"]
-    assert [row.pop("ranks") for row in one + two] == [1] * len(lines) + [2] * len(lines) and one == two
+    assert [row.pop("ranks") for row in one + two] == [1] * len(lines) + [2] * len(lines)
+    for alone, shared in zip(one, two, strict=True):
+        assert alone == shared
     left = {path.parents[1] for path in (tmp_path / "tmp").glob("nanodino-*/*/*.safetensors")}
     assert not left                     # the command that failed did so before it had features to go on with

@@ -96,6 +96,22 @@ def test_what_is_held_out_is_in_no_draw():
     assert (held[:450].sum(), held[450:].sum()) == (4, 1)
 
 
+class Two:
+    """1000 images of each of two classes."""
+
+    def __len__(self):
+        return 2000
+
+    def label(self, i):
+        return i % 2
+
+
+def test_a_hundredth_of_each_class_is_held_out_of_five_draws():
+    chosen, (*draws, held) = classify.drawn(Two(), TASKS["logreg"].config(shots=3), True)
+    assert [len(rows) for rows in draws] == [6] * 5 and len(held) == 20 and len(chosen) <= 50
+    assert sum(chosen.label(k) for k in held) == 10
+
+
 def test_rows_that_fit_are_held_and_others_are_read(monkeypatch):
     x = torch.arange(12.0).view(6, 2)
     part = classify.Part(x, [4, 0, 2])

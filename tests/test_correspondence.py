@@ -1,10 +1,13 @@
 """tasks/correspondence.py: features that name the place in the world match it. The loop: test_navi.py."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_navi import four_times
 from test_scans import write_scan
 from test_tracking import Oracle
 
@@ -30,3 +33,23 @@ def test_oracle_matches_views(tmp_path):
     assert found["n_pairs"] == 2
     exact = np.mean([found[f"recall_{cm}cm"] for cm in (5, 10, 20)])
     assert found["recall"] == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("task, metres", [("rgbd", (5, 10, 20)), ("navi", (1, 2, 5))])
+def test_the_thousand_most_similar_of_1296_matches_count(task, metres):
+    """Against float64, of points that the other view has a random distance away; 1296 is 4 x 9 squared."""
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(2, 9, 9, 3))
+    maps[1] = maps[0] + 0.3 * rng.normal(size=(9, 9, 3))
+    maps, places = maps.astype(np.float16), rng.normal(size=(2, 36, 36, 3)).astype(np.float32) * metres[1] / 100
+    views = SimpleNamespace(name="two", pairs=[(0, 1)], points=lambda i, grid: torch.from_numpy(places[i]))
+    frozen = Oracle(None)
+    frozen.maps = lambda name, source: [[m] for m in maps]
+    found = TASKS[task].run(views, frozen, TASKS[task].config(data="given"))
+    a, b = (four_times(m.astype(np.float64)).reshape(-1, 3) for m in maps)
+    cosines = (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T
+    best = np.argsort(-cosines.max(1))[:1000]
+    off = np.linalg.norm(places[0].reshape(-1, 3)[best] - places[1].reshape(-1, 3)[cosines.argmax(1)[best]], axis=1)
+    assert found["matches"] == 1000
+    for cm in metres:
+        assert found[f"recall_{cm}cm"] == pytest.approx(100 * np.mean(off <= cm / 100), abs=0.21)

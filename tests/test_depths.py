@@ -13,11 +13,11 @@ from tasks import TASKS
 @pytest.mark.parametrize("task, rows, cols", [("nyu", (45, 471), (41, 601)), ("depth", (0, 480), (0, 640))])
 def test_scored_pixels(task, rows, cols):
     truth = np.full((480, 640), 3, np.float32)
-    truth[100, 100], truth[101, 101] = 0, 10
+    truth[100, 100], truth[101, 101], truth[102, 102], truth[103, 103] = 0, 10, 9e-4, 1.1e-3
     found = depths.scored_pixels(truth, depths.SETS[task]).numpy()
     exact = np.zeros((480, 640), bool)
     exact[slice(*rows), slice(*cols)] = True
-    exact[100, 100] = exact[101, 101] = False
+    exact[100, 100] = exact[101, 101] = exact[102, 102] = False
     np.testing.assert_array_equal(found, exact)
 
 

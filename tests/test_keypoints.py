@@ -77,6 +77,17 @@ def found_by_hand(m, other, point, size, other_size, middles):
     return (j + 0.5 * middles) / w * max(other_size), (i + 0.5 * middles) / h * max(other_size)
 
 
+def test_right_is_a_tenth_of_the_box_away():
+    """The answer is the middle of the patch that is asked for; boxes are 50 pixels, images 100, patches 10."""
+    at = np.array([[15.0, 15], [55, 85], [85, 45], [35, 65]])
+    off = np.array([[4.95, 0], [-3.5, 3.5], [0, 5.05], [-3.6, -3.6]])                   # 4.95, 4.95, 5.05, 5.09
+    pair = dict(a="a", b="b", at=at, bt=at + off, kind="thing", box=50, sides=(100, 100))
+    things = sets_things.Things([pair], None)
+    oracle = Oracle(lambda things, i: np.eye(100).reshape(10, 10, 100))
+    found = keypoints.run(([pair], things), oracle, TASKS["keypoints"].config(resolution=96))
+    assert found["recall_middles"] == 50 and found["n_keypoints"] == 4
+
+
 @pytest.mark.parametrize("middles, score", [(False, "recall"), (True, "recall_middles")])
 def test_keypoints_are_the_loop(middles, score, tmp_path, monkeypatch):
     """The mean over classes of their keypoints' mean, where classes differ in both; sides and boxes of any shape."""

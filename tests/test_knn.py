@@ -37,6 +37,17 @@ def test_knn_is_the_loop(ks, temperature):
     assert all(torch.equal(a, b) for a, b in zip(copies, (*train, *val), strict=True))
 
 
+def test_10_20_100_and_200_vote_with_a_temperature_of_007():
+    """Who says nothing else gets these; a bank whose nearest two outvote three others by 1.1, at 0.07."""
+    train, val = problem(230, 6, 7, 1.5), problem(60, 6, 7, 1.5, seed=1)
+    assert vote(train, val, None, 7, CPU) == pytest.approx(knn_by_hand(train, val, 7, (10, 20, 100, 200), 0.07))
+    for far, wins in (0.034, True), (0.022, False):                              # 0.07 ln 1.5 = 0.0284: 2 e^x is 3
+        cosines = torch.tensor([0.9] * 2 + [0.9 - far] * 3)
+        bank = torch.stack([cosines, (1 - cosines**2).sqrt()], 1), torch.tensor([0, 0, 1, 1, 1])
+        asked = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+        assert vote(bank, asked, None, 2, CPU) == dict(top1_k5=100.0 * wins)
+
+
 def test_knn_clips_k_to_the_bank_and_ignores_length():
     train, val = problem(15, 8, 3, 0.01), problem(30, 8, 3, 0.01, seed=1)
     assert vote(train, val, None, 3, CPU) == dict(top1_k10=100, top1_k15=100)

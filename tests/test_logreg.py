@@ -26,6 +26,17 @@ def test_logreg_is_scikit_learns_at_the_c_it_picks(monkeypatch):
     assert 50 < found["top1"] < 95
 
 
+def test_45_penalties_are_tried_on_nine_tenths(monkeypatch):
+    """C from 1e-6 to 1e5, evenly in the exponent; of 50 images a class 5 are held out; of equals the first is taken."""
+    tried = []
+    monkeypatch.setattr(logreg, "fit", lambda x, y, n, C, device, value: tried.append((C, len(x))))
+    monkeypatch.setattr(logreg, "answers", lambda x, value, device: torch.zeros(len(x), dtype=torch.long))
+    found = logreg.regress(problem(150, 6, 3, 1.2), problem(9, 6, 3, 1.2), None, 3, C, CPU)
+    exact = [10 ** (-6 + 0.25 * k) for k in range(45)]
+    assert [size for _, size in tried] == [135] * 45 + [150] and found["C"] == pytest.approx(1e-6)
+    assert [each for each, _ in tried] == pytest.approx([*exact, 1e-6])
+
+
 def test_shots_pick_c_by_what_is_held_out_and_are_not_fitted_again(capsys, monkeypatch):
     monkeypatch.setattr(logreg, "PENALTIES", logreg.PENALTIES[::11])
     """One image a class to train on; C by another that no draw has; scores are averaged, C is not."""

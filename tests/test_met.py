@@ -37,6 +37,28 @@ def test_whitening_is_scikit_learns():
     np.testing.assert_allclose((ours @ ours.T).numpy(), exact @ exact.T, atol=1e-6)    # signs and order are free
 
 
+def test_512_dimensions_are_kept():
+    """Of 520: those of the largest variance."""
+    x = torch.tensor(np.random.default_rng(0).normal(size=(700, 520)) * np.linspace(3, 1, 520))
+    (found,) = met.whitened([x])
+    exact = PCA(512, whiten=True, svd_solver="full").fit_transform(x.numpy())
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    assert found.shape == (700, 512)
+    np.testing.assert_allclose((found[:20] @ found[:20].T).numpy(), exact[:20] @ exact[:20].T, atol=1e-9)
+
+
+def test_val_picks_one_of_108_settings(monkeypatch):
+    """Nine numbers of neighbours, twelve sharpnesses, and the test set is asked with what was picked."""
+    tried, answers = [], met.answers
+    monkeypatch.setattr(met, "answers", lambda cosine, *rest: tried.append((cosine.shape[1], *rest[2:])) or answers(
+        cosine, *rest))
+    ids = [i % 11 for i in range(60)]
+    found = met.score((unit(60, 4, 0), ids), (unit(8, 4, 1), list(range(8))), (unit(8, 4, 2), list(range(8))))
+    exact = {(50, k, t) for k in (1, 2, 3, 5, 7, 10, 15, 20, 50)
+             for t in (0.01, 0.1, 1, 5, 10, 15, 20, 25, 30, 50, 100, 500)}
+    assert len(tried) == 109 and set(tried) == exact and tried[-1] == (50, found["neighbours"], found["sharpness"])
+
+
 def test_met_tells_exhibits_from_distractors(tmp_path, capsys):
     rng, colours = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (12, 2, 2, 3))
     rows = dict(MET_database=[], valset=[], testset=[])

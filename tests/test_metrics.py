@@ -16,7 +16,6 @@ from sklearn.metrics import (
 )
 
 from engine import metrics
-from engine.metrics import IGNORE
 
 
 def labels(seed, shape=(3, 40, 50), n=7):
@@ -24,23 +23,23 @@ def labels(seed, shape=(3, 40, 50), n=7):
     rng = np.random.default_rng(seed)
     truth = rng.choice([0, 1, 2, 3, 4, 6], shape)
     found = np.where(rng.random(shape) < 0.5, truth, rng.choice([0, 1, 2, 3, 4, 6], shape))
-    truth = np.where(rng.random(shape) < 0.2, IGNORE, truth)
+    truth = np.where(rng.random(shape) < 0.2, 255, truth)
     return torch.tensor(found), torch.tensor(truth), n
 
 
 def test_segmentation_scores_are_scikit_learns():
     found, truth, n = labels(0)
     counts = sum(metrics.confusion(a, b, n) for a, b in zip(found, truth, strict=True))
-    ours, (y, p) = metrics.segmentation_scores(counts), (x[truth != IGNORE].numpy() for x in (truth, found))
+    ours, (y, p) = metrics.segmentation_scores(counts), (x[truth != 255].numpy() for x in (truth, found))
     there = [0, 1, 2, 3, 4, 6]
     exact = dict(miou=jaccard_score(y, p, labels=there, average="macro"), accuracy=accuracy_score(y, p),
                  mean_accuracy=recall_score(y, p, labels=there, average="macro"))
     assert ours == pytest.approx({name: 100 * value for name, value in exact.items()}, rel=1e-12)
-    assert counts.sum() == (truth != IGNORE).sum()
+    assert counts.sum() == (truth != 255).sum()
 
 
 def test_a_class_that_is_only_predicted_counts():
-    counts = metrics.confusion(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, IGNORE]), 4)
+    counts = metrics.confusion(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 255]), 4)
     assert metrics.segmentation_scores(counts)["miou"] == pytest.approx(100 * (1 + 1 / 2 + 0) / 3)
 
 
@@ -83,6 +82,13 @@ def test_region_and_boundary(seed):
     precision, recall = near[1][lines[0]].mean(), near[0][lines[1]].mean()
     exact = 2 * precision * recall / (precision + recall)
     assert 0.05 < exact < 0.95 and metrics.boundary(found, truth) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape, reach", [((300, 400), 4), ((301, 400), 5)])
+def test_a_boundary_is_near_within_8_thousandths_of_the_diagonal(shape, reach):
+    """Of 500 pixels that is 4; of 500.6 it is a little more, and 5 pixels are near."""
+    left = torch.arange(shape[1]).expand(shape)
+    assert [metrics.boundary(left < 100, left < 100 + off) for off in (reach, reach + 1)] == [1, 0]
 
 
 def test_region_and_boundary_of_nothing():

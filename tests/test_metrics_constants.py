@@ -1,6 +1,6 @@
 """
-Numbers of the protocols, as literals: a test that imports the constant that it checks would follow it anywhere. And
-answers that move when one of them does.
+Numbers of the protocols, as literals: a test that imports the constant that it checks would follow it anywhere. Those
+of one task stand in its own test; mutants_tasks.py plants others.
 """
 
 import math
@@ -9,34 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from decoders import linear
-from engine import classify, metrics
+from engine import metrics
 from engine.ranks import Ranks
-from sets import depths, navi, things
-from tasks import TASKS, correspondence, discovery, keypoints, met, tracking
-from tasks import linear as linear_task
+from sets import depths
+from tasks import TASKS, tracking
 
 CPU = Ranks().device
 
-LITERALS = [
-    (tracking, dict(CONTEXT=7, RADIUS=12, VOTERS=5, TEMPERATURE=0.2)), (correspondence, dict(MATCHES=1000)),
-    (keypoints, dict(NEAR=0.1)), (things, dict(OF_CLASS=200)), (navi, dict(EVERY=4, TURN=120)),
-    (discovery, dict(THRESHOLDS=[0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4], FAINT=1e-5)),
-    (met, dict(NEIGHBOURS=(1, 2, 3, 5, 7, 10, 15, 20, 50), WHITE=512,
-               SHARPNESS=(0.01, 0.1, 1, 5, 10, 15, 20, 25, 30, 50, 100, 500))),
-    (metrics, dict(TOLERANCE=0.008, IGNORE=255)), (classify, dict(TRIES=5, SHARE=0.01)),
-    (linear_task, dict(MOMENTUM=0.9, SPREAD=0.01)), (linear, dict(BATCH=16))]
+@pytest.mark.parametrize("task, counts", [("knn", (2000, 500)), ("segmentation", (400, 100)), ("depth", (400, 100)),
+                                          ("tracking", 20)])
+def test_how_many_shapes_there_are(task, counts):
+    data = TASKS[task].open(TASKS[task].config(resolution=32))
+    assert (len(data) if task == "tracking" else tuple(map(len, data[:2]))) == counts
 
 
-@pytest.mark.parametrize("module, literals", LITERALS, ids=[module.__name__ for module, _ in LITERALS])
-def test_constants_are_the_protocols(module, literals):
-    assert {name: getattr(module, name) for name in literals} == literals
-
-
-def test_recipes_of_the_linear_head():
-    found = {kind: (r.lr, r.weight_decay, r.beta2, r.warmup, r.clip, r.dropout) for kind, r in linear.RECIPES.items()}
-    assert found == dict(segmentation=(1e-3, 1e-3, 0.999, 0.0375, math.inf, 0.1),
-                         depth=(3e-4, 1e-4, 0.99, 1 / 3, 35, 0))
+def test_scenes_are_at_most_14_metres_deep():
+    *_, form = TASKS["depth"].open(TASKS["depth"].config(limit=2))
+    assert form.top == 14
 
 
 def test_kitti_is_cut_to_its_middle_below():

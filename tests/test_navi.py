@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from engine.features import Frozen, Pixels
+from engine.task import SKIPPED
 from engine.views import fitted
 from sets import navi
 from tasks import TASKS, correspondence
@@ -253,6 +254,23 @@ def test_pairs_are_of_one_object_and_turned_by_at_most_120_degrees():
     possible = {(a.name, b.name) for a in views[::4] for b in views if a.folder == b.folder and a is not b
                 and np.trace(navi.rotation(a.q) @ navi.rotation(b.q).T) >= 0}    # 1 + 2 cos 120 degrees = 0
     assert drawn == possible
+
+
+@pytest.mark.parametrize("scenes, seen", [
+    (["plate/multiview_00_pixel_5"], ["plate"]), (["plate/multiview_00_pixel_5", "cup/multiview-01"], ["cup", "plate"]),
+    ([], ["bowl", "cup", "plate"])])
+def test_objects_without_multiview_scenes_are_skipped(scenes, seen, config, capsys):
+    """Of three; none is if no object has one, as where wild sets alone were unpacked. Named once, and counted."""
+    SKIPPED.clear()
+    root = Path(config.data)
+    for name in "cup", "bowl":
+        shutil.copytree(root / "plate", root / name)
+    for name in scenes:
+        (root / name).mkdir()
+    views, n = navi.Objects(config), 3 - len(seen)
+    assert sorted({view.folder.parent.name for view in views.views}) == seen and len(views.pairs) == 4 * len(seen)
+    line = f"{n} objects of {root} that have no multiview_* scene"
+    assert SKIPPED == ({line: n} if n else {}) and capsys.readouterr().out == (f"skipped {line}\n" if n else "")
 
 
 def test_real_patches_control_and_picture(config, tmp_path, capsys):

@@ -41,20 +41,20 @@ def write(path, array):
 # Propagation
 
 
-def propagate_by_hand(maps, first):
+def propagate_by_hand(maps, first, context=7, radius=12):
     """Patch by patch, over all patches of the context that lie within the circle."""
     h, w, _ = maps[0].shape
     unit = [m.astype(np.float64) / np.linalg.norm(m.astype(np.float64), axis=-1, keepdims=True) for m in maps]
     shares, out = [first], []
     for t in range(1, len(maps)):
-        frames = [0, *range(max(1, t - tracking.CONTEXT), t)]
+        frames = [0, *range(max(1, t - context), t)]
         now = np.zeros_like(first)
         for i in range(h):
             for j in range(w):
                 near = [(float(unit[t][i, j] @ unit[s][y, x]), s, y, x) for s in frames for y in range(h)
-                        for x in range(w) if (y - i) ** 2 + (x - j) ** 2 <= tracking.RADIUS**2]
-                best = sorted(near, reverse=True)[: tracking.VOTERS]
-                weights = np.exp([cosine / tracking.TEMPERATURE for cosine, *_ in best])
+                        for x in range(w) if (y - i) ** 2 + (x - j) ** 2 <= radius**2]
+                best = sorted(near, reverse=True)[:5]
+                weights = np.exp([cosine / 0.2 for cosine, *_ in best])
                 for weight, (_, s, y, x) in zip(weights / weights.sum(), best, strict=True):
                     now[:, i, j] += weight * shares[s][:, y, x]
         shares.append(now)
@@ -62,15 +62,16 @@ def propagate_by_hand(maps, first):
     return out
 
 
-@pytest.mark.parametrize("context, radius", [(7, 12), (2, 2)])
-def test_propagation_is_the_loop(context, radius, monkeypatch):
-    monkeypatch.setattr(tracking, "CONTEXT", context)
-    monkeypatch.setattr(tracking, "RADIUS", radius)
+@pytest.mark.parametrize("n_frames, grid, changed", [(11, (2, 15), {}), (5, (5, 6), dict(context=2, radius=2))])
+def test_propagation_is_the_loop(n_frames, grid, changed, monkeypatch):
+    """More frames and columns than the protocol's 7 and 12 reach; and a context and a circle that are smaller."""
+    for name, value in changed.items():
+        monkeypatch.setattr(tracking, name.upper(), value)
     rng = np.random.default_rng(0)
-    maps = [rng.normal(size=(5, 6, 4)).astype(np.float16) for _ in range(5)]
-    first = np.eye(3)[rng.integers(0, 3, (5, 6))].transpose(2, 0, 1)
+    maps = [rng.normal(size=(*grid, 4)).astype(np.float16) for _ in range(n_frames)]
+    first = np.eye(3)[rng.integers(0, 3, grid)].transpose(2, 0, 1)
     ours = list(tracking.propagate(maps, torch.tensor(first).float(), CPU))
-    for found, exact in zip(ours, propagate_by_hand(maps, first), strict=True):
+    for found, exact in zip(ours, propagate_by_hand(maps, first, **changed), strict=True):
         np.testing.assert_allclose(found.numpy(), exact, atol=1e-5)
         np.testing.assert_allclose(found.sum(0).numpy(), 1, atol=1e-5)
 

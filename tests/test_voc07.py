@@ -68,28 +68,38 @@ def by_hand(splits):
         yield features[rows].double().numpy(), np.array(signs)
 
 
+def eleven_points(truth, sure):
+    """Signs n, how sure n -> mean of the largest precisions at 11 recalls, percent; 0 as sign: not counted"""
+    precision, recall, _ = precision_recall_curve(truth[truth != 0], sure[truth != 0], pos_label=1)
+    return 100 * np.mean([precision[:-1][recall[:-1] >= k / 10 - 1e-9].max() for k in range(11)])
+
+
 def scikit_learns_map(x, signs, x_val, signs_val, C):
     each = []
     for y, truth in zip(signs.T, signs_val.T, strict=True):
         model = LogisticRegression(C=C, max_iter=1000, tol=1e-12).fit(x[y != 0], y[y != 0])
-        precision, recall, _ = precision_recall_curve(truth[truth != 0], model.predict_proba(x_val[truth != 0])[:, 1],
-                                                      pos_label=1)
-        each.append(np.mean([precision[:-1][recall[:-1] >= k / 10 - 1e-9].max() for k in range(11)]))
-    return 100 * np.mean(each)
+        each.append(eleven_points(truth, model.predict_proba(x_val)[:, 1]))
+    return np.mean(each)
 
 
 def test_voc07_is_scikit_learns(voc, monkeypatch):
     """The C that a tenth picks, out of three, and what it scores; some images count for nothing in some classes."""
     monkeypatch.setattr(voc07, "PENALTIES", np.array([1e-3, 1e-1, 1e3]))
+    ranked, precision = [], voc07.mean_precision
+    monkeypatch.setattr(voc07, "mean_precision", lambda *each: ranked.append(len(each[0])) or precision(*each))
     root, splits, frozen = voc
     found = score(frozen, data=str(root))
     (x, signs), test = by_hand(splits)
     assert (signs == 0).sum() > 10 and (found["n_train"], found["n_val"], found["n_classes"]) == (149, 399, 3)
-    held = np.random.default_rng(0).permutation(149) < 14
+    rng = np.random.default_rng(0)
+    held = rng.permutation(149) < 14
     tried = [scikit_learns_map(x[~held], signs[~held], x[held], signs[held], C) for C in voc07.PENALTIES]
     assert found["C"] == voc07.PENALTIES[np.argmax(tried)] and len({round(each) for each in tried}) > 1
     assert found["map"] == pytest.approx(scikit_learns_map(x, signs, *test, found["C"]), rel=1e-6)
     assert found["chance"] + 20 < found["map"] < 99
+    assert ranked == [14] * 3 + [399] * 21           # what picks C; 20 random ones, and the score
+    random = [[eleven_points(*each) for each in zip(test[1].T, rng.random((399, 3)).T, strict=True)] for _ in range(20)]
+    assert found["chance"] == pytest.approx(np.mean(random), rel=1e-9)
 
 
 def test_voc07_of_shuffled_truth_is_at_chance(voc, monkeypatch):

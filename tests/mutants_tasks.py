@@ -1,0 +1,149 @@
+"""
+Plants other constants in the protocols of tasks/, sets/, decoders/, engine/ and runs the tests that should see them.
+
+    python tests/mutants_tasks.py [WORD...]     prints the table, or its rows that have one of the words; exit code 1 if
+                                                one survives, or cannot be planted
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sklearn.linear_model  # noqa: F401  here, once for all that are forked
+import torch._dynamo  # noqa: F401  the same: AdamW's first step imports it
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+MUTANTS = [  # module, what tests it, old text, which stands there once, and new texts
+    ("tasks.tracking", "test_tracking -k propagation", "CONTEXT = 7 ", "CONTEXT = 6 ", "CONTEXT = 8 "),
+    ("tasks.tracking", "test_tracking -k propagation", "RADIUS = 12 ", "RADIUS = 11 ", "RADIUS = 13 "),
+    ("tasks.tracking", "test_tracking -k propagation", "VOTERS = 5 ", "VOTERS = 4 ", "VOTERS = 6 "),
+    ("tasks.tracking", "test_tracking -k propagation", "TEMPERATURE = 0.2 ", "TEMPERATURE = 0.19 ",
+     "TEMPERATURE = 0.21 "),
+    ("tasks.correspondence", "test_correspondence -k thousand", "MATCHES = 1000 ", "MATCHES = 999 ", "MATCHES = 1001 "),
+    ("tasks.correspondence", "test_correspondence -k thousand", "0.05, 0.1, 0.2)", "0.05, 0.1, 0.21)",
+     "0.04, 0.1, 0.2)"),
+    ("tasks.correspondence", "test_correspondence -k thousand", "0.01, 0.02, 0.05)", "0.01, 0.03, 0.05)",
+     "0.01, 0.02, 0.06)"),
+    ("tasks.keypoints", "test_keypoints -k tenth", "NEAR = 0.1 ", "NEAR = 0.098 ", "NEAR = 0.1012 "),
+    ("tasks.discovery", "test_discovery -k eigenvector", "i / 20 for i in range(9)", "i / 20 for i in range(8)",
+     "i / 20 for i in range(10)", "i / 19 for i in range(9)"),
+    ("tasks.discovery", "test_discovery -k eigenvector", "FAINT = 1e-5 ", "FAINT = 1.1e-5 ", "FAINT = 0.0 "),
+    ("tasks.discovery", "test_discovery -k eigenvector", "EXACT = 1e-9 ", "EXACT = 1e-2 "),
+    ("tasks.discovery", "test_discovery -k half", "truth).max() >= 0.5 for box", "truth).max() > 0.5 for box",
+     "truth).max() >= 0.45 for box"),
+    ("tasks.knn", "test_knn -k 007", "temperature=0.07", "temperature=0.09", "temperature=0.05"),
+    ("tasks.knn", "test_knn -k 007", "ks=(10, 20, 100, 200)", "ks=(10, 20, 100, 201)", "ks=(10, 20, 100)"),
+    ("tasks.linear", "test_linear -k by_hand", "MOMENTUM = 0.9", "MOMENTUM = 0.89", "MOMENTUM = 0.91"),
+    ("tasks.linear", "test_linear -k by_hand", "SPREAD = 0.01 ", "SPREAD = 0.009 ", "SPREAD = 0.011 "),
+    ("tasks.linear", "test_linear -k by_hand", "c.linear_batch / 256", "c.linear_batch / 255", "1"),
+    ("tasks.linear", "test_linear -k papers", "+ [0.1]", "+ [0.2]", ""),
+    ("tasks.logreg", "test_logreg -k 45", "held_out(y, 0.1, ", "held_out(y, 0.12, ", "held_out(y, 0.08, "),
+    ("engine.classify", "test_logreg -k 45", "10 ** np.linspace(-6, 5, 45)", "10 ** np.linspace(-5, 5, 45)",
+     "10 ** np.linspace(-6, 6, 45)", "10 ** np.linspace(-6, 5, 44)"),
+    ("engine.classify", "test_classify -k hundredth", "TRIES = 5 ", "TRIES = 4 ", "TRIES = 6 "),
+    ("engine.classify", "test_classify -k hundredth", "SHARE = 0.01 ", "SHARE = 0.009 ", "SHARE = 0.011 "),
+    ("tasks.met", "test_met -k 108", "15, 20, 50 ", "15, 20, 51 ", "20, 50 "),
+    ("tasks.met", "test_met -k 108", "SHARPNESS = 0.01, 0.1,", "SHARPNESS = 0.1,", "SHARPNESS = 0.01, 0.2,"),
+    ("tasks.met", "test_met -k 512", "WHITE = 512 ", "WHITE = 511 ", "WHITE = 513 "),
+    ("tasks.voc07", "test_voc07 -k is_scikit", "RANDOM = 20 ", "RANDOM = 19 ", "RANDOM = 21 "),
+    ("tasks.voc07", "test_voc07 -k is_scikit", "max(len(x) // 10, 1)", "max(len(x) // 11, 1)", "max(len(x) // 9, 1)"),
+    ("tasks.depth", "test_depth -k bins", "BINS = 256", "BINS = 255", "BINS = 257"),
+    ("tasks.depth", "test_depth -k bins", "logits.relu() + 0.1", "logits.relu() + 0.11"),
+    ("tasks.depth", "test_depth -k equation", "0.15 * g.mean()", "0.16 * g.mean()"),
+    ("tasks.depth", "test_depth -k equation", "(found[known] + 1e-3)", "found[known]"),
+    ("decoders.linear", "test_linear_decoder -k dropped", "BATCH = 16 ", "BATCH = 15 ", "BATCH = 17 "),
+    ("decoders.linear", "test_linear_decoder -k peak", "FEW = 5000 ", "FEW = 4999 ", "FEW = 5001 "),
+    ("decoders.linear", "test_linear_decoder -k peak", "lr=1e-3,", "lr=2e-3,"),
+    ("decoders.linear", "test_linear_decoder -k peak", "lr=3e-4,", "lr=2e-4,"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "weight_decay=1e-3", "weight_decay=2e-3", "weight_decay=0"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "weight_decay=1e-4", "weight_decay=2e-4", "weight_decay=0"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "beta2=0.999,", "beta2=0.99,"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "beta2=0.99, ", "beta2=0.999, "),
+    ("decoders.linear", "test_linear_decoder -k recipe", "(0.9, recipe.beta2)", "(0.8, recipe.beta2)"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "warmup=1500 /", "warmup=1000 /", "warmup=2000 /"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "warmup=1 / 3", "warmup=1 / 2", "warmup=1 / 4"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "clip=math.inf", "clip=35"),
+    ("decoders.linear", "test_linear_decoder -k recipe", "clip=35)", "clip=34)", "clip=36)", "clip=35, dropout=0.1)"),
+    ("decoders.linear", "test_linear_decoder -k dropped", "dropout=0.1)", "dropout=0.11)", "dropout=0)"),
+    ("decoders.linear", "test_linear_decoder -k starts", "std=0.01)", "std=0.02)"),
+    ("decoders.linear", "test_linear_decoder -k two_thirds", "side * 2 / 3", "side * 3 / 4"),
+    ("sets.things", "test_things -k hundred", "OF_CLASS = 200 ", "OF_CLASS = 199 ", "OF_CLASS = 201 "),
+    ("sets.things", "test_things -k sixty", "PAIRS = 60 ", "PAIRS = 59 ", "PAIRS = 61 "),
+    ("sets.navi", "test_navi -k one_object", "EVERY = 4 ", "EVERY = 3 ", "EVERY = 5 "),
+    ("sets.navi", "test_navi -k one_object", "TURN = 120 ", "TURN = 119 ", "TURN = 121 "),
+    ("sets.navi", "test_navi -k loop", "INVERSE = 655.35 ", "INVERSE = 655.6 "),
+    ("sets.navi", "test_navi -k multiview", "if 0 < len(scenes) < len(files):", "if False:",
+     "if len(scenes) < len(files):"),
+    ("sets.depths", "test_metrics_constants -k kitti", "crop=(352, 1216)", "crop=(352, 1215)", "crop=(351, 1216)"),
+    ("sets.depths", "test_metrics_constants -k kitti", "[-1] - width) // 2", "[-1] - width)"),
+    ("sets.depths", "test_metrics_constants -k deep", "FLAT = 14.0 ", "FLAT = 13.0 "),
+    ("sets.depths", "test_depths -k kitti", "Depths(256, 80.0,", "Depths(255, 80.0,"),
+    ("sets.depths", "test_depths -k scored", "NEAREST = 0.001 ", "NEAREST = 0.0008 ", "NEAREST = 0.0012 "),
+    ("sets.depths", "test_depths -k garg", "0.40810811,", "0.41,"),
+    ("sets.depths", "test_depths -k garg", "0.96405229", "0.966"),
+    ("sets.depths", "test_depths -k named_before", "SHALLOW = 1 / 500 ", "SHALLOW = 1 / 400 "),
+    ("sets.variants", "test_variants -k test_objectnet", "BORDER = 2 ", "BORDER = 1 ", "BORDER = 3 "),
+    ("sets.clips", "test_clips", "RATE = 25 ", "RATE = 24 ", "RATE = 30 "),
+    ("sets.classes", "test_metrics_constants -k many", "SHAPES = 2000, 500 ", "SHAPES = 2000, 400 "),
+    ("sets.pairs", "test_metrics_constants -k many", "GENERATED = 400, 100 ", "GENERATED = 400, 200 "),
+    ("sets.videos", "test_metrics_constants -k many", "VIDEOS = 20 ", "VIDEOS = 19 "),
+    ("engine.metrics", "test_metrics -k thousandths", "TOLERANCE = 0.008 ", "TOLERANCE = 0.0079 ",
+     "TOLERANCE = 0.0081 "),
+    ("engine.metrics", "test_metrics -k segmentation", "IGNORE = 255 ", "IGNORE = 254 ", "IGNORE = 0 "),
+    ("engine.metrics", "test_metrics_constants -k alexnet", "(69.528, ", "(69.628, "),
+    ("engine.metrics", "test_metrics_constants -k alexnet", "57.294, 65.458", "65.458, 57.294"),
+]
+
+
+def survivor(module, tests, old, new):
+    """None if the tests fail with this constant planted; else what was found."""
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    source = path.read_text()
+    if source.count(old) != 1:
+        return f"{path.name} has {old!r} {source.count(old)} times"
+    pid = os.fork()
+    if not pid:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            os._exit(tested(module, path, source.replace(old, new), tests))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return {pytest.ExitCode.TESTS_FAILED: None, pytest.ExitCode.OK: "NOT CAUGHT"}.get(code, f"pytest ended with {code}")
+
+
+def tested(name, path, source, tests):
+    """pytest's exit code, with the module of that name made of this source."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    exec(compile(source, path, "exec"), module.__dict__)
+    file, _, words = tests.partition(" -k ")
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not long", "--rootdir", str(ROOT),
+                            str(ROOT / f"tests/{file}.py"), "-k", words]))
+
+
+def main(words):
+    rows = [(module, tests, old, new) for module, tests, old, *others in MUTANTS for new in others]
+    rows = [row for row in rows if not words or any(word in part for word in words for part in row)]
+    if not rows:
+        print(f"mutants_tasks: no row has one of {words}", file=sys.stderr)
+        return 2
+    survivors, sound = 0, {}
+    for module, tests, old, new in rows:
+        start = time.perf_counter()
+        if (module, tests) not in sound:  # without a fault they pass
+            sound[module, tests] = survivor(module, tests, old, old) == "NOT CAUGHT"
+        wrong = survivor(module, tests, old, new) if sound[module, tests] else "the tests fail without a fault"
+        survivors += wrong is not None
+        print(f"{module:20} {old.strip():32} {new.strip():32} {time.perf_counter() - start:5.1f} s  "
+              f"{wrong or f'caught by {tests}'}", flush=True)
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))
