@@ -61,6 +61,8 @@ def by_block(task, data, frozen, c):
     for block in range(frozen.model.config.depth):
         frozen.layers = [block]
         metrics = task.run(data, frozen, replace(c, layers=str(block)))
+        if task.metric not in metrics:
+            raise ValueError(f"--layers each: of so few images {c.task} has no {task.metric} to compare blocks by")
         scores.append(metrics[task.metric])
         print(f"block {block:3} {task.metric} {scores[-1]:.3f}")
     return metrics | {f"{task.metric}_by_block": scores}

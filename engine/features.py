@@ -158,7 +158,7 @@ class Frozen:
         images = Computed(partial(loaded, source=source, view=view))
         job = self.job(name, images, len(source), partial(pack_tokens, layers=self.layers), size, (view, source),
                        view=view.func.__name__, more=view.keywords, layers=self.layers)
-        self.plan(job, images)
+        self.plan(job, lambda: [images[0]], self.tokens_of)
         make([job], self, self.c, self.ranks)
         unreadable = [error for path in job.chunks
                       for error in json.loads(read(*index(path)["unreadable"]).tobytes())]
@@ -187,9 +187,11 @@ class Frozen:
                  for an image that cannot be read
         """
         layers, views = self.layers if layers is None else layers, views or self.view
-        job = self.job(name, Computed(partial(views_at, source=source, views=views)), len(source),
+        images = Computed(partial(views_at, source=source, views=views))
+        job = self.job(name, images, len(source),
                        partial(pack_maps, layers=layers), CHUNK, (views, source), task=self.c.task, layers=layers,
                        views=views.func.__name__, more=views.keywords, scattered=self.scattered)
+        self.plan(job, lambda: images[0], lambda views: [np.stack(self.arrays(views, layers))])
         make([job], self, self.c, self.ranks)
         return Stored(job)
 
@@ -272,21 +274,25 @@ class Frozen:
         return dict(weights=weights_of(self.model), files=files_of(c), device=self.device.type, data=str(c.data),
                     resolution=c.resolution, limit=c.limit, precision=self.precision, norm=self.norm)
 
-    def plan(self, job, views):
-        """Prints, before many images are looked at, what that takes: disk, memory, hours"""
+    def plan(self, job, views, say):
+        """
+        Prints, before many images are looked at, what that takes: disk, memory, hours
+
+        views  () -> those of the first image    say  B of them -> arrays of B rows
+        """
         left = sum(len(items) for path, items in job.chunks.items() if not path.is_file())
-        if left < MANY or isinstance(view := views[0], Exception):
+        if left < MANY or isinstance(views := views(), Exception) or isinstance(views[0], Exception):
             return
-        images = [view] * min(self.c.batch, 8)
-        tokens = self.tokens_of(images)  # what is slow the first time is over
+        images = views[:1] * min(self.c.batch, 8)
+        found = say(images)  # what is slow the first time is over
         start = time.perf_counter()
-        tokens = self.tokens_of(images)
-        hours = (time.perf_counter() - start) / len(images) * left / self.ranks.count / 3600
-        each, network = (sum(x.nbytes for x in found) for found in (
-            [x[:1] for x in tokens], [*self.model.parameters(), *self.model.buffers()]))
-        print(f"{job.name}: {left:,} images; disk {each * left / 1e9:.1f} GB in {job.folder.path}, where "
+        found = say(images)
+        hours = (time.perf_counter() - start) / len(images) * len(views) * left / self.ranks.count / 3600
+        each = sum(x[0].nbytes for x in found) * len(views)
+        network = sum(x.nbytes for x in [*self.model.parameters(), *self.model.buffers()])
+        print(f"{job.name}: {left:,} images; disk {each * left / 1e9:.3g} GB in {job.folder.path}, where "
               f"{shutil.disk_usage(job.folder.path).free / 1e9:.0f} GB are free; memory {network / 1e9:.1f} GB of "
-              f"weights on each of {self.ranks.count} devices; {hours:.1f} hours or more, by {len(images)} at a time")
+              f"weights on each of {self.ranks.count} devices; {hours:.2g} hours or more, by {len(images)} at a time")
 
     def job(self, name, dataset, n, compute, size, made_by, **about):
         about |= dict(name=name, n=n, size=size, code=code_of(type(self.model), *made_by))

@@ -54,15 +54,16 @@ def line_of(path, name):
 
 
 def code_of(*things):
-    """Of the modules that functions, objects' types lie in, and of all of ours that these import; comments are free."""
-    seen, waiting = {}, {module_of(thing) for thing in things}
+    """Of the files that functions, objects' types lie in, and of all of ours that these import; comments are free."""
+    modules = (sys.modules.get(module_of(thing)) for thing in things)
+    seen, waiting = {}, {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
     while waiting:
-        name = waiting.pop()
-        path = getattr(sys.modules.get(name), "__file__", None) or ""
-        if name not in seen and ROOT in Path(path).parents and path.endswith(".py") and "site-packages" not in path:
-            seen[name], imported = parsed(path, os.stat(path).st_mtime_ns)
-            waiting |= set(imported) & sys.modules.keys()
-    return hashlib.sha256(repr(sorted(seen.items())).encode()).hexdigest()
+        path = waiting.pop()
+        if path not in seen and ROOT in path.parents and path.suffix == ".py" and "site-packages" not in path.parts:
+            seen[path], imported = parsed(path, os.stat(path).st_mtime_ns)
+            waiting |= imported
+    found = sorted((str(path.relative_to(ROOT)), digest) for path, digest in seen.items())
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def module_of(thing):
@@ -73,10 +74,11 @@ def module_of(thing):
 
 @lru_cache
 def parsed(path, time):
-    """A module's digest, and the names of what it imports."""
-    tree = ast.parse(Path(path).read_text())
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    """A file's digest, and our files that it imports, at its top or when it needs them."""
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {ROOT.joinpath(*name.split("."), *end).with_suffix(".py") for name in names for end in ((), ("__init__",))}
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), {file for file in files if file.is_file()}

@@ -105,9 +105,9 @@ def test_photos_that_are_replaced_are_looked_at_again(photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("task, named", [
     ("knn", {"shots", "layers"}), ("retrieval", set()),
-    ("linear", {"shots", "iterations", "linear_batch", "tests", "lr"}),
-    ("segmentation", {"layers", "decoder", "iterations", "lr", "ignore"}),
-    ("depth", {"layers", "decoder", "iterations", "lr"}), ("tracking", {"layers"})])
+    ("linear", {"shots", "iterations", "linear_batch", "tests", "lr", "head"}),
+    ("segmentation", {"layers", "decoder", "iterations", "lr", "ignore", "head"}),
+    ("depth", {"layers", "decoder", "iterations", "lr", "head"}), ("tracking", {"layers"})])
 def test_settings_are_those_that_the_task_reads(task, named, capsys):
     words = ["--task", task, "--weights", "pixels", "--limit", 6, "--resolution", 64]
     found = run(capsys, *words, *["--iterations", 2] * ("iterations" in named))
@@ -205,6 +205,11 @@ def test_a_score_for_every_block(tmp_path, capsys):
         assert last == plain[TASKS[task].metric] == run(capsys, *words, "--layers", 1)[TASKS[task].metric]
         assert first == run(capsys, *words, "--layers", 0)[TASKS[task].metric]
         assert {**each, "layers": "", "seconds": 0} == {**plain, "seconds": 0}
+
+
+def test_blocks_of_too_few_images_to_compare(capsys):
+    with pytest.raises(ValueError, match="--layers each: of so few images knn has no top1_k20 to compare"):
+        run(capsys, "--task", "knn", "--weights", "untrained:tiny", "--limit", 16, "--layers", "each")
 
 
 def test_precision_is_in_the_key_and_in_the_json(tmp_path, capsys):

@@ -114,9 +114,12 @@ def test_a_pass_over_many_images_is_planned(tmp_path, monkeypatch, capsys):
     frozen.tokens("val", Plain(10))
     size = sum(x.nbytes for x in VIT.state_dict().values()) / 1e9
     said = capsys.readouterr().out
-    assert "val: 10 images; disk 0.0 GB in " in said and f"memory {size:.1f} GB of weights on each of 1 devices" in said
+    assert "val: 10 images; disk 1.02e-05 GB in " in said
+    assert f"memory {size:.1f} GB of weights on each of 1 devices" in said
     frozen.tokens("val", Plain(10))
     assert not capsys.readouterr().out
+    frozen.maps("both", Photos(10), frozen.seen(mirrored))         # 2 views of 6 patches of 128 float16
+    assert "both: 10 images; disk 3.07e-05 GB in " in capsys.readouterr().out
 
 # --------------------------------------------------------------------------------
 # Floors

@@ -25,6 +25,19 @@ def test_cache_knows_the_code(tmp_path, monkeypatch):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_what_is_imported_when_it_is_needed_counts_before_it_is(tmp_path, monkeypatch):
+    (tmp_path / "made_now.py").write_text("def f():\n    from made_later import SIDE\n    return SIDE\n")
+    (tmp_path / "made_later.py").write_text("SIDE = 32\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(keys, "ROOT", tmp_path)
+    module = importlib.import_module("made_now")
+    before = keys.code_of(module.f)
+    assert module.f() == 32 and keys.code_of(module.f) == before
+    (tmp_path / "made_later.py").write_text("SIDE = 33\n")
+    keys.parsed.cache_clear()
+    assert keys.code_of(module.f) != before
+
+
 def test_the_code_of_features_is_that_of_images_views_and_networks(monkeypatch):
     seen, parsed = [], keys.parsed
     monkeypatch.setattr(keys, "parsed", lambda path, time: seen.append(Path(path).name) or parsed(path, time))
