@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import train
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
@@ -36,7 +37,7 @@ from engine.interrupt import Interrupt, Later, Peers, Verdicts
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
 from losses import assignments
-from model import SIZES, Noise, ViTConfig, set_std
+from model import SIZES, Noise, ViTConfig, set_std, shard
 from train import TrainConfig, schedule
 from weights import commit, identify, stream_backbone
 
@@ -59,7 +60,7 @@ class DistillConfig(TrainConfig):
     linear: bool = False           # weight decay and momentum go straight to their ends, not along a cosine
     teacher_scale: float = 1.0     # (0, 16]: side of the teacher's crops, over that of the students'
     momentum: float = 0.994        # [0, 1]: of the average of each student, which is what is saved to be used
-    cache: str = ""                # folder: what the teacher says is kept there, for runs over the same batches
+    cache: str = ""                # folder: what the teacher, whole on each rank, says is kept there for later runs
     joined: int = 0                # [0, 1e7]: step of the run at which a student's own first step was
 
     @property
@@ -193,15 +194,21 @@ def read_students(text):
 
 
 def make_teacher(c, ranks):
-    """Backbone and, in mode heads, heads. Each rank holds it whole, bfloat16 where autocast rounds it; no host does."""
+    """
+    Backbone and, in mode heads, heads, read by rows: no host holds it whole for this. All ranks run the backbone
+    together, so it is sharded over them, as in train.py; not with --cache, where a rank that has its words stays idle.
+    What is not sharded is bfloat16 where autocast rounds it: heads too, which a group runs for its students alone.
+    """
     if c.mode == "heads":
         with torch.device("meta"):
             teacher = train.make_networks(train.saved_config(c.teacher, DistillConfig))
     else:
         model, tensors = stream_backbone(c.teacher)
         teacher = nn.ModuleDict(dict(backbone=model))
+    if not c.cache:
+        train.shard_parts(c, ranks, [*teacher["backbone"].blocks, teacher["backbone"]])
     for part in teacher.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision == "bf16":
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision == "bf16" and not isinstance(part.weight, DTensor):
             part.bfloat16()
     teacher = teacher.to_empty(device=ranks.device).requires_grad_(False).eval()
     if c.mode == "heads":
@@ -209,7 +216,8 @@ def make_teacher(c, ranks):
     else:
         own = teacher["backbone"].state_dict()
         for name, x in tensors:
-            own[name].copy_(x)
+            rows, first = shard(own[name])
+            rows.copy_(x[first : first + len(rows)])
     return teacher
 
 

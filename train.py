@@ -337,15 +337,21 @@ def build_networks(c, ranks, make=make_networks):
     networks["backbone"].checkpointing = c.checkpointing
     if not c.n_local and getattr(c.vit, "local_norm", False):
         networks["backbone"].local_cls_norm.requires_grad_(False)  # no crop passes it
-    if ranks.group is not None:
-        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
-        # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used
-        bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        policy = bf16 if c.precision == "bf16" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
-        prototypes = [head.last_layer for name, head in networks.items() if name.endswith("_head")]
-        for part in [*networks["backbone"].blocks, *prototypes, *networks.values()]:
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    prototypes = [head.last_layer for name, head in networks.items() if name.endswith("_head")]
+    shard_parts(c, ranks, [*networks["backbone"].blocks, *prototypes, *networks.values()])
     return initialise(networks.to_empty(device=ranks.device), c.seed)
+
+
+def shard_parts(c, ranks, parts):
+    """Cuts each part's parameters over the ranks, in place, if there are several; inner parts come first."""
+    if ranks.group is None:
+        return
+    mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
+    # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = bf16 if c.precision == "bf16" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def parameter_groups(c, student):

@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import sys
+import time
 import traceback
 from ast import literal_eval
 from dataclasses import fields, replace
@@ -23,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 RANGE = re.compile(r"([\[(])(-?[\w.]+), (-?[\w.]+)([\])])( rising)?(?=: )")
+PATIENCE = 10  # seconds in which torchrun ends the others, when the first rank has said what is wrong
 ROOMS = "", "engine", "sets", "tasks", "decoders"  # the folders of our own code, from the root
 
 
@@ -152,16 +154,19 @@ def describe(config):
 
 def run(main):
     """
-    Runs main(argv) as a program. A mistake of the user ends in one line, of one rank, and exit code 2. Everything else
-    is a bug, and keeps its traceback.
+    Runs main(argv) as a program. A mistake of the user ends in one line, of one rank, and exit code 2; torchrun's own
+    is 1 whatever its ranks' are. Everything else is a bug, and keeps its traceback.
     """
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         if not on_purpose(error):
             raise
-        if os.environ.get("RANK", "0") == "0":  # all ranks have the same words, and find the same mistake
-            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # the first finds the same mistake, and says it: to leave before it would end it, unheard
+            time.sleep(PATIENCE)
+        where = f"rank {rank}: " if rank != "0" else ""  # still here: it is a mistake of this machine alone
+        print(f"{os.path.basename(sys.argv[0])}: {where}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

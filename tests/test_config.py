@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from engine import config
 from train import RECIPES, TrainConfig, configure
 
@@ -232,15 +233,32 @@ def test_every_command_asks_first(command, tmp_path):
         importlib.import_module(name).main(words)
 
 
-def test_only_the_first_rank_says_what_is_wrong(monkeypatch, capsys):
-    def main(argv):
-        raise ValueError("too many")
-    for rank, said in ("0", "too many"), ("1", ""):
+def test_the_first_rank_says_what_is_wrong_and_another_only_if_it_outlives_that(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(config.time, "sleep", slept.append)
+    for rank, said, waits in ("0", "train.py: unknown", []), ("1", "train.py: rank 1: unknown", [config.PATIENCE]):
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(config, "on_purpose", lambda error: True)  # it is a test's own
+        monkeypatch.setattr(config.sys, "argv", ["train.py", "--lrr", "3"])
         with pytest.raises(SystemExit) as end:
-            config.run(main)
-        assert end.value.code == 2 and said in capsys.readouterr().err.removesuffix("\n").rpartition(": ")[2]
+            config.run(train.main)
+        assert end.value.code == 2 and capsys.readouterr().err.startswith(said) and slept == waits
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("late", [0, 1])
+def test_torchrun_lets_one_sentence_through(tmp_path, late):
+    """whichever rank comes late, and torchrun ends all others when one has left"""
+    (tmp_path / "x.py").write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+time.sleep(5 * (os.environ["RANK"] == "{late}"))
+import train
+train.command_line.run(train.main)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "x.py")]
+    done = subprocess.run([*command, "--lrr", "3"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode and done.stderr.count("unknown option") == 1
+    assert "x.py: unknown option --lrr; did you mean --lr? --help lists all\n" in done.stderr
 
 # --------------------------------------------------------------------------------
 # Help

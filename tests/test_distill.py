@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import start
 from safetensors.torch import load_file
 from test_train import MICRO, rows
 
@@ -18,8 +19,8 @@ import distill
 import train
 from convnext import ConvNeXt
 from data import Batches, open_source
-from engine.ranks import Ranks
-from model import SIZES, Noise, ViT, ViTConfig, build
+from engine.ranks import Ranks, start_ranks
+from model import SIZES, Noise, ViT, ViTConfig, build, shard
 from weights import load_backbone, save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,34 @@ def test_targets_are_those_of_train(teacher):
         theirs = train.teacher_targets(networks, batch, 0.04, None)
     ours = distill.assignments(networks["dino_head"].last_layer(said["cls"]), 0.04).unflatten(0, (2, -1))
     assert torch.equal(ours.written(), theirs["dino"].written())
+
+
+@pytest.mark.parametrize("mode, precision", [("heads", "fp32"), ("heads", "bf16"), ("features", "fp32")])
+def test_two_ranks_share_the_teacher_and_it_says_the_same(teacher, tmp_path, mode, precision):
+    """each holds half of the backbone, of a ConvNeXt's too; with --cache all of it"""
+    path = teacher
+    if mode == "features":
+        path = tmp_path / "convnext.safetensors"
+        save_backbone(build(lambda: ConvNeXt(distill.STUDENTS["convnext_micro"]), seed=3), path, "nano")
+
+    def compare(argv):
+        ranks = start_ranks("cpu")
+        c = distill.configure([*argv, "--precision", precision])
+        whole = distill.make_teacher(replace(c, cache=str(tmp_path)), ranks)
+        shared = distill.make_teacher(c, ranks)
+        batch = Batches(c, open_source("shapes", 24), 4 * ranks.rank, 4)[0]
+        a, b = (distill.teacher_says(c, each, batch) for each in (whole, shared))
+        apart = max(float((a[name] - b[name]).abs().max()) for name in a)
+        held = [[sum(shard(p)[0].numel() for p in part.parameters()) for part in each.values()]
+                for each in (shared, whole)]
+        Path(tmp_path, f"{ranks.rank}.json").write_text(json.dumps([apart, *held]))
+    words = ["--teacher", str(path), "--students", "tiny_half", "--mode", mode, *SHORT]
+    group = start(tmp_path / "run", ranks=2, base=words, main=compare)
+    assert group.wait()[0] == [0, 0], group.text()[-3000:]
+    for rank in "01":
+        apart, (half, *heads), (backbone, *all_heads) = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert apart < 5e-5 and heads == all_heads  # 0 measured, in bfloat16 too
+        assert half == pytest.approx(backbone / 2, rel=0.01)
 
 
 def test_nothing_is_hidden_from_the_student_and_the_teacher_stands_still(teacher, tmp_path, monkeypatch):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import SIZES, ViT, ViTConfig
-from weights import load_backbone, main, save_backbone
+from weights import File, Stored, load_backbone, main, save_backbone, sound
 
 CONFIG = ViTConfig(3, 16, 2, 24, patch_size=4, n_registers=2)
 FILES = {"meta": "x.pth", "hf": "x", "timm": "x.safetensors", "nano": "x.safetensors"}
@@ -203,6 +205,22 @@ def test_a_block_whose_number_is_a_billion(path, layout):
 
 # --------------------------------------------------------------------------------
 # What a network cannot compute with
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_looking_for_nan_makes_nothing_as_large_as_the_tensor(tmp_path, dtype):
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+    x = torch.ones(64, 64, dtype=dtype)
+    file = File(tmp_path, "nano", CONFIG, dict(x=Stored((64, 64), "", lambda: x)), [])
+    with Watch():
+        assert sound(file, "x") is x
+    assert made and max(made) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
