@@ -32,6 +32,8 @@ F32, BF16, GB = 4, 2, 1e9
 H100 = 989.4e12                # bf16 FLOP/s, dense, of the data sheet
 READ = 5.0e-3                  # seconds of a core for an image: read a JPEG of 500x375, cut 10 crops; LOG.md
 COLOUR = 88e-9                 # the same for a pixel of the crops, where the host colours them: without a GPU
+PROGRAM = 33e6                 # what the code of libraries takes once their functions run: a CPU's; LOG.md
+TOP = 64 * 2 ** 20             # what glibc's malloc keeps at most for later: twice its largest mmap threshold
 PUE, CO2 = 1.1, 0.385          # paper: §9: of the data centre; kg for a kWh, average of the USA
 NODE = 8                       # ranks that share a machine
 
@@ -40,7 +42,7 @@ NODE = 8                       # ranks that share a machine
 class Plan:
     ranks: int = 1             # [1, 1e6]: with --plan: devices, as torchrun would start them
     memory: float = 0.0        # [0, inf): with --plan: GB (1e9 bytes) of each device; 0 = what this machine has
-    mfu: float = 0.185         # (0, 1]: with --plan: share of an H100's 989 TFLOP/s; what the released ViT-L run reached
+    mfu: float = 0.185         # (0, 1]: with --plan: of an H100's 989 TFLOP/s; that of the released ViT-L's 14 h
     seconds: float = 0.0       # [0, inf): with --plan: of a step, as measured; 0 = by --mfu, on CUDA alone
     watts: float = 700.0       # (0, 1e6]: with --plan: of a device; an H100's
 
@@ -127,7 +129,8 @@ def flops(c):
         teacher=blocks(groups[0], 1) + patches(groups[0]),
         heads=sum((teacher + 3 * student) * head(name) for name, (teacher, student) in heads.items()),
     )
-    return found | dict(model=sum(found.values()), recomputed=once if c.checkpointing else 0)
+    found |= dict(model=sum(found.values()), recomputed=once if c.checkpointing else 0)
+    return {kind: round(count) for kind, count in found.items()}
 
 # --------------------------------------------------------------------------------
 # Memory
@@ -199,8 +202,10 @@ def pieces(c, where, networks):
 
 def memory(c, where, networks):
     """
-    Bytes of a rank, by kind, and `peak`: the most at once, in the backward pass, where gradients come as activations go.
-    Not in it: the CUDA context, what allocators waste, the program itself and processes that read images.
+    Bytes of a rank, by kind, and `peak`: the most at once, in the backward pass: gradients come as activations go.
+
+    Not in it: what the process has before its networks, processes that read images; on CUDA, the context and what the
+    allocator and NCCL keep, which nobody has measured yet.
     """
     parts, v, a, S = pieces(c, where, networks), c.vit, activation(c), where.ranks
     P = sum(p.numel() for p in networks.parameters())
@@ -218,6 +223,7 @@ def memory(c, where, networks):
         targets=sum(teacher * head_sizes(c, name)[2] for name, (teacher, _) in rows.items()) * a,  # teacher's logits
         activations=sum(piece.kept for piece in parts),
         workspace=max(piece.work for piece in parts),
+        process=PROGRAM + TOP if where.kind == "cpu" else 0,
     )
     held = sum(found.values()) - sum(found[kind] for kind in ("gradients", "activations", "workspace"))
     left, peak, done = found["activations"], 0, 0
@@ -225,7 +231,7 @@ def memory(c, where, networks):
         done += piece.parameters * F32 / S
         peak = max(peak, held + left + done + piece.work)
         left -= piece.kept
-    return found | dict(peak=peak)
+    return {kind: round(size) for kind, size in (found | dict(peak=peak)).items()}
 
 
 def largest_unit(networks):
@@ -258,7 +264,8 @@ def wire(c, where, networks):
         koleo=2 * spans * c.batch * D * F32 * 3 * share,              # gather, and its backward's sum
     )
     total = sum(found.values())
-    return found | dict(total=total, nodes=total / NODE if S > NODE else 0)
+    found |= dict(total=total, nodes=total / NODE if S > NODE else 0)
+    return {kind: round(size) for kind, size in found.items()}
 
 
 def loader(c, where, seconds):
@@ -350,7 +357,7 @@ def announce(c, ranks, make_networks):
 
 
 def main(argv, configure, make_networks):
-    """train.py's command line with --plan in it. Raises ValueError for what cannot be planned, and, last, cannot fit."""
+    """train.py's command line with --plan in it. Raises ValueError for what cannot be planned, and what cannot fit."""
     argv = [word for word in argv if word != "--plan"]
     own = command_line.types(Plan())
     rest, mine = [], []
