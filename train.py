@@ -33,6 +33,7 @@ import ops
 from convnext import ConvNeXt, ConvNeXtConfig
 from data import Batches, CropConfig, colour_batch, loader, open_source
 from engine import config as command_line
+from engine import plan
 from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
@@ -173,7 +174,7 @@ FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "s
         "log_every", "stop_after", "steps", "checkpointing")  # what a resumed run may change; data must be equal
 
 
-def configure(argv):
+def configure(argv, starts=True):
     """The command line -> TrainConfig, all derivations made; every mistake ends here, before the first batch."""
     values, words = command_line.read_words(argv, command_line.types(TrainConfig()))
     if words:
@@ -190,9 +191,10 @@ def configure(argv):
     c = command_line.apply(recipe, values)
     shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
     c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
-    command_line.writable(c.out)
     check(c)
-    if saved(c.out):
+    if starts:
+        command_line.writable(c.out)
+    if starts and saved(c.out):
         raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
     return c
 
@@ -498,6 +500,7 @@ def train(c, ranks, interrupt):
     if c.batch % ranks.count:
         near = max(c.batch // ranks.count, 1) * ranks.count
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks; try {near}")
+    plan.announce(c, ranks, make_networks)
     source = open_source(c.data, c.n_shapes, c.seed)
     student, teacher = build_networks(c, ranks), build_networks(c, ranks)
     if c.init and not c.resume:
@@ -603,8 +606,12 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         size, name = (argv[argv.index(option) + 1] if option in argv[:-1] else default
                       for option, default in (("--size", "tiny"), ("--recipe", "")))
-        print(__doc__.strip(), command_line.describe(find_recipe(size, name)), sep="\n\n")
+        print(__doc__.strip(), command_line.describe(find_recipe(size, name)),
+              "  --plan               print what a step needs and costs, and start nothing\n"
+              + command_line.describe(plan.Plan()), sep="\n\n")
         return
+    if "--plan" in argv:
+        return plan.main(argv, partial(configure, starts=False), make_networks)
     c = configure(argv)
     with Interrupt() as interrupt, Peers(start_ranks(c.device)) as ranks:
         return train(settle(c, ranks), ranks, interrupt)
