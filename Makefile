@@ -1,5 +1,6 @@
 # make demo   train, evaluate and look, on any machine      make bench       speed, beside others
 # make test   lint and tests                                make test-long   what takes too long for each change
+# make lines  how long each file is: from 500 on, one looks for a second concept in it
 
 PYTHON ?= python3
 export OMP_WAIT_POLICY ?= PASSIVE  # threads that wait leave the core to the processes that prepare images
@@ -13,6 +14,9 @@ test: .venv/ready-test .venv/built
 
 test-long: .venv/ready-test .venv/built
 	.venv/bin/python -m pytest -q -m long
+
+lines:
+	wc -l *.py engine/*.py tasks/*.py sets/*.py decoders/*.py csrc/* | sort -n
 
 bench: .venv/ready-test .venv/built
 	.venv/bin/python bench.py
@@ -48,4 +52,4 @@ build/gpu/built: setup.py $(wildcard csrc/*)
 	grep csrc: .venv/build.log
 	touch $@
 
-.PHONY: demo test test-long bench gpu-build gpu-test gpu-bench-1 gpu-bench-2 gpu-bench-3 gpu-bench-4 gpu-bench-5
+.PHONY: demo test test-long lines bench gpu-build gpu-test gpu-bench-1 gpu-bench-2 gpu-bench-3 gpu-bench-4 gpu-bench-5
