@@ -15,8 +15,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+import ops
 from model import Features, initialise
 
 STRIDE = 32  # pixels from one patch to the next: the stem's 4, then 2 before each of the other three stages
@@ -112,7 +112,7 @@ class ConvNeXt(nn.Module):
         self.downsample_layers = nn.ModuleList(downsampling(*w, first=i == 0) for i, w in enumerate(widths))
         self.stages = nn.ModuleList(nn.ModuleList(Block(w, config.layerscale) for _ in range(n)) for n, w in stages)
         self.norm = nn.LayerNorm(config.width, eps=EPS)
-        self.checkpointing = False  # the trainer's choice: keep only the blocks' inputs for the backward pass
+        self.checkpointing = "none"  # the trainer's choice, of ops.RECOMPUTED
         for part in self.modules():
             if isinstance(part, (nn.Conv2d, nn.Linear)):
                 part.std = config.init_std
@@ -139,10 +139,7 @@ class ConvNeXt(nn.Module):
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = downsample(x).to(images.dtype)                                 # B h w C
             for block in stage:
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                x = ops.recomputed(self.checkpointing, block, x)
             if i in indices:
                 found[i] = self.unpack(x, self.norm if norm and i == 3 else nn.Identity())
         return [found[i] for i in indices]

@@ -407,22 +407,25 @@ class Batches(Dataset):
     config          a CropConfig that also has batch, steps, seed, group, patch_size, mean, std
     first, samples  what this rank holds of the global batch
     colour_here     False: on the training device, by whoever receives the batch
-    noise           step -> what is random in the student's forward, made ahead with the batch, as batch["noise"]
+    noise           step, first -> what is random in the student's forward, made ahead with the batch: batch["noise"]
+    parts           that this rank's samples come in, each of `samples`: batches[step parts + part]
     kept            Batches of the samples that this rank has once ranks have shared theirs: batch["kept"], their masks
     """
     kept = None
 
-    def __init__(self, config, source, first, samples, colour_here=True, noise=None):
+    def __init__(self, config, source, first, samples, colour_here=True, noise=None, parts=1):
         self.config, self.source, self.first, self.samples = config, source, first, samples
-        self.colour_here, self.noise = colour_here, noise
+        self.colour_here, self.noise, self.parts = colour_here, noise, parts
         self.unreadable = {}
 
     def __len__(self):
-        return self.config.steps
+        return self.config.steps * self.parts
 
-    def __getitem__(self, step):
+    def __getitem__(self, place):
         c, cuts, colours, indices, broken = self.config, [], [], [], []
-        for i in range(self.first, self.first + self.samples):
+        step, part = divmod(place, self.parts)
+        first = self.first + part * self.samples
+        for i in range(first, first + self.samples):
             rng = np.random.default_rng([c.seed, 3, step * c.batch + i])
             index, image = self.read(step * c.batch + i, broken)
             boxes, flips, colour = draw_crops(rng, c, *image.shape[1:])
@@ -435,11 +438,11 @@ class Batches(Dataset):
         batch = dict(global_crops=torch.cat(crops[:2]), indices=torch.tensor(indices), broken=broken)
         batch["local_crops"] = torch.cat(crops[2:]) if c.n_local else torch.zeros(0, 3, c.local_size, c.local_size)
         batch["colours"] = [sort_colours(rows.flatten(0, 1)) for rows in colours]
-        batch |= self.masks(step)
+        batch |= self.masks(step, first)
         if self.noise:
-            batch["noise"] = self.noise(step)
+            batch["noise"] = self.noise(step, first)
         if self.kept is not None:
-            batch["kept"] = self.kept.masks(step)
+            batch["kept"] = self.kept.masks(step, self.kept.first)
         return colour_batch(batch, c) if self.colour_here else batch
 
     def read(self, n, broken):
@@ -453,12 +456,12 @@ class Batches(Dataset):
             broken.append((self.source.name(index), self.unreadable[index]))
         raise ValueError(f"--data: none of {len(self.source)} images can be read; the last: {broken[-1][1]}")
 
-    def masks(self, step):
+    def masks(self, step, first):
         c, side = self.config, self.config.global_size // self.config.patch_size
-        groups = range(self.first // c.group, (self.first + self.samples - 1) // c.group + 1)
+        groups = range(first // c.group, (first + self.samples - 1) // c.group + 1)
         masks = [draw_masks(np.random.default_rng([c.seed, 4, step, group]), 2 * c.group, side, side,
                             c.mask_share, c.mask_ratio).reshape(2, c.group, -1) for group in groups]
-        start = self.first - groups[0] * c.group
+        start = first - groups[0] * c.group
         masks = np.concatenate(masks, axis=1)[:, start : start + self.samples].reshape(2 * self.samples, -1)
         masked = np.flatnonzero(masks)
         weights = 1 / masks.sum(1).clip(1)[masked // masks.shape[1]]

@@ -70,11 +70,16 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
     return assignments(logits, temperature, n_iterations, group).written()
 
 
-@torch.no_grad()
-@float32
 def assignments(logits, temperature, n_iterations=3, group=None):
+    """sinkhorn_knopp before it is written out."""
+    return balanced([logits], temperature, n_iterations, group)[0]
+
+
+@torch.no_grad()
+def balanced(parts, temperature, n_iterations=3, group=None):
     """
-    sinkhorn_knopp before it is written out: the row scaling cancels in the softmax, and so do K and n.
+    The assignments of n K logits in parts, balanced over all of them: the row scaling cancels in the softmax, and so do
+    K and n.
 
         log v_b = -log sum_k exp(logits_bk / temperature + log u_k)   over a row, on one rank;  v = 1 at first
         log u_k = -log sum_b exp(logits_bk / temperature + log v_b)   over the rows of all ranks
@@ -82,9 +87,12 @@ def assignments(logits, temperature, n_iterations=3, group=None):
     Logarithms throughout: logits of +-60 at temperature 0.04 span 3000 nats, float32 alone holds 176.
     """
     log_u = None
-    for _ in range(n_iterations):
-        log_u = -all_logsumexp(ops.sinkhorn_pass(logits, temperature, log_u), group, log_u)
-    return Assignments(logits.detach(), log_u, temperature)
+    with torch.autocast(parts[0].device.type, enabled=False):
+        for _ in range(n_iterations):
+            here = [ops.sinkhorn_pass(logits, temperature, log_u) for logits in parts]                # of K
+            here = here[0] if len(here) == 1 else torch.stack(here).logsumexp(0)
+            log_u = -all_logsumexp(here, group, log_u)
+    return [Assignments(logits.detach(), log_u, temperature) for logits in parts]
 
 
 def all_logsumexp(x, group, log_u=None):

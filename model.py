@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
-from torch.utils.checkpoint import checkpoint
 
-from ops import rope_attention
+import ops
 
 
 @dataclass(frozen=True)
@@ -276,7 +275,7 @@ class Attention(nn.Module):
 
     def forward(self, x, n_images, rope):
         """x  T D    n_images, rope  of each run of images    returns  T D"""
-        return self.proj(rope_attention(self.qkv(x), n_images, rope, self.heads))
+        return self.proj(ops.rope_attention(self.qkv(x), n_images, rope, self.heads))
 
 
 class MLP(nn.Module):
@@ -372,7 +371,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.local_cls_norm = nn.LayerNorm(D, eps=config.norm_eps) if config.local_norm else None
-        self.checkpointing = False  # the trainer's choice: keep only the blocks' inputs for the backward pass
+        self.checkpointing = "none"  # the trainer's choice, of ops.RECOMPUTED
         set_std(self, config.init_std)
         if not self.cls_token.is_meta:
             initialise(self)
@@ -383,10 +382,7 @@ class ViT(nn.Module):
             images, masks = [images], [masks]
         x, packing, grids = self.embed(images, masks or [None] * len(images), noise)
         for block, rope, subsets in zip(self.blocks, packing.rope, packing.subsets, strict=True):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, subsets, use_reentrant=False)
-            else:
-                x = block(x, rope, subsets)
+            x = ops.recomputed(self.checkpointing, block, x, rope, subsets)
         features = self.unpack(x, packing, images, grids)
         return features[0] if one else features
 
@@ -516,8 +512,14 @@ def shard(x):
     """The rows of a tensor that this rank holds, live, and the number of the first; all, of one that is not sharded."""
     if not isinstance(x, DTensor):
         return x, 0
-    ranks, at = x.device_mesh.size(), x.device_mesh.get_local_rank()
+    inner = x.device_mesh.ndim - 1  # the outer dimension, if there is one, is that of replicas
+    ranks, at = x.device_mesh.size(inner), x.device_mesh.get_local_rank(inner)
     return x.to_local(), min(at * -(-len(x) // ranks), len(x))  # as FSDP2 cuts: equal parts, the last ones shorter
+
+
+def replicated(x):
+    """Whether another rank of lower number holds the same rows."""
+    return isinstance(x, DTensor) and x.device_mesh.ndim > 1 and x.device_mesh.get_local_rank(0) > 0
 
 
 def initial_value(part, leaf, x, generator):

@@ -7,6 +7,7 @@ Fused operations. Each function ends with its definition in PyTorch, which is th
     sinkhorn_pass, sinkhorn_targets    balanced assignments of teacher logits             DINOv3 §3.2
     assignment_loss                    cross-entropies against them, never writing them   DINOv3 §3.2, eq. 1
     rope_attention                     positions, then attention, of packed crop groups   DINOv3 §3.2
+    recomputed                         a block, and what of it stays for the backward pass
 
 This file alone imports the extension. Dimension letters: see the top of model.py.
 """
@@ -15,7 +16,7 @@ import importlib.util
 import os
 import platform
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 from zlib import crc32
@@ -23,6 +24,7 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 BUILT = importlib.util.find_spec("nanodino_C") is not None
 if BUILT:
@@ -352,3 +354,30 @@ if BUILT:
         return torch.ops.nanodino.rope_attention_backward(dout.contiguous(), *rest), [None] * len(tables), None, None
 
     torch.library.register_autograd("nanodino::rope_attention", grad_qkv, setup_context=keep_qkv)
+
+# --------------------------------------------------------------------------------
+# What stays for the backward pass
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "nanodino::rope_attention",
+            "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"}
+
+
+def keep_products(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op._schema.name in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SOME = partial(create_selective_checkpoint_contexts, keep_products)
+RECOMPUTED = dict(none=None, selective=dict(context_fn=SOME), full={})  # from the most memory to the least
+
+
+def recomputed(how, block, *args):
+    """
+    block(*args), of which stays for the backward pass
+
+        none       all that autograd wants      full  its arguments alone: the block runs twice
+        selective  what products and attention have found; the rest, which is quick, runs twice
+    """
+    if RECOMPUTED[how] is None or not torch.is_grad_enabled():
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, **RECOMPUTED[how])

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import ops
@@ -39,7 +39,7 @@ from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
-from losses import assignments, dino_losses, ibot_loss, koleo_loss
+from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import SIZES, Noise, ProjectionHead, ViT, ViTConfig, initialise, to_device
 from weights import identify
 
@@ -69,6 +69,8 @@ class TrainConfig(CropConfig):
     stop_after: int = 0            # [0, inf): save and leave after this many steps of this run; 0 = at the end
     steps: int = 1000              # [1, 1e7]: optimizer steps; the warm-ups of the recipe shrink and grow with it
     batch: int = 64                # [2, 1e6]: images of a step, over all ranks
+    replicas: int = 1              # [1, 1e6]: ranks in so many groups, that each hold it all; 1 = sharded over all
+    accumulate: int = 1            # [1, 1e6]: parts of it, one after the other: less memory, the losses of the whole
     depth: int = 0                 # [0, 1000]: blocks; 0 = the size's own
     patch_size: int = 0            # [0, 256]: pixels; 0 = the size's own
     n_registers: int = 4           # [0, 1000]: R
@@ -79,7 +81,7 @@ class TrainConfig(CropConfig):
     group: int = 16                # [1, 1e6]: consecutive samples that masks and stochastic depth are drawn for at once
     drop_path: float = 0.0         # [0, 1): share of samples that skip a branch, the same in all blocks
     rope_rescale: float = 2.0      # [1, 100]: RoPE box jitter: coordinates times a factor in [1/this, this]
-    checkpointing: bool = False    # recompute the blocks' activations in the backward pass: less memory, slower
+    checkpointing: str = "none"    # recomputed in the backward pass: none, selective: all but products, full: blocks
     dino_hidden: int = 2048        # [1, 65536]: H of the DINO head
     dino_bottleneck: int = 256     # [1, 65536]: Z
     dino_prototypes: int = 65536   # [2, 1e7]: K
@@ -166,12 +168,13 @@ RECIPES = {
         drop_path=0.4, lr=5e-5, lr_end=5e-5, lr_warmup=100_000, weight_decay=0.04, weight_decay_end=0.04,
         momentum=0.994, momentum_end=0.994, teacher_temp_warmup=100_000, layer_decay=0.98, beta2=0.99, clip=30.0,
         freeze_last_layer=5000, dino_hidden=8192, dino_bottleneck=512, dino_prototypes=262_144, ibot_hidden=4096,
-        ibot_bottleneck=384, ibot_prototypes=98_304, checkpointing=True,
+        ibot_bottleneck=384, ibot_prototypes=98_304, checkpointing="full",
     ),
 }
 WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
 FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
-        "log_every", "stop_after", "steps", "checkpointing")  # what a resumed run may change; data must be equal
+        "log_every", "stop_after", "steps", "checkpointing", "accumulate",
+        "replicas")  # what a resumed run may change; data must be equal
 
 
 def configure(argv, starts=True):
@@ -218,8 +221,10 @@ def resumes(values, out):
 
 def derive(c):
     """c with what follows from other fields."""
+    before = dict(true="full", false="none")  # of runs that knew no other
     return replace(c, patch_size=c.vit.patch_size, depth=c.vit.depth, group=min(c.group, c.batch),
-                   koleo_group=min(c.koleo_group, c.batch))
+                   koleo_group=min(c.koleo_group, c.batch),
+                   checkpointing=before.get(c.checkpointing.lower(), c.checkpointing))
 
 
 def say_init(path):
@@ -262,6 +267,7 @@ def saved_config(out, kind=TrainConfig):
     for name, old in vars(kind()).items():
         if name in saved:
             value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+            value = str(value) if name == "checkpointing" else value  # once it was true or false
             given[name] = float(value) if type(old) is float and type(value) is int else value
             if not command_line.fits(given[name], old):
                 raise ValueError(f"{out}/config.json: {name} is {value!r}, where a {type(old).__name__} belongs; "
@@ -291,6 +297,8 @@ def check(c):
     ops.use_kernels(c.kernels)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
+    if c.checkpointing not in ops.RECOMPUTED:
+        raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
     for name in ("global_size", "local_size"):
         side, patch = getattr(c, name), c.patch_size
         if side < patch:
@@ -348,7 +356,11 @@ def shard_parts(c, ranks, parts):
     """Cuts each part's parameters over the ranks, in place, if there are several; inner parts come first."""
     if ranks.group is None:
         return
-    mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
+    if c.replicas == 1:
+        mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
+    else:
+        mesh = init_device_mesh(ranks.device.type, (c.replicas, ranks.count // c.replicas),
+                                mesh_dim_names=("replicas", "shards"))
     # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = bf16 if c.precision == "bf16" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
@@ -396,6 +408,13 @@ def clip_gradients(student, clip):
     return norms
 
 
+def share_gradients(student, last):
+    """Whether ranks add up their gradients in the next backward pass: in that of the last part."""
+    for part in student.values():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(last)
+
+
 @torch.no_grad()
 def update_ema(teacher, student, momentum):
     """teacher <- momentum teacher + (1 - momentum) student, in place, each rank its shards (even or not)."""
@@ -407,13 +426,19 @@ def update_ema(teacher, student, momentum):
 # Objective
 
 
-def teacher_targets(teacher, batch, temperature, group):
-    """Assignments of the two global crops, unmasked:  dino  G B K,  ibot  M K.    paper: §3.2"""
-    features = teacher["backbone"](batch["global_crops"])
-    dino = teacher["dino_head"](features.cls)                                            # (G B) K
-    ibot = teacher["ibot_head"](features.patches.flatten(0, 1).index_select(0, batch["masked"]))  # M K
-    dino = assignments(dino, temperature, group=group).unflatten(0, (2, -1))             # G B K
-    return dict(dino=dino, ibot=assignments(ibot, temperature, group=group))
+def teacher_targets(teacher, parts, temperature, group):
+    """
+    Assignments of the two global crops, unmasked, balanced over all parts of the batch; for each part a dict of
+
+        dino  G B K    ibot  M K                                                         paper: §3.2
+    """
+    dino, ibot = [], []
+    for batch in parts:
+        features = teacher["backbone"](batch["global_crops"])
+        dino.append(teacher["dino_head"](features.cls))                                  # (G B) K
+        ibot.append(teacher["ibot_head"](features.patches.flatten(0, 1).index_select(0, batch["masked"])))  # M K
+    dino, ibot = (balanced(logits, temperature, group=group) for logits in (dino, ibot))
+    return [dict(dino=d.unflatten(0, (2, -1)), ibot=i) for d, i in zip(dino, ibot, strict=True)]
 
 
 def loss_terms(c, student, batch, targets, noise, group):
@@ -443,10 +468,11 @@ def loss_terms(c, student, batch, targets, noise, group):
 
 
 def term_weights(c):
-    """Weights of the sum. The DINO terms share 1 by their number of pairs: 2 global ones, 2 L local ones."""
+    """Of the sum over terms and parts. The DINO terms share 1 by their number of pairs: 2 global, 2 L local ones."""
     pairs = 2 + 2 * c.n_local
-    return dict(dino_global=2 / pairs, dino_local=2 * c.n_local / pairs * c.local_weight, ibot=c.ibot_weight,
-                koleo=c.koleo_weight)
+    weights = dict(dino_global=2 / pairs, dino_local=2 * c.n_local / pairs * c.local_weight, ibot=c.ibot_weight,
+                   koleo=c.koleo_weight)
+    return {name: weight / c.accumulate for name, weight in weights.items()}
 
 
 @torch.no_grad()
@@ -500,6 +526,8 @@ def train(c, ranks, interrupt):
     if c.batch % ranks.count:
         near = max(c.batch // ranks.count, 1) * ranks.count
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks; try {near}")
+    if ranks.count % c.replicas:
+        raise ValueError(f"--replicas {c.replicas} does not divide {ranks.count} ranks; each must have as many")
     plan.announce(c, ranks, make_networks)
     source = open_source(c.data, c.n_shapes, c.seed)
     student, teacher = build_networks(c, ranks), build_networks(c, ranks)
@@ -515,13 +543,15 @@ def train(c, ranks, interrupt):
     weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
     momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
     teacher_temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
-    weights, samples = term_weights(c), c.batch // ranks.count
-    first = ranks.rank * samples
-    batches = Batches(c, source, first, samples, ranks.device.type == "cpu", partial(draw_noise, c, first, samples))
+    weights, K, samples = term_weights(c), c.accumulate, samples_of_a_part(c, ranks)
+    batches = Batches(c, source, ranks.rank * K * samples, samples, ranks.device.type == "cpu",
+                      partial(draw_noise, c, samples), K)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
-    stream = loader(batches, range(start, c.steps), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
+    stream = loader(batches, range(start * K, c.steps * K), count_workers(c.workers),
+                    pin_memory=ranks.device.type == "cuda")
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
     progress = Progress(c, ranks, start, c.steps)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
     for step in range(start, c.steps + 1):
         # save: at the end, once in a while, and before leaving
@@ -532,21 +562,27 @@ def train(c, ranks, interrupt):
         if leave:
             break
 
-        # a batch and this step's numbers
-        batch = on_device(c, ranks, progress.next(stream), unreadable)
+        # a batch, in parts, and this step's numbers
+        parts = [on_device(c, ranks, progress.next(stream), unreadable) for _ in range(K)]
         set_schedules(optimizer, lr[step], weight_decay[step], step < c.freeze_last_layer)
 
-        # forward: the teacher sees the global crops whole and leaves no graph
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-            with torch.no_grad():
-                targets = teacher_targets(teacher, batch, teacher_temp[step], ranks.group)
-            terms, cls = loss_terms(c, student, batch, targets, batch["noise"], ranks.group)
-        loss = sum(weights[name] * term for name, term in terms.items())
+        # the teacher sees the global crops whole and leaves no graph
+        with autocast, torch.no_grad():
+            targets = teacher_targets(teacher, parts, teacher_temp[step], ranks.group)
 
-        # backward and update, unless a number is not finite; the teacher follows the student's new weights
-        loss.backward()
+        # forward and backward, part by part
+        found = []
+        for k, batch in enumerate(parts):
+            with autocast:
+                terms, cls = loss_terms(c, student, batch, targets[k], batch["noise"], ranks.group)
+            loss = sum(weights[name] * term for name, term in terms.items())
+            share_gradients(student, k == K - 1)
+            loss.backward()
+            found.append(dict(loss=K * loss.detach(), **terms))
+
+        # update, unless a number is not finite; the teacher follows the student's new weights
         norms = clip_gradients(student, c.clip)
-        means = verdicts.judge(step, dict(loss=loss, **terms), norms, batch["indices"])
+        means = verdicts.judge(step, mean_of(found), norms, torch.cat([batch["indices"] for batch in parts]))
         optimizer.found_inf = verdicts.skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -557,7 +593,7 @@ def train(c, ranks, interrupt):
         progress.bar.update()
         if step % c.log_every == 0 or step == c.steps - 1:
             verdicts.settle()
-            row = {name: x.item() for name, x in means.items()} | health(c, targets, cls) | progress.speed(step)
+            row = {name: x.item() for name, x in means.items()} | health(c, targets[-1], cls) | progress.speed(step)
             if ranks.main:
                 progress.log(c.out, dict(step=step, **row, lr=lr[step], skipped=verdicts.skipped,
                                          unreadable=len(unreadable)))
@@ -579,7 +615,21 @@ def begin(c, ranks, start, source, student, teacher, optimizer):
     open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest)
 
 
-def draw_noise(c, first, samples, step):
+def samples_of_a_part(c, ranks):
+    """B of a part, on a rank. Raises ValueError if it would cut what is drawn or compared at once."""
+    samples, rest = divmod(c.batch // ranks.count, c.accumulate)
+    if c.accumulate > 1 and (rest or samples % c.group or samples % c.koleo_group):
+        raise ValueError(f"--accumulate {c.accumulate}: {c.batch // ranks.count} images of a rank in so many parts; "
+                         f"each must hold whole --group {c.group} and --koleo_group {c.koleo_group}")
+    return samples
+
+
+def mean_of(rows):
+    """[{name: 0-dim tensor}] -> the mean of each, without a graph"""
+    return {name: sum(row[name].detach() for row in rows) / len(rows) for name in rows[0]}
+
+
+def draw_noise(c, samples, step, first):
     """What is random in the student's forward of a step; no function of the device, so it is drawn with the batch."""
     grids = [(side // c.patch_size) ** 2 for side in (c.global_size, c.local_size)][: 1 + bool(c.n_local)]
     noise = Noise(c.seed, step, first, samples, c.group, c.drop_path, c.rope_rescale)

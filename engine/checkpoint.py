@@ -25,7 +25,7 @@ import torch
 
 from engine import legacy
 from engine.shards import Entry, checksum, fill, read_pieces, write_tensors
-from model import shard
+from model import replicated, shard
 from weights import commit, stream_backbone
 
 # --------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def write_rows(path, ranks, state):
     entries, rows = {}, {}
     for name, x in state.items():
         local, first = shard(x)
-        if local is x and not ranks.main or local.shape[:1] == (0,):
+        if local is x and not ranks.main or local.shape[:1] == (0,) or replicated(x):
             continue
         entries[name] = Entry(tuple(local.shape), local.dtype, partial(iter, [local]))
         if local is not x:

@@ -129,7 +129,8 @@ def flops(c):
         teacher=blocks(groups[0], 1) + patches(groups[0]),
         heads=sum((teacher + 3 * student) * head(name) for name, (teacher, student) in heads.items()),
     )
-    found |= dict(model=sum(found.values()), recomputed=once if c.checkpointing else 0)
+    again = once if c.checkpointing == "full" else 0  # selective: no product, nothing that would be counted
+    found |= dict(model=sum(found.values()), recomputed=again)
     return {kind: round(count) for kind, count in found.items()}
 
 # --------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def travels_as_bf16(c, where):
 
 def pieces(c, where, networks):
     """The student, piece by piece."""
-    v, a, samples = c.vit, activation(c), c.batch / where.ranks
+    v, a, samples = c.vit, activation(c), c.batch / where.ranks / c.accumulate
     groups = crop_groups(c, samples)
     T = sum(g.images * g.tokens for g in groups)                      # all tokens
     t = sum(g.images * g.tokens * g.kept for g in groups)             # that enter a branch
@@ -184,7 +185,10 @@ def pieces(c, where, networks):
     stream, gates = T * v.width * F32, 2 if v.ffn == "swiglu" else 1
     backward = gates * t * v.hidden * a + 2 * stream                  # gradients within the MLP, and of the stream
     again = inside - (0 if c.drop_path else stream)                   # a block's input need not be kept twice
-    kept, work = (stream, again + backward) if c.checkpointing else (inside, backward)
+    gated = 2 if v.ffn == "swiglu" else 1
+    products = stream + t * ((6 * v.width + gated * v.hidden) * a + v.heads * F32)  # qkv, attention, projection, MLP's
+    kept, work = dict(none=(inside, backward), full=(stream, again + backward),
+                      selective=(products, again - products + stream + backward))[c.checkpointing]
     pixels = sum(g.images * g.patches for g in groups) * v.patch_size ** 2 * v.in_chans
     found = [Piece(n["backbone"] - v.depth * block, pixels * (a if a == BF16 else 0), 2 * stream)]
     found += [Piece(block, kept, work)] * v.depth
@@ -207,11 +211,12 @@ def memory(c, where, networks):
     Not in it: what the process has before its networks, processes that read images; on CUDA, the context and what the
     allocator and NCCL keep, which nobody has measured yet.
     """
-    parts, v, a, S = pieces(c, where, networks), c.vit, activation(c), where.ranks
+    parts, v, a = pieces(c, where, networks), c.vit, activation(c)
+    S = where.ranks // c.replicas                                     # that share a copy of it all
     P = sum(p.numel() for p in networks.parameters())
-    groups, unit = crop_groups(c, c.batch / S), largest_unit(networks)
+    groups, unit = crop_groups(c, c.batch / where.ranks), largest_unit(networks)  # all parts; the student has one
     moved = F32 if not travels_as_bf16(c, where) else BF16
-    rows = head_rows(c, c.batch / S)
+    rows = head_rows(c, c.batch / where.ranks)
     found = dict(
         weights=P * F32 / S,
         gradients=P * F32 / S,
@@ -219,7 +224,7 @@ def memory(c, where, networks):
         teacher=P * F32 / S,
         gathered=unit * (2 * moved + moved + F32) if S > 1 else 0,  # two units; gradients of one, and to be added up
         batch=sum(g.images * g.patches for g in groups) * v.patch_size ** 2 * v.in_chans * F32,
-        features=groups[0].images * groups[0].tokens * v.width * F32,  # of the global crops, which the meters look at
+        features=groups[0].images * groups[0].tokens * v.width * F32 / c.accumulate,  # of global crops, for the meters
         targets=sum(teacher * head_sizes(c, name)[2] for name, (teacher, _) in rows.items()) * a,  # teacher's logits
         activations=sum(piece.kept for piece in parts),
         workspace=max(piece.work for piece in parts),
@@ -248,23 +253,28 @@ def largest_unit(networks):
 
 
 def wire(c, where, networks):
-    """Bytes that a rank sends in a step, in rings, by kind; `nodes`: its share of what leaves a node of eight."""
-    S, D = where.ranks, c.vit.width
+    """
+    Bytes that a rank sends in a step, in rings, by kind; `nodes`: its share of what leaves a node of eight; of replicas
+    that are nodes only their sum of gradients does.
+    """
+    S, D, shards = where.ranks, c.vit.width, where.ranks // c.replicas
     P = sum(p.numel() for p in networks.parameters())
     weights = P * (BF16 if travels_as_bf16(c, where) else F32)
     K = c.dino_prototypes + c.ibot_prototypes
     spans = (c.batch // S) % c.koleo_group != 0                       # a set of KoLeo lies on several ranks
-    share = (S - 1) / S
+    share, inner = (S - 1) / S, (shards - 1) / shards
     found = dict(
-        gather_teacher=weights * share,
-        gather_forward=weights * share,
-        gather_backward=weights * share,
-        reduce_gradients=P * F32 * share,
+        gather_teacher=weights * inner * c.accumulate,
+        gather_forward=weights * inner * c.accumulate,
+        gather_backward=weights * inner * c.accumulate,
+        reduce_gradients=P * F32 * inner,
+        replicas=2 * P * F32 / shards * (c.replicas - 1) / c.replicas,
         sinkhorn=4 * K * F32 * 2 * share,                             # the largest, then three sums
         koleo=2 * spans * c.batch * D * F32 * 3 * share,              # gather, and its backward's sum
     )
     total = sum(found.values())
-    found |= dict(total=total, nodes=total / NODE if S > NODE else 0)
+    between = found["replicas"] if c.replicas > 1 and shards <= NODE else total / NODE
+    found |= dict(total=total, nodes=between if S > NODE else 0)
     return {kind: round(size) for kind, size in found.items()}
 
 
@@ -302,14 +312,16 @@ def device_memory(kind):
 
 
 def would_fit(c, where, networks, room):
-    """[(options, bytes)] of the smallest changes that fit: checkpointing, ranks, batch, alone or with checkpointing."""
-    found = []
-    for again in ([False, True] if not c.checkpointing else [True]):
-        less = replace(c, checkpointing=again)
-        word = ["--checkpointing"] if again and not c.checkpointing else []
+    """[(options, bytes)] of the smallest changes that fit: checkpointing; parts, ranks, batch, each also with it."""
+    found, modes = [], list(ops.RECOMPUTED)
+    for how in modes[modes.index(c.checkpointing) :]:
+        less = replace(c, checkpointing=how)
+        word = [f"--checkpointing {how}"] if how != c.checkpointing else []
         ranks = [where.ranks * 2 ** k for k in range(1, 13) if c.batch % (where.ranks * 2 ** k) == 0]
+        parts = [K for K in (c.accumulate * 2 ** k for k in range(1, 13)) if whole(c, where, K)]
         batches = [c.batch // 2 ** k for k in range(1, 20) if c.batch // 2 ** k % where.ranks == 0]
         ways = [[(word, less, where)]] if word else []
+        ways.append([([f"--accumulate {K}", *word], replace(less, accumulate=K), where) for K in parts])
         ways.append([([f"--ranks {S}", *word], less, replace(where, ranks=S)) for S in ranks])
         ways.append([([f"--batch {B}", *word], smaller(less, B), where) for B in batches if B > 1])
         for way in ways:
@@ -318,6 +330,11 @@ def would_fit(c, where, networks, room):
     found = [each for each in found if each]
     alone = [each for each in found if len(each[0]) == 1]
     return alone or found
+
+
+def whole(c, where, parts):
+    """Whether so many parts cut no group."""
+    return not any(c.batch // where.ranks % (parts * size) for size in (c.group, c.koleo_group))
 
 
 def smaller(c, batch):
@@ -392,12 +409,12 @@ def everything(c, where, plan, networks):
     """All of it, as one object."""
     cost = bill(c, where, plan)
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
-    full, none = (memory(replace(c, checkpointing=each), where, networks)["activations"] for each in (True, False))
+    activations = {how: memory(replace(c, checkpointing=how), where, networks)["activations"] for how in ops.RECOMPUTED}
     return dict(size=c.size, stage=c.stage, device=where.kind, ranks=where.ranks, batch=c.batch, steps=c.steps,
                 precision=c.precision, checkpointing=c.checkpointing,
                 parameters=dict(backbone=n["backbone"], heads=n["dino_head"] + n["ibot_head"]),
                 flops_image=flops(c), flops_step=sum(flops(c)[kind] for kind in ("model", "recomputed")) * c.batch,
-                bytes=memory(c, where, networks), activations=dict(kept=none, checkpointed=full),
+                bytes=memory(c, where, networks), activations=activations,
                 wire_bytes=wire(c, where, networks), loader=loader(c, where, cost["seconds"]), cost=cost)
 
 
@@ -407,12 +424,12 @@ def table(c, where, plan, found):
     n, peak = found["parameters"], found["bytes"]["peak"]
     devices = f"{where.ranks} x {where.kind}"
     yield (f"{c.size} {c.stage}, {c.steps:,} steps of {c.batch} images on {devices}, {c.precision}, "
-           f"checkpointing {'on' if c.checkpointing else 'off'}: backbone {n['backbone']:,} parameters, "
+           f"checkpointing {c.checkpointing}: backbone {n['backbone']:,} parameters, "
            f"heads {n['heads']:,}")
     yield from rows("GFLOP an image", found["flops_image"], 1e9)
     yield from rows("MB of a rank", found["bytes"], 1e6)
-    yield (f"  {'':18} activations without checkpointing {found['activations']['kept'] / 1e6:,.1f}, with "
-           f"{found['activations']['checkpointed'] / 1e6:,.1f}; peak of {found['room'] / 1e6:,.0f} that are there: "
+    each = ", ".join(f"{how} {size / 1e6:,.1f}" for how, size in found["activations"].items())
+    yield (f"  {'':18} activations by --checkpointing: {each}; peak of {found['room'] / 1e6:,.0f} that are there: "
            f"{100 * peak / found['room']:.0f} %")
     if where.ranks > 1:
         yield from rows("MB sent by a rank", found["wire_bytes"], 1e6)

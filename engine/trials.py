@@ -104,7 +104,7 @@ class Step:
 
     def prepared(self):
         """As the trainer's loader hands it over."""
-        noise = partial(draw_noise, self.c, 0, self.c.batch)
+        noise = partial(draw_noise, self.c, self.c.batch)
         batches = Batches(self.c, self.source, 0, self.c.batch, self.ranks.device.type == "cpu", noise)
         cuda = self.ranks.device.type == "cuda"
         return {k: v.pin_memory() if cuda and isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
@@ -123,8 +123,8 @@ class Step:
         set_schedules(self.optimizer, c.lr * c.lr_factor, c.weight_decay, False)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
             with torch.no_grad():
-                targets = teacher_targets(self.teacher, batch, c.teacher_temp, group)
-            terms, _ = loss_terms(c, self.student, batch, targets, batch["noise"], group)
+                targets = teacher_targets(self.teacher, [batch], c.teacher_temp, group)
+            terms, _ = loss_terms(c, self.student, batch, targets[0], batch["noise"], group)
         loss = sum(self.weights[name] * term for name, term in terms.items())
         loss.backward()
         norms = clip_gradients(self.student, c.clip)
@@ -260,7 +260,7 @@ def evaluated(machine, report, config, task, weights, words, name=None):
 
 ON_GPU = [  # size, options, batches to try until one fits, whether compiled too; four blocks of the 7B, and its heads
     ("s", [], (64,), True), ("l", [], (64, 32), True),
-    ("7b", ["--depth", "4", "--checkpointing", "false"], (16, 8), True), ("b", [], (64,), False),
+    ("7b", ["--depth", "4", "--checkpointing", "none"], (16, 8), True), ("b", [], (64,), False),
     ("h+", [], (64, 32, 16), False)]
 
 

@@ -170,7 +170,7 @@ def test_masks_of_the_recipe():
     masks = np.stack([draw_masks(np.random.default_rng(seed), 32, 16, 16, 0.5, (0.1, 0.5)) for seed in range(20)])
     assert set(masks.sum((1, 2))) == {1274} and set(masks.any(2).sum(1)) == {16}
     batches = Batches(replace(CONFIG, global_size=256, patch_size=16, batch=16, group=16), Noise(20), 0, 16)
-    assert {len(batches.masks(step)["masked"]) for step in range(10)} == {1274}
+    assert {len(batches.masks(step, 0)["masked"]) for step in range(10)} == {1274}
     assert masks.any((0, 1)).all() and masks.any((0, 2)).all()                         # any patch of any crop
     rows = masks[masks.any(2)]
     assert len(np.unique(rows, axis=0)) == len(rows) == 320

@@ -127,7 +127,7 @@ def test_targets_are_those_of_train(teacher):
     said = distill.teacher_says(c, networks, batch)
     assert said["cls"].shape == (16, 16) and len(said["patches"]) == len(batch["masked"])
     with torch.no_grad():
-        theirs = train.teacher_targets(networks, batch, 0.04, None)
+        theirs = train.teacher_targets(networks, [batch], 0.04, None)[0]
     ours = distill.assignments(networks["dino_head"].last_layer(said["cls"]), 0.04).unflatten(0, (2, -1))
     assert torch.equal(ours.written(), theirs["dino"].written())
 

@@ -129,13 +129,14 @@ def saved_by_autograd(step, there):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), \
             torch.autocast("cpu", torch.bfloat16, enabled=c.precision == "bf16"):
         with torch.no_grad():
-            targets = train.teacher_targets(step.teacher, step.batch, 0.07, None)
+            targets = train.teacher_targets(step.teacher, [step.batch], 0.07, None)[0]
         terms = train.loss_terms(c, step.student, step.batch, targets, step.batch["noise"], None)
     return sum(size for key, size in sizes.items() if key not in there), terms
 
 
 @pytest.mark.parametrize("words, all_in", [
-    ("", .96), ("--kernels off", .96), ("--precision bf16", .94), ("--drop_path 0.4", .92), ("--checkpointing", .9),
+    ("", .96), ("--kernels off", .96), ("--precision bf16", .94), ("--drop_path 0.4", .92),
+    ("--checkpointing full", .9), ("--checkpointing selective", .9),
     ("--n_local 0", .95), (f"{GATED} --dino_prototypes 4096", .91), ("--kernels off --dino_prototypes 16384", .94)])
 def test_memory_is_what_a_step_takes(words, all_in, monkeypatch):
     """What autograd keeps, to 3 %; the most at once, never more than planned, by tensors alone."""
@@ -147,11 +148,12 @@ def test_memory_is_what_a_step_takes(words, all_in, monkeypatch):
              *(x for state in step.optimizer.state.values() for x in state.values()),
              *(x for x in tree_leaves(step.batch) if isinstance(x, torch.Tensor))]
     needs = plan.memory(c, where, networks(c))
-    kept, terms = saved_by_autograd(step, there)
+    kept, terms = saved_by_autograd(step, there) if c.checkpointing != "selective" else (None, None)
     overwritten = where.fused(c, "assignment_loss") * sum(  # logits, which are no saved tensors but their own gradient
         rows * plan.head_sizes(c, name)[2] for name, (_, rows) in plan.head_rows(c, c.batch).items())
     expected = needs["activations"] + needs["features"] - overwritten * plan.activation(c)
-    assert kept == pytest.approx(expected, rel=0.03)
+    if c.checkpointing != "selective":  # what it keeps are no saved tensors; they are there, below
+        assert kept == pytest.approx(expected, rel=0.03)
     del terms
     with Live(there) as live:
         step()
@@ -246,7 +248,7 @@ def test_one_line_for_a_plan_that_cannot_be(words, says, capsys, monkeypatch, no
 
 
 @pytest.mark.parametrize("words, room", [
-    ("--size 7b --ranks 2", 80), ("--size l --checkpointing", 80), ("--size l --ranks 32", 20),
+    ("--size 7b --ranks 2", 80), ("--size l --checkpointing full", 80), ("--size l --ranks 32", 20),
     ("--size 7b --ranks 256", 15)])
 def test_what_it_names_does_fit(words, room, capsys, no_gpu):
     argv = [*words.split(), "--plan", "--device", "cuda", "--memory", str(room)]

@@ -134,7 +134,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
 
 def test_two_ranks_equal_one_and_their_checkpoint_resumes_on_one(whole, tmp_path):
     out = tmp_path / "two"
-    torchrun(out, "--stop_after", "4", "--checkpointing")
+    torchrun(out, "--stop_after", "4", "--checkpointing", "full")
     train.main(["--out", str(out), "--resume"])
     for one, two in zip(rows(whole), rows(out), strict=True):
         for name in ("dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"):
@@ -271,12 +271,21 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     (["--device", "abacus"], "--device abacus is not here"),
     (["--resume"], "no run to go on with"),
     (["--batch", "12", "--group", "8"], "not a multiple of --group 8"),
+    (["--accumulate", "2"], "--accumulate 2: 8 images of a rank in so many parts; each must hold whole --group 8 and"),
+    (["--replicas", "2"], "--replicas 2 does not divide 1 ranks"),
+    (["--checkpointing", "some"], "--checkpointing some is not known; choose none, selective, full"),
 ])
 def test_mistakes_end_in_one_line(words, says, tmp_path):
     words = [str(tmp_path) if word == "EMPTY" else word for word in words]
     with pytest.raises(ValueError, match=says) as error:
         train.main([*MICRO, "--out", str(tmp_path / "out"), *words])
     assert "\n" not in str(error.value)
+
+
+def test_checkpointing_was_true_or_false_once(tmp_path):
+    for before, now in (True, "full"), (False, "none"), ("selective", "selective"):
+        (tmp_path / "config.json").write_text(json.dumps(dict(checkpointing=before)))
+        assert train.go_on(train.saved_config(tmp_path), {}, tmp_path).checkpointing == now
 
 
 def test_a_finished_run_is_not_overwritten(whole):

@@ -22,7 +22,7 @@ WORDS = [*MICRO, *"""--steps 2 --lr 0.01 --lr_end 0.005 --lr_warmup 0 --weight_d
 def seen(tmp_path_factory):
     """What the loop has done, step by step."""
     out, seen = tmp_path_factory.mktemp("runs") / "run", dict(groups=[], grads=[], temps=[], after=[], before=[])
-    assignments, teacher_targets, update_ema = train.assignments, train.teacher_targets, train.update_ema
+    balanced, teacher_targets, update_ema = train.balanced, train.teacher_targets, train.update_ema
     step, losses, loss_terms = torch.optim.AdamW.step, train.dino_losses, train.loss_terms
 
     def state(networks):
@@ -51,18 +51,18 @@ def seen(tmp_path_factory):
         update_ema(*args)
         seen["after"].append((state(seen["student"]), None))
 
-    def spy_assignments(logits, temperature, **kwargs):
+    def spy_balanced(logits, temperature, **kwargs):
         if seen["after"] and seen["after"][-1][1] is None:  # what the teacher is when the next step begins
             seen["after"][-1] = seen["after"][-1][0], state(seen["teacher"])
         seen["temps"].append(temperature)
-        return assignments(logits, temperature, **kwargs)
+        return balanced(logits, temperature, **kwargs)
 
     def spy_losses(*args):
         seen["student_temp"] = args[3]
         return losses(*args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", spy_step)
-        for name, spy in dict(teacher_targets=spy_targets, update_ema=spy_ema, assignments=spy_assignments,
+        for name, spy in dict(teacher_targets=spy_targets, update_ema=spy_ema, balanced=spy_balanced,
                               dino_losses=spy_losses, loss_terms=spy_terms).items():
             patch.setattr(train, name, spy)
         train.main([*WORDS, "--out", str(out)])

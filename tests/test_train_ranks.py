@@ -38,6 +38,21 @@ def test_four_ranks_are_one_and_go_on_as_two_and_one(one, tmp_path):
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
+@pytest.mark.parametrize("ranks, words", [
+    (1, "--accumulate 4"), (4, "--replicas 2"), pytest.param(2, "--accumulate 2", marks=pytest.mark.long)])
+def test_parts_and_replicas_are_one(ranks, words, one, tmp_path):
+    """And go on as what they were not."""
+    words = [*words.split(), "--koleo_group", "2"]
+    whole = finish(tmp_path / "whole", 1, "--koleo_group", "2")
+    finish(tmp_path / "run", ranks, *words, "--stop_after", "3")
+    found = finish(tmp_path / "run", 3 - ranks if ranks < 3 else 1, "--resume", "--replicas", "1",
+                   "--accumulate", "2", "--koleo_group", "2")
+    print(f"{words} apart by {apart(whole, found):.1e}")
+    assert apart(whole, found) < 5e-5  # 4e-6 measured
+    a, b = (load_file(tmp_path / f"{name}/teacher.safetensors") for name in ("whole", "run"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
 def test_two_ranks_go_on_as_four(one, tmp_path):
     finish(tmp_path / "run", 2, "--stop_after", "3")
     before = load_file(tmp_path / "run/teacher.safetensors")

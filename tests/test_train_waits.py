@@ -37,7 +37,7 @@ class Count(TorchDispatchMode):
 def prepare(words, tmp_path):
     c = train.configure([*MICRO, *words, "--out", str(tmp_path / "out")])
     source = train.open_source(c.data, c.n_shapes, c.seed)
-    batches = Batches(c, source, 0, c.batch, False, train.partial(train.draw_noise, c, 0, c.batch))
+    batches = Batches(c, source, 0, c.batch, False, train.partial(train.draw_noise, c, c.batch))
     student, teacher = (train.build_networks(c, ALONE) for _ in range(2))
     teacher.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(train.parameter_groups(c, student), fused=True)
@@ -51,7 +51,7 @@ def step(c, batch, student, teacher, optimizer, verdicts, at=0):
                          | dict(indices=batch["indices"]), c)
     train.set_schedules(optimizer, 1e-3, 0.04, False)
     with torch.no_grad():
-        targets = train.teacher_targets(teacher, batch, 0.04, None)
+        targets = train.teacher_targets(teacher, [batch], 0.04, None)[0]
     terms, _ = train.loss_terms(c, student, batch, targets, batch["noise"], None)
     loss = sum(train.term_weights(c)[name] * term for name, term in terms.items())
     loss.backward()
