@@ -59,6 +59,7 @@ class TrainConfig(CropConfig):
     resume: bool = False           # go on from OUT's newest checkpoint, with its config; auto = or begin
     seed: int = 0                  # [0, 4294967295]: of weights, crops, masks, stochastic depth
     device: str = "auto"           # auto, cpu, cuda, mps
+    compile: bool = False          # torch.compile, block by block: a minute before the first step; see LOG.md
     kernels: str = "auto"          # csrc: auto = where it is built, off, or on = stop where it is not
     precision: str = "auto"        # bf16 (autocast: float32 weights and residual stream), fp32, or auto
     workers: int = -1              # [-1, 256]: processes that prepare batches, of each rank; -1 = as the machine allows
@@ -174,7 +175,7 @@ RECIPES = {
 WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
 FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
         "log_every", "stop_after", "steps", "checkpointing", "accumulate",
-        "replicas")  # what a resumed run may change; data must be equal
+        "replicas", "compile")  # what a resumed run may change; data must be equal
 
 
 def configure(argv, starts=True):
@@ -299,6 +300,8 @@ def check(c):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
     if c.checkpointing not in ops.RECOMPUTED:
         raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
+    if c.compile and c.checkpointing == "selective":
+        raise ValueError("--compile chooses by itself what of a block stays in memory; --checkpointing: none, or full")
     for name in ("global_size", "local_size"):
         side, patch = getattr(c, name), c.patch_size
         if side < patch:
@@ -347,6 +350,9 @@ def build_networks(c, ranks, make=make_networks):
     networks["backbone"].checkpointing = c.checkpointing
     if not c.n_local and getattr(c.vit, "local_norm", False):
         networks["backbone"].local_cls_norm.requires_grad_(False)  # no crop passes it
+    if c.compile:
+        for block in networks["backbone"].blocks:
+            block.compile()
     prototypes = [head.last_layer for name, head in networks.items() if name.endswith("_head")]
     shard_parts(c, ranks, [*networks["backbone"].blocks, *prototypes, *networks.values()])
     return initialise(networks.to_empty(device=ranks.device), c.seed)

@@ -273,6 +273,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     (["--batch", "12", "--group", "8"], "not a multiple of --group 8"),
     (["--accumulate", "2"], "--accumulate 2: 8 images of a rank in so many parts; each must hold whole --group 8 and"),
     (["--replicas", "2"], "--replicas 2 does not divide 1 ranks"),
+    (["--compile", "--checkpointing", "selective"], "--compile chooses by itself"),
     (["--checkpointing", "some"], "--checkpointing some is not known; choose none, selective, full"),
 ])
 def test_mistakes_end_in_one_line(words, says, tmp_path):
