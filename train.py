@@ -36,6 +36,8 @@ from engine import config as command_line
 from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
+from engine.loggers import check_loggers
+from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
 from losses import assignments, dino_losses, ibot_loss, koleo_loss
@@ -65,6 +67,8 @@ class TrainConfig(CropConfig):
     keep: int = 3                  # [1, inf): checkpoints, the newest ones
     keep_every: int = 0            # [0, inf): steps between checkpoints that are kept besides; 0 = none
     log_every: int = 10            # [1, inf): steps between lines of metrics.jsonl; each makes the host wait for a GPU
+    log: str = ""                  # tensorboard, wandb, or tensorboard,wandb: rows of metrics.jsonl go there as well
+    profile: tuple = (0, 0)        # [0, 1e7] rising: steps of this run, from, up to, traced in OUT; equal = off
     stop_after: int = 0            # [0, inf): save and leave after this many steps of this run; 0 = at the end
     steps: int = 1000              # [1, 1e7]: optimizer steps; the warm-ups of the recipe shrink and grow with it
     batch: int = 64                # [2, 1e6]: images of a step, over all ranks
@@ -170,7 +174,8 @@ RECIPES = {
 }
 WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
 FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
-        "log_every", "stop_after", "steps", "checkpointing")  # what a resumed run may change; data must be equal
+        "log_every", "log", "profile", "stop_after", "steps",
+        "checkpointing")  # what a resumed run may change; data must be equal
 
 
 def configure(argv):
@@ -245,7 +250,8 @@ def resumed_config(values, out):
 def go_on(before, values, out, free=()):
     """The saved config with the command line's words. Raises ValueError if they would make it another run."""
     values = {name: text for name, text in values.items() if (name, text) != ("precision", "auto")}  # as it was settled
-    c = derive(replace(command_line.apply(replace(before, stop_after=0), values), out=str(out), resume=True))
+    fresh = replace(before, stop_after=0, profile=(0, 0))  # they count the steps of one run
+    c = derive(replace(command_line.apply(fresh, values), out=str(out), resume=True))
     changed = [name for name in values if name not in (*FREE, *free) and getattr(c, name) != getattr(before, name)]
     if changed:
         said, was = (", ".join(f"--{name} {getattr(each, name)}" for name in changed) for each in (c, before))
@@ -287,6 +293,7 @@ def check(c):
     if c.stage != "pretrain":
         raise ValueError(f"--stage {c.stage} is not known; there is: pretrain")
     ops.use_kernels(c.kernels)
+    check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
     for name in ("global_size", "local_size"):
@@ -470,7 +477,7 @@ def effective_rank(x):
 
 def print_plan(c, ranks, source, student):
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
-    where = ranks.device.type + (f" x {ranks.count}" if ranks.count > 1 else "") + f", {ops.describe(ranks.device)}"
+    where = f"{ranks}, {ops.describe(ranks.device)}"
     side = c.global_size // c.patch_size
     name = f"{c.size} {c.recipe}".strip()
     print(f"{name}, {c.stage}: backbone {n['backbone']:,} parameters, heads {n['dino_head'] + n['ibot_head']:,}; "
@@ -512,7 +519,7 @@ def train(c, ranks, interrupt):
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start, c.steps), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
-    progress = Progress(c, ranks, start, c.steps)
+    progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
 
     for step in range(start, c.steps + 1):
         # save: at the end, once in a while, and before leaving
@@ -520,6 +527,7 @@ def train(c, ranks, interrupt):
         if step > start and (leave or step % c.save_every == 0):
             verdicts.settle()
             save_checkpoint(c, ranks, step, student, teacher, optimizer)
+        trace(leave)
         if leave:
             break
 

@@ -160,7 +160,8 @@ def run(main):
     except (ValueError, OSError) as error:
         if not on_purpose(error):
             raise
-        if os.environ.get("RANK", "0") == "0":  # all ranks have the same words, and find the same mistake
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0":  # all ranks have the same words, and find the same mistake
             print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
