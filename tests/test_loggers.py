@@ -2,11 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_profile import steps_of
 from test_train import MICRO, rows, run
 
+import distill
 import train
 from engine import loggers
 from engine.loggers import Loggers, check_loggers
@@ -117,3 +120,16 @@ def test_config_and_rows_are_those_of_a_run_without(tmp_path, wandb):
     assert [row["loss"] for row in plain] == [row["loss"] for row in logged] == \
         [row["loss"] for row in rows(tmp_path / "b")]
     assert json.loads((tmp_path / "b/config.json").read_text())["log"] == "wandb"
+
+
+def test_each_student_of_a_distillation_has_its_own(tmp_path, wandb):
+    """and --profile traces the steps of all of them"""
+    run(tmp_path / "teacher", "--steps", "2")
+    words = "--students tiny,tiny_half --steps 2 --batch 8 --workers 0 --device cpu --log_every 1 --precision fp32"
+    distill.main([*words.split(), "--log", "wandb", "--profile", "1,2", "--teacher", str(tmp_path / "teacher"),
+                  "--out", str(tmp_path / "family")])
+    ids = {asked["name"]: asked["id"] for asked in wandb.runs}
+    assert set(ids) == {str(tmp_path / "family" / name) for name in ("tiny", "tiny_half")}
+    for name, id in ids.items():
+        assert [step for own, step, _ in wandb.rows if own == id] == [row["step"] for row in rows(Path(name))] == [0, 1]
+    assert steps_of(tmp_path / "family") == 2  # one optimizer each
