@@ -3,6 +3,7 @@ Pretrain a DINOv3 ViT.
 
     python train.py                                                  tiny, on the generated `shapes`, on anything
     python train.py --size s --data PHOTOS --out runs/s              one GPU, or patience
+    python train.py --recipe photos --data PHOTOS --out runs/s       ViT-S or -B (--size b) on one GPU of 24 GB
     python train.py --size l --recipe released --data IMAGENET       ViT-L as the released code trains it from scratch
     python train.py --out runs/s --resume                            go on, bit for bit; --resume auto: or begin
     torchrun --nproc-per-node 8 train.py --size 7b --data PHOTOS     FSDP2, any number of ranks and nodes
@@ -51,7 +52,7 @@ from weights import identify
 @dataclass(frozen=True)
 class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
-    recipe: str = ""               # another recipe than the size's own, by name; l has one: released
+    recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
     stage: str = "pretrain"        # the recipe's stage
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
@@ -145,6 +146,18 @@ NAMED = {  # (size, recipe): beside the size's own
         IMAGENET, recipe="released", n_registers=0, key_bias=True, norm_eps=1e-6, rope_rescale=1.0, blur_global_1=0.0,
         blur_global_2=0.9, blur_local=0.5, lr_end=1e-6 / IMAGENET.lr_factor, save_every=3750, keep=3,
     ),
+    # One GPU of 24 GB and a folder of photos: ImageNet's recipe at a batch that fits, K by `suited_prototypes`; not run
+    # s saves 139 MB an image for the backward pass, measured on a CPU in bf16: 18 GB; b is about twice that
+    # planned: some 115 and 460 GFLOP an image; at 21 TFLOP/s, 30 % of such a card, 19 h and 38 h
+    # differs: no recipe is published for so small a batch
+    ("s", "photos"): replace(
+        IMAGENET, size="s", recipe="photos", steps=100_000, batch=128, drop_path=0.0, lr_warmup=10_000,
+        teacher_temp_warmup=30_000, freeze_last_layer=1000,
+    ),
+    ("b", "photos"): replace(
+        IMAGENET, size="b", recipe="photos", steps=100_000, batch=64, drop_path=0.1, lr_warmup=10_000,
+        teacher_temp_warmup=30_000, freeze_last_layer=1000,
+    ),
 }
 
 RECIPES = {
@@ -188,11 +201,14 @@ def configure(argv):
     given = values
     if values.get("init"):
         values = say_init(values["init"]) | values
-    size = values.get("size", "tiny")
+    size = values.get("size") or size_for(values.get("recipe"))
     recipe = find_recipe(size, values.get("recipe", ""))
     if not values.get("out") and resumes(given, f"runs/{size}"):
         return resumed_config(given, f"runs/{size}")
     c = command_line.apply(recipe, values)
+    if c.recipe == "photos":
+        K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed)), c.batch)
+        c = replace(c, **{name: K for name in ("dino_prototypes", "ibot_prototypes") if name not in values})
     shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
     c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
     command_line.writable(c.out)
@@ -207,9 +223,24 @@ def find_recipe(size, name):
     if size not in RECIPES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(RECIPES)}")
     if name and (size, name) not in NAMED:
-        there = " ".join(f"--size {size} --recipe {name}" for size, name in NAMED)
+        there = ", or ".join(f"--size {size} --recipe {name}" for size, name in NAMED)
         raise ValueError(f"--size {size} has no recipe {name!r}; leave it out, or write {there}")
     return NAMED[size, name] if name else RECIPES[size]
+
+
+def size_for(recipe):
+    """The size that is meant where none is named: the first that has the recipe, or tiny."""
+    return next((size for size, name in NAMED if name == recipe), "tiny")
+
+
+def suited_prototypes(n_images, batch):
+    """
+    K for a set of images, a power of two from 256 to 65,536.
+
+    At least 16 images for each prototype, as `tiny` has (4,096 and 256) and ImageNet-1k (20: 1.28 M and 65,536); and at
+    most 32 prototypes for each global crop of a step, as 7b has: above it Sinkhorn-Knopp's targets are nearly uniform.
+    """
+    return 2 ** int(min(16, max(8, math.log2(min(n_images / 16, 32 * 2 * batch)))))
 
 
 def resumes(values, out):
@@ -604,8 +635,8 @@ def report(c, ranks, step, unreadable):
 def main(argv):
     if "--help" in argv or "-h" in argv:
         size, name = (argv[argv.index(option) + 1] if option in argv[:-1] else default
-                      for option, default in (("--size", "tiny"), ("--recipe", "")))
-        print(__doc__.strip(), command_line.describe(find_recipe(size, name)), sep="\n\n")
+                      for option, default in (("--size", ""), ("--recipe", "")))
+        print(__doc__.strip(), command_line.describe(find_recipe(size or size_for(name), name)), sep="\n\n")
         return
     c = configure(argv)
     with Interrupt() as interrupt, Peers(start_ranks(c.device)) as ranks:

@@ -6,6 +6,7 @@
     watch_memory  OUT/memory.RANK.pickle at the moment of an out-of-memory, for pytorch.org/memory_viz
 """
 
+import atexit
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def tracer(c, ranks, left):
         steps += 1
         profiler.step() if steps else profiler.start()
         if leave:
+            atexit.unregister(profiler.stop)
             profiler.stop()  # writes what there is, if it is in the midst of it
+    atexit.register(profiler.stop)  # Python would crash if an error ended it within a trace
     return trace
 
 

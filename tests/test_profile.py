@@ -1,7 +1,10 @@
 """engine/profile.py: which steps are in the trace; a run that is cut short; ranges; what is asked of a GPU."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from engine import profile
 from engine.profile import table, tracer
 from engine.ranks import Ranks
 
+ROOT = Path(__file__).parents[1]
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -23,7 +27,7 @@ def steps_of(out, name="Optimizer.step#"):
 
 
 def test_the_trace_has_these_steps_and_a_table_is_printed(tmp_path, capsys):
-    run(tmp_path / "run", "--profile", "1,3")
+    run(tmp_path / "run", "--steps", "3", "--profile", "1,3")
     said = capsys.readouterr().out.splitlines()
     assert steps_of(tmp_path / "run") == 2
     first = next(i for i, line in enumerate(said) if line.startswith("of a step, over 2, "))
@@ -39,6 +43,23 @@ def test_a_run_that_is_cut_short_leaves_what_it_has(tmp_path):
     for leave in ends:
         trace(leave)
         torch.ones(3).argmax()
+    assert steps_of(tmp_path, "aten::argmax") == 3
+
+
+def test_an_error_within_a_trace_is_an_error_and_no_crash(tmp_path):
+    script = f"""
+from dataclasses import replace
+import torch, train
+from engine.profile import tracer
+from engine.ranks import Ranks
+trace = tracer(replace(train.TrainConfig(), out={str(tmp_path)!r}, profile=(0, 9)), Ranks(), 10)
+for _ in range(3):
+    trace(False)
+    torch.ones(3).argmax()
+raise torch.OutOfMemoryError("made to fail")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "OutOfMemoryError: made to fail" in done.stderr
     assert steps_of(tmp_path, "aten::argmax") == 3
 
 
