@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from test_train import MICRO, rows
 import train
 from data import STOPS
 from engine.checkpoint import newest
+from engine.interrupt import Peers
 from engine.ranks import Ranks, first_host, read_slurm
 
 ROOT = Path(__file__).parents[1]
@@ -86,8 +88,12 @@ def test_usr1_saves_and_the_requeued_job_goes_on(tmp_path):
     done = newest(out)[0]
     assert f"stopped at step {done} of 100000" in group.text() and "cpu, 2 ranks on 1 node, " in group.text()
     assert done == len(rows(out))
-    group = srun(out, *words, "--steps", str(done + 2))
-    assert group.wait()[0] == [0, 0], group.text()  # rank 0, who has the store, leaves last
+
+    def late(rank):
+        real = train.report
+        train.report = lambda *args: (time.sleep(2 * rank), real(*args))
+    group = srun(out, *words, "--steps", str(done + 2), spoil=late)
+    assert group.wait()[0] == [0, 0], group.text()  # rank 0, who has the store, waits for the other
     assert "finished" in group.text() and [row["step"] for row in rows(out)] == list(range(done + 2))
 
 
@@ -101,6 +107,7 @@ def test_the_rank_that_has_the_store_fails(tmp_path):
                 raise ZeroDivisionError("made to fail")
             return real(*args)
         train.loss_terms = fails
+        Peers.EVERY = 0.5 + 5 * rank  # rank 1 hears of it by its collective that breaks, when the store is gone too
     group = srun(tmp_path / "run", spoil=spoil)
     codes, _ = group.wait()
     assert codes == [2, 2] and group.text().count("Traceback") == 1, group.text()
