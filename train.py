@@ -148,7 +148,7 @@ NAMED = {  # (size, recipe): beside the size's own
     ),
     # One GPU of 24 GB and a folder of photos: ImageNet's recipe at a batch that fits, K by `suited_prototypes`; not run
     # s saves 139 MB an image for the backward pass, measured on a CPU in bf16: 18 GB; b is about twice that
-    # planned: some 115 and 460 GFLOP an image; at 21 TFLOP/s, 30 % of such a card, 19 h and 38 h
+    # planned: 123 and 464 GFLOP an image by hand; at 21 TFLOP/s, 30 % of what an RTX 3090 multiplies, 21 h and 39 h
     # differs: no recipe is published for so small a batch
     ("s", "photos"): replace(
         IMAGENET, size="s", recipe="photos", steps=100_000, batch=128, drop_path=0.0, lr_warmup=10_000,

@@ -66,7 +66,7 @@ def table(events, steps, kind):
 
 
 def watch_memory(path):
-    """Not run on a GPU. A run goes on being recorded to its end, some percent slower."""
+    """Allocations are recorded until the run ends; what that costs is not measured: not run on a GPU."""
     def snapshot(device, wanted, allocated, free):
         torch.cuda.memory._dump_snapshot(str(path))
         print(f"out of memory: {wanted / 2**20:,.0f} MiB more were wanted; what fills it is in {path}", flush=True)
