@@ -34,6 +34,7 @@ from engine.cache import Cached, folder_of
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, save_checkpoint, saved
 from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
+from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
 from losses import assignments
@@ -394,6 +395,7 @@ def distill(c, ranks, interrupt):
     ranks.together(lambda: begin(c, ranks, source, students if group.main else []))
     stream = loader(batches, range(start, end), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
     unreadable, failed, heard, progress = {}, [], None, Progress(c, ranks, start, end)
+    trace = tracer(c, ranks, end - start)
 
     def attempt(student, work, *args):
         """work(*args), unless it raises: that ends the student, and no other."""
@@ -414,6 +416,7 @@ def distill(c, ranks, interrupt):
         if step > start and (leave or step % c.save_every == 0):
             for student in list(students):
                 attempt(student, student.save)
+        trace(leave)
         if leave:
             break
         state = [torch.full((1,), float(x), device=ranks.device) for x in (bool(interrupt.asked), len(students))]

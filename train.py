@@ -3,6 +3,7 @@ Pretrain a DINOv3 ViT.
 
     python train.py                                                  tiny, on the generated `shapes`, on anything
     python train.py --size s --data PHOTOS --out runs/s              one GPU, or patience
+    python train.py --recipe photos --data PHOTOS --out runs/s       ViT-S or -B (--size b) on one GPU of 24 GB
     python train.py --size l --recipe released --data IMAGENET       ViT-L as the released code trains it from scratch
     python train.py --out runs/s --resume                            go on, bit for bit; --resume auto: or begin
     torchrun --nproc-per-node 8 train.py --size 7b --data PHOTOS     FSDP2, any number of ranks and nodes
@@ -37,6 +38,8 @@ from engine import plan
 from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
+from engine.loggers import check_loggers
+from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
@@ -50,7 +53,7 @@ from weights import identify
 @dataclass(frozen=True)
 class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
-    recipe: str = ""               # another recipe than the size's own, by name; l has one: released
+    recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
     stage: str = "pretrain"        # the recipe's stage
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
@@ -67,6 +70,8 @@ class TrainConfig(CropConfig):
     keep: int = 3                  # [1, inf): checkpoints, the newest ones
     keep_every: int = 0            # [0, inf): steps between checkpoints that are kept besides; 0 = none
     log_every: int = 10            # [1, inf): steps between lines of metrics.jsonl; each makes the host wait for a GPU
+    log: str = ""                  # tensorboard, wandb, or tensorboard,wandb: rows of metrics.jsonl go there as well
+    profile: tuple = (0, 0)        # [0, 1e7] rising: steps of this run, from, up to, traced in OUT; equal = off
     stop_after: int = 0            # [0, inf): save and leave after this many steps of this run; 0 = at the end
     steps: int = 1000              # [1, 1e7]: optimizer steps; the warm-ups of the recipe shrink and grow with it
     batch: int = 64                # [2, 1e6]: images of a step, over all ranks
@@ -145,6 +150,18 @@ NAMED = {  # (size, recipe): beside the size's own
         IMAGENET, recipe="released", n_registers=0, key_bias=True, norm_eps=1e-6, rope_rescale=1.0, blur_global_1=0.0,
         blur_global_2=0.9, blur_local=0.5, lr_end=1e-6 / IMAGENET.lr_factor, save_every=3750, keep=3,
     ),
+    # One GPU of 24 GB and a folder of photos: ImageNet's recipe at a batch that fits, K by `suited_prototypes`; not run
+    # s saves 139 MB an image for the backward pass, measured on a CPU in bf16: 18 GB; b is about twice that
+    # planned: 123 and 464 GFLOP an image by hand; at 21 TFLOP/s, 30 % of what an RTX 3090 multiplies, 21 h and 39 h
+    # differs: no recipe is published for so small a batch
+    ("s", "photos"): replace(
+        IMAGENET, size="s", recipe="photos", steps=100_000, batch=128, drop_path=0.0, lr_warmup=10_000,
+        teacher_temp_warmup=30_000, freeze_last_layer=1000,
+    ),
+    ("b", "photos"): replace(
+        IMAGENET, size="b", recipe="photos", steps=100_000, batch=64, drop_path=0.1, lr_warmup=10_000,
+        teacher_temp_warmup=30_000, freeze_last_layer=1000,
+    ),
 }
 
 RECIPES = {
@@ -174,8 +191,8 @@ RECIPES = {
 }
 WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
 FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
-        "log_every", "stop_after", "steps", "checkpointing", "accumulate",
-        "replicas", "compile")  # what a resumed run may change; data must be equal
+        "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
+        "compile")  # what a resumed run may change; data must be equal
 
 
 def configure(argv, starts=True):
@@ -188,11 +205,14 @@ def configure(argv, starts=True):
     given = values
     if values.get("init"):
         values = say_init(values["init"]) | values
-    size = values.get("size", "tiny")
+    size = values.get("size") or size_for(values.get("recipe"))
     recipe = find_recipe(size, values.get("recipe", ""))
     if not values.get("out") and resumes(given, f"runs/{size}"):
         return resumed_config(given, f"runs/{size}")
     c = command_line.apply(recipe, values)
+    if c.recipe == "photos":
+        K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed)), c.batch)
+        c = replace(c, **{name: K for name in ("dino_prototypes", "ibot_prototypes") if name not in values})
     shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
     c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
     check(c)
@@ -208,9 +228,24 @@ def find_recipe(size, name):
     if size not in RECIPES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(RECIPES)}")
     if name and (size, name) not in NAMED:
-        there = " ".join(f"--size {size} --recipe {name}" for size, name in NAMED)
+        there = ", or ".join(f"--size {size} --recipe {name}" for size, name in NAMED)
         raise ValueError(f"--size {size} has no recipe {name!r}; leave it out, or write {there}")
     return NAMED[size, name] if name else RECIPES[size]
+
+
+def size_for(recipe):
+    """The size that is meant where none is named: the first that has the recipe, or tiny."""
+    return next((size for size, name in NAMED if name == recipe), "tiny")
+
+
+def suited_prototypes(n_images, batch):
+    """
+    K for a set of images, a power of two from 256 to 65,536.
+
+    At least 16 images for each prototype, as `tiny` has (4,096 and 256) and ImageNet-1k (20: 1.28 M and 65,536); and at
+    most 32 prototypes for each global crop of a step, as 7b has: above it Sinkhorn-Knopp's targets are nearly uniform.
+    """
+    return 2 ** int(min(16, max(8, math.log2(min(n_images / 16, 32 * 2 * batch)))))
 
 
 def resumes(values, out):
@@ -253,7 +288,8 @@ def resumed_config(values, out):
 def go_on(before, values, out, free=()):
     """The saved config with the command line's words. Raises ValueError if they would make it another run."""
     values = {name: text for name, text in values.items() if (name, text) != ("precision", "auto")}  # as it was settled
-    c = derive(replace(command_line.apply(replace(before, stop_after=0), values), out=str(out), resume=True))
+    fresh = replace(before, stop_after=0, profile=(0, 0))  # they count the steps of one run
+    c = derive(replace(command_line.apply(fresh, values), out=str(out), resume=True))
     changed = [name for name in values if name not in (*FREE, *free) and getattr(c, name) != getattr(before, name)]
     if changed:
         said, was = (", ".join(f"--{name} {getattr(each, name)}" for name in changed) for each in (c, before))
@@ -296,6 +332,7 @@ def check(c):
     if c.stage != "pretrain":
         raise ValueError(f"--stage {c.stage} is not known; there is: pretrain")
     ops.use_kernels(c.kernels)
+    check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
     if c.checkpointing not in ops.RECOMPUTED:
@@ -510,7 +547,7 @@ def effective_rank(x):
 
 def print_plan(c, ranks, source, student):
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
-    where = ranks.device.type + (f" x {ranks.count}" if ranks.count > 1 else "") + f", {ops.describe(ranks.device)}"
+    where = f"{ranks}, {ops.describe(ranks.device)}"
     side = c.global_size // c.patch_size
     name = f"{c.size} {c.recipe}".strip()
     print(f"{name}, {c.stage}: backbone {n['backbone']:,} parameters, heads {n['dino_head'] + n['ibot_head']:,}; "
@@ -556,7 +593,7 @@ def train(c, ranks, interrupt):
     stream = loader(batches, range(start * K, c.steps * K), count_workers(c.workers),
                     pin_memory=ranks.device.type == "cuda")
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
-    progress = Progress(c, ranks, start, c.steps)
+    progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
     for step in range(start, c.steps + 1):
@@ -565,6 +602,7 @@ def train(c, ranks, interrupt):
         if step > start and (leave or step % c.save_every == 0):
             verdicts.settle()
             save_checkpoint(c, ranks, step, student, teacher, optimizer)
+        trace(leave)
         if leave:
             break
 
@@ -661,8 +699,8 @@ def report(c, ranks, step, unreadable):
 def main(argv):
     if "--help" in argv or "-h" in argv:
         size, name = (argv[argv.index(option) + 1] if option in argv[:-1] else default
-                      for option, default in (("--size", "tiny"), ("--recipe", "")))
-        print(__doc__.strip(), command_line.describe(find_recipe(size, name)),
+                      for option, default in (("--size", ""), ("--recipe", "")))
+        print(__doc__.strip(), command_line.describe(find_recipe(size or size_for(name), name)),
               "  --plan               print what a step needs and costs, and start nothing\n"
               + command_line.describe(plan.Plan()), sep="\n\n")
         return

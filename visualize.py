@@ -7,6 +7,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py attention dog.jpg --weights runs/s --out heads.png        photo, mean, head 0, 1, ... by row
     python visualize.py outliers dog.jpg --weights runs/s --out norms.png     by block: norms of patches, of channels
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
+    python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
 
     patch_features       images of any size -> maps of patches
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
@@ -36,10 +37,11 @@ import shapes
 from data import EXTENSIONS, read_image, resize
 from engine import config as command_line
 from engine.attention import attention_row
+from engine.curves import draw, find_runs
 from engine.explore import HEAT, page
 from weights import load_backbone
 
-MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png")  # and what OUT ends in
+MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -243,18 +245,19 @@ def sheet(groups):
 
 
 def configure(argv):
-    """The command line -> mode, images' names, config, layers, point. What is wrong there is said before any work."""
+    """The command line -> mode, its images or runs, config, layers, point. What is wrong is said before any work."""
     values, words = command_line.read_words(argv, command_line.types(VisualizeConfig()))
     c, (mode, *words) = command_line.apply(VisualizeConfig(), values), words or [""]
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
-    if not c.weights or Path(c.out).suffix != MODES[mode]:
+    if not (c.weights or mode == "curves") or Path(c.out).suffix != MODES[mode]:
         raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a {MODES[mode]}")
     command_line.writable(c.out, folder=False)
     layers = c.layers.split(",") if c.layers else []
     if not all(layer.isdecimal() for layer in layers) or mode == "attention" and len(layers) > 1:
         raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; for attention only one")
-    return mode, find_images(words), c, [int(layer) for layer in layers] or None, c.point if "point" in values else None
+    words = find_runs(words) if mode == "curves" else find_images(words)
+    return mode, words, c, [int(layer) for layer in layers] or None, c.point if "point" in values else None
 
 
 def main(argv):
@@ -262,6 +265,10 @@ def main(argv):
         print(__doc__.strip(), command_line.describe(VisualizeConfig()), sep="\n\n")
         return
     mode, names, c, layers, point = configure(argv)
+    if mode == "curves":
+        Path(c.out).parent.mkdir(parents=True, exist_ok=True)
+        print(f"wrote {c.out}: {len(names)} run{'s' * (len(names) > 1)}, {draw(names, c.out)} panels")
+        return
     vit = load_backbone(c.weights, c.size or None).to(command_line.choose_device("auto"))
     photos, names = load_photos(names, c.resolution, vit.config.patch_size)
     if mode == "attention":

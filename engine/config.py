@@ -162,7 +162,7 @@ def run(main):
     except (ValueError, OSError) as error:
         if not on_purpose(error):
             raise
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if rank != "0":  # the first finds the same mistake, and says it: to leave before it would end it, unheard
             time.sleep(PATIENCE)
         where = f"rank {rank}: " if rank != "0" else ""  # still here: it is a mistake of this machine alone

@@ -180,6 +180,9 @@ class Peers:
         if self.ranks.group is None:
             return
         if error is None:
+            others = [f"done {rank}" for rank in range(1, self.ranks.count)]
+            while self.ranks.main and not self.store.check(others):  # where srun starts the ranks, 0 has the store
+                time.sleep(self.EVERY / 5)
             self.over.set()
             self.thread.join()  # Python may not end while it asks the store
             self.store.set(f"done {self.ranks.rank}", "")
@@ -209,7 +212,10 @@ class Peers:
     def await_reason(self):
         end = time.monotonic() + self.GRACE
         while time.monotonic() < end:
-            if self.store.check(["reason"]):
+            try:
+                if self.store.check(["reason"]):
+                    self.leave()
+            except RuntimeError:  # the rank that had the store has said why, and is gone
                 self.leave()
             time.sleep(self.EVERY / 5)
 

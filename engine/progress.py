@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import last_good, replace_text
+from engine.loggers import Loggers
 from weights import commit
 
 SHOWN = "loss", "dino_global", "dino_local", "ibot", "koleo"  # beside the step, in a line for people
@@ -48,6 +49,7 @@ class Progress:
         self.terminal = ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.clock, self.logged, self.waited = time.perf_counter(), start, 0.0
+        self.loggers = Loggers(c)
 
     def next(self, stream):
         """The next of the batches; what it takes counts as waiting for them."""
@@ -70,7 +72,7 @@ class Progress:
         self.clock, self.logged, self.waited = time.perf_counter(), step + 1, 0.0
 
     def log(self, out, row):
-        """A row of OUT/metrics.jsonl. Raises ValueError if the disk is full."""
+        """A row of OUT/metrics.jsonl, and of what --log names. Raises ValueError if the disk is full."""
         path = Path(out, "metrics.jsonl")
         try:
             with open(path, "a") as file:
@@ -78,6 +80,7 @@ class Progress:
                            + "\n")
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; {last_good(out)}") from error
+        self.loggers.write(out, row)
         shown = " ".join(f"{k} {row[k]:.3f}" for k in SHOWN if k in row) + f" {row['images_per_s']:.0f} img/s"
         if self.terminal:
             self.bar.set_postfix_str(shown)

@@ -1,7 +1,8 @@
 """
-Where a process stands among the others that torchrun started, its device, and what this machine has.
+Where a process stands among the others that torchrun or srun started, its device, and what this machine has.
 
     start_ranks        --device -> Ranks, with a process group if there are several
+    read_slurm         what srun says, in torchrun's words
     Ranks.mean         of a tensor;  Ranks.together  what all do, or fail at, with files
     exchange, leading  what ranks tell each other; rank 0's part, after which, well or not, the others may leave
     add_up, linked     tensors, over the ranks; the ranks with the fastest way for them
@@ -10,6 +11,7 @@ Where a process stands among the others that torchrun started, its device, and w
 """
 
 import os
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ PATIENCE = timedelta(hours=2)  # of those who wait while one rank writes or read
 
 @dataclass
 class Ranks:
-    """Where this process stands; without torchrun there is one, and no process group."""
+    """Where this process stands; without torchrun or srun there is one, and no process group."""
     rank: int = 0
     count: int = 1             # S
     device: torch.device = torch.device("cpu")
@@ -36,6 +38,11 @@ class Ranks:
     @property
     def main(self):
         return self.rank == 0
+
+    def __str__(self):
+        nodes = os.environ.get("GROUP_WORLD_SIZE", 1)  # torchrun has one group, its agent's, on each node
+        return self.device.type + (f", {self.count} ranks on {nodes} node{'s' * (str(nodes) != '1')}"
+                                   if self.count > 1 else "")
 
     def mean(self, x):
         """Of all ranks' x; the same on each."""
@@ -72,17 +79,48 @@ def start_ranks(device, talk=False):
           wait for another for days
     """
     kind = command_line.choose_device(device).type
+    os.environ.update(read_slurm(os.environ))
     if "RANK" not in os.environ:
         return Ranks(device=torch.device(kind))
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing edits them
     local, place, nccl = int(os.environ["LOCAL_RANK"]), torch.device(kind), kind == "cuda" and not talk
-    if kind == "cuda":
-        place = torch.device(kind, local % torch.cuda.device_count() if talk else local)
+    if kind == "cuda":  # a task of SLURM may see its own GPU alone
+        share = talk or "SLURM_STEP_ID" in os.environ
+        place = torch.device(kind, local % torch.cuda.device_count() if share else local)
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if nccl else "gloo", device_id=place if nccl else None)
     talking = dist.new_group(backend="gloo", timeout=timedelta(days=30) if talk else PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), place, talking if talk else dist.group.WORLD, talking)
+
+
+def read_slurm(env):
+    """
+    torchrun's variables, of one of several tasks that srun started; none otherwise, or if torchrun has set its own.
+
+    env      os.environ. SLURM_NTASKS alone does not tell: a batch script has it too, and is one process
+    raises   ValueError if the ranks of a node are not consecutive
+    """
+    count = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in env or count == 1:
+        return {}
+    here = [int(task) for task in env["SLURM_GTIDS"].split(",")]  # of this node
+    if here != list(range(here[0], here[0] + len(here))):
+        raise ValueError(f"srun: tasks {env['SLURM_GTIDS']} share a node; give it --distribution=block, so that "
+                         "neighbours do")
+    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+    return dict(
+        RANK=env["SLURM_PROCID"], WORLD_SIZE=str(count), GROUP_WORLD_SIZE=env["SLURM_STEP_NUM_NODES"],
+        LOCAL_RANK=env["SLURM_LOCALID"], LOCAL_WORLD_SIZE=str(len(here)),
+        MASTER_ADDR=env.get("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"])),
+        MASTER_PORT=env.get("MASTER_PORT", str(20_000 + (job + step) % 10_000)),  # below the ports that a system gives
+    )
+
+
+def first_host(names):
+    """n[003-006,9],m1 -> n003"""
+    first = re.match(r"(\[[^]]*\]|[^,[])*", names)[0]
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)
 
 
 def exchange(ranks, collective, *args):

@@ -22,7 +22,8 @@ RELEASED = dict(  # ViT-L on ImageNet-1k, as the released code trains it
     student_temp=0.1, beta1=0.9, beta2=0.999, clip=3.0, layer_decay=0.9, patch_embed_lr=0.2, freeze_last_layer=1250,
     local_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, save_every=3750, keep=3, keep_every=0)
 OWN = {"lr_end", "out", "data", "init", "resume", "stage", "n_shapes", "seed", "device", "kernels", "precision",
-       "workers", "log_every", "stop_after", "checkpointing", "mean", "std"}  # of the run; lr_end is below
+       "workers", "log_every", "log", "profile", "stop_after", "checkpointing", "mean",
+       "std"}  # of the run; lr_end is below
 
 
 def test_released_vit_l_field_by_field(tmp_path):
@@ -76,3 +77,26 @@ def test_layouts_that_cannot_say_it_refuse(tmp_path, layout, name, own):
     assert not list(tmp_path.iterdir())
     save_backbone(vit, tmp_path / "nano.safetensors", "nano")
     assert load_backbone(tmp_path / "nano.safetensors").config == vit.config
+
+
+@pytest.mark.parametrize("n_images, batch, K", [
+    (4096, 32, 256), (1_281_167, 2048, 65_536),           # tiny; ImageNet-1k
+    (20, 128, 256), (50_000, 128, 2048), (10**6, 128, 8192), (10**6, 64, 4096), (10**9, 10**5, 65_536),
+])
+def test_prototypes_by_the_number_of_images(n_images, batch, K):
+    assert train.suited_prototypes(n_images, batch) == K
+    assert (train.RECIPES["tiny"].dino_prototypes, train.RECIPES["l"].dino_prototypes) == (256, 65_536)
+
+
+def test_photos_is_for_one_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_source", lambda *args: range(50_000))
+    words = ["--recipe", "photos", "--out", str(tmp_path)]
+    c, b = train.configure(words), train.configure([*words, "--size", "b", "--ibot_prototypes", "512", "--steps", "50"])
+    assert (c.size, c.recipe, c.batch, c.dino_prototypes, c.ibot_prototypes) == ("s", "photos", 128, 2048, 2048)
+    assert (b.size, b.batch, b.dino_prototypes, b.ibot_prototypes, b.lr_warmup) == ("b", 64, 2048, 512, 5)
+    assert train.configure(["--recipe", "released", "--out", str(tmp_path)]).size == "l"
+    for named in (each for (_, name), each in train.NAMED.items() if name == "photos"):
+        shares = [getattr(named, name) / named.steps for name in train.WARMUPS]
+        assert shares == [getattr(train.IMAGENET, name) / train.IMAGENET.steps for name in train.WARMUPS]
+    train.main(["--help", "--recipe", "photos"])
+    assert "--batch              128 " in capsys.readouterr().out
