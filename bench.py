@@ -8,7 +8,7 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py loss         the same with the cross-entropy and its gradient
     python bench.py attention    RoPE and attention: ours beside what is written elsewhere, and the errors of both
     python bench.py evaluate     frozen features of a folder of photos beside the network alone: images per second
-    python bench.py steps        training steps of tiny and ViT-S, kernels off and auto
+    python bench.py steps        training steps of tiny and ViT-S: kernels off and auto, checkpointing, compiled
 
 sinkhorn, loss, attention and steps run once for each level of the CPU kernels that this processor has, or at the one
 that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, one call each, in this order
@@ -125,13 +125,16 @@ def of_ops(name):
 def steps(machine, report, compiled):
     for size, argv, rounds in ("tiny", ["--batch", "32"], 5), ("s", ["--batch", "4"], 3):
         step = trials.Step(machine, ["--size", size, "--precision", "fp32", *argv])
-        ways = {choice: partial(with_kernels, choice, step) for choice in ("off", "auto")}
+        ways = {f"kernels {choice}": partial(with_kernels, choice, step) for choice in ("off", "auto")}
+        ways |= {f"checkpointing {how}": partial(step.recomputing, how) for how in ("selective", "full")}
+        if compiled:
+            ways["compiled"] = step.compiled
         times = medians(machine, ways, rounds=rounds)
-        for choice, t in times.items():
-            slower = choice == "auto" and t.seconds > times["off"].seconds
-            report.add("training steps", size=size, images=step.c.batch, kernels=choice, ms=t.seconds * 1e3,
-                       spread=t.spread, base_over_this=times["off"].seconds / t.seconds,
-                       **dict(flag="SLOWER than without kernels") if slower else {})
+        base = times["kernels off"].seconds
+        for name, t in times.items():
+            slower = name == "kernels auto" and t.seconds > base
+            report.add("training steps", size=size, images=step.c.batch, way=name, ms=t.seconds * 1e3, spread=t.spread,
+                       base_over_this=base / t.seconds, **dict(flag="SLOWER than without kernels") if slower else {})
 
 
 ON_CPU = dict(forward=forward, data=data, evaluate=evaluate, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),

@@ -99,7 +99,7 @@ class Step:
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # as two would start; sooner ready
         self.optimizer = torch.optim.AdamW(parameter_groups(c, self.student), betas=(c.beta1, c.beta2), fused=True)
         self.weights, self.verdicts = term_weights(c), Verdicts(self.ranks, Interrupt(), self.source.name)
-        self.waiting = self.prepared()
+        self.made, self.waiting = [], self.prepared()
         self.batch = self.moved()
 
     def prepared(self):
@@ -114,6 +114,25 @@ class Step:
         torch.compiler.reset()  # its caches hold few shapes
         for block in [*self.student["backbone"].blocks, *self.teacher["backbone"].blocks]:
             machine.compile_module(block)
+
+    def recomputing(self, how):
+        """A step with --checkpointing how"""
+        self.student["backbone"].checkpointing = how
+        self()
+        self.student["backbone"].checkpointing = self.c.checkpointing
+
+    def compiled(self):
+        """A step with its blocks as torch.compile makes them; the others stay as they are."""
+        blocks = [*self.student["backbone"].blocks, *self.teacher["backbone"].blocks]
+        if not self.made:
+            for block in blocks:
+                block.compile()
+            self.made = [block._compiled_call_impl for block in blocks]
+        for block, made in zip(blocks, self.made, strict=True):
+            block._compiled_call_impl = made
+        self()
+        for block in blocks:
+            block._compiled_call_impl = None
 
     def moved(self):
         return on_device(self.c, self.ranks, dict(self.waiting), {})
