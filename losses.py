@@ -63,6 +63,7 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
 
     logits       n K, any float dtype; n may differ between ranks, and be 0
     temperature  of the teacher, 0.04 to 0.07
+    n_iterations 0 = the softmax alone
     returns      n K float32, rows sum to 1
 
     paper:       DINOv3 §3.2; SwAV for the algorithm
@@ -84,6 +85,8 @@ def assignments(logits, temperature, n_iterations=3, group=None):
     log_u = None
     for _ in range(n_iterations):
         log_u = -all_logsumexp(ops.sinkhorn_pass(logits, temperature, log_u), group, log_u)
+    if log_u is None:
+        log_u = torch.zeros(logits.shape[-1], device=logits.device)
     return Assignments(logits.detach(), log_u, temperature)
 
 

@@ -36,6 +36,7 @@ from engine import config as command_line
 from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
+from engine.meters import health
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
 from losses import assignments, dino_losses, ibot_loss, koleo_loss
@@ -97,6 +98,7 @@ class TrainConfig(CropConfig):
     teacher_temp_start: float = 0.04  # [0.001, 10]: linear from here
     teacher_temp_warmup: int = 300  # [0, 1e7]: steps
     student_temp: float = 0.1      # [0.001, 10]: of all cross-entropies
+    sinkhorn_iterations: int = 3   # [0, 100]: that balance the targets; 0 = softmax, and nothing keeps them apart
     beta1: float = 0.9             # [0, 1): AdamW
     beta2: float = 0.999           # [0, 1): the same
     clip: float = 3.0              # [0, inf): largest gradient norm, of backbone and heads separately; 0 = off
@@ -399,18 +401,18 @@ def update_ema(teacher, student, momentum):
 # Objective
 
 
-def teacher_targets(teacher, batch, temperature, group):
+def teacher_targets(teacher, batch, temperature, group, n_iterations=3):
     """Assignments of the two global crops, unmasked:  dino  G B K,  ibot  M K.    paper: §3.2"""
     features = teacher["backbone"](batch["global_crops"])
     dino = teacher["dino_head"](features.cls)                                            # (G B) K
     ibot = teacher["ibot_head"](features.patches.flatten(0, 1).index_select(0, batch["masked"]))  # M K
-    dino = assignments(dino, temperature, group=group).unflatten(0, (2, -1))             # G B K
-    return dict(dino=dino, ibot=assignments(ibot, temperature, group=group))
+    dino, ibot = (assignments(x, temperature, n_iterations=n_iterations, group=group) for x in (dino, ibot))
+    return dict(dino=dino.unflatten(0, (2, -1)), ibot=ibot)                              # G B K,  M K
 
 
 def loss_terms(c, student, batch, targets, noise, group):
     """
-    The unweighted terms of eq. 1, 0-dim float32 each, and the class tokens of the global crops.
+    The unweighted terms of eq. 1, 0-dim float32 each, and the features of the global crops.
 
     dino_global  a global crop predicts the other one    dino_local  every local crop predicts both
     """
@@ -431,7 +433,7 @@ def loss_terms(c, student, batch, targets, noise, group):
     )
     if c.n_local:
         terms["dino_local"] = dino_local
-    return terms, cls.detach()
+    return terms, g
 
 
 def term_weights(c):
@@ -439,30 +441,6 @@ def term_weights(c):
     pairs = 2 + 2 * c.n_local
     return dict(dino_global=2 / pairs, dino_local=2 * c.n_local / pairs * c.local_weight, ibot=c.ibot_weight,
                 koleo=c.koleo_weight)
-
-
-@torch.no_grad()
-def health(c, targets, cls):
-    """
-    Meters that tell a healthy run from a collapsed one; shares in [0, 1] but for cls_rank.
-
-    dino_entropy     of the targets, over ln K: 1 = uniform, 0 = one prototype each
-    prototypes_used  that are some image's first choice, of the most that this batch can use
-    cls_rank         effective rank of the class tokens: exp of the entropy of their spectrum (RankMe)
-    """
-    dino = targets["dino"].written().flatten(0, 1)
-    entropy = -(dino * (dino + 1e-30).log()).sum(-1).mean() / math.log(c.dino_prototypes)
-    used = len(dino.argmax(-1).unique()) / min(dino.shape)
-    return dict(dino_entropy=entropy.item(), prototypes_used=used, cls_rank=effective_rank(cls.flatten(0, 1)).item())
-
-
-def effective_rank(x):
-    """exp of the entropy of the singular values, by way of the eigenvalues of the smaller Gram matrix.    x  n D"""
-    x = x.cpu().double()
-    gram = x @ x.mT if len(x) < x.shape[1] else x.mT @ x
-    spectrum = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = spectrum / spectrum.sum().clamp(min=1e-12)
-    return (-(p * (p + 1e-12).log()).sum()).exp()
 
 # --------------------------------------------------------------------------------
 # Reports
@@ -530,8 +508,8 @@ def train(c, ranks, interrupt):
         # forward: the teacher sees the global crops whole and leaves no graph
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
             with torch.no_grad():
-                targets = teacher_targets(teacher, batch, teacher_temp[step], ranks.group)
-            terms, cls = loss_terms(c, student, batch, targets, batch["noise"], ranks.group)
+                targets = teacher_targets(teacher, batch, teacher_temp[step], ranks.group, c.sinkhorn_iterations)
+            terms, features = loss_terms(c, student, batch, targets, batch["noise"], ranks.group)
         loss = sum(weights[name] * term for name, term in terms.items())
 
         # backward and update, unless a number is not finite; the teacher follows the student's new weights
@@ -548,7 +526,8 @@ def train(c, ranks, interrupt):
         progress.bar.update()
         if step % c.log_every == 0 or step == c.steps - 1:
             verdicts.settle()
-            row = {name: x.item() for name, x in means.items()} | health(c, targets, cls) | progress.speed(step)
+            row = {name: x.item() for name, x in means.items()} | health(c, targets, features, batch["masks"])
+            row |= progress.speed(step)
             if ranks.main:
                 progress.log(c.out, dict(step=step, **row, lr=lr[step], skipped=verdicts.skipped,
                                          unreadable=len(unreadable)))
