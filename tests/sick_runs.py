@@ -11,10 +11,13 @@ What each must be called stands here, and was written before it ran.
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -35,10 +38,12 @@ RUNS = {  # name: the word that is right, and how the run differs from BASE
     "teacher temperature 1": ("uniform", "--teacher_temp 1 --teacher_temp_start 1"),
     "lr x30": ("diverging", "--lr 0.03"),
     "starved loader": ("starved", "--steps 80"),
-    "decaying patches": ("decaying", "--mask_share 0.9 --mask_ratio 0.9,0.95"),
+    "decaying patches": ("decaying", ""),
     **{f"well {i}": ("healthy", "") for i in range(1, 6)},
 }
-SLOW = 0.03  # seconds for an image of the starved run
+SLOW = 0.02  # seconds for an image of the starved run
+STEPS = count()  # that the decaying run has done
+WELL, DRIFT = 60, 3.0  # of the decaying run: steps before it begins, and how much it weighs beside iBOT
 
 
 def slow(source, i, load=data.Shapes.load):
@@ -46,11 +51,30 @@ def slow(source, i, load=data.Shapes.load):
     return load(source, i)
 
 
+def drifting(c, student, batch, *rest, terms=train.loss_terms):
+    """
+    From step WELL on patches are drawn to their class token, as DINOv3 §4 reports of long trainings: a fault that is
+    planted, for no option was found that does it to patches so small in so few steps.
+    """
+    found, features = terms(c, student, batch, *rest)
+    if next(STEPS) >= WELL:
+        away = 1 - F.cosine_similarity(features.patches, features.cls.detach()[:, None], dim=-1).mean()
+        found["ibot"] = found["ibot"] + DRIFT * away
+    return found, features
+
+
+FAULTS = {  # name: what is patched, and with what
+    "starved loader": (data.Shapes, "load", slow),
+    "decaying patches": (train, "loss_terms", drifting),
+}
+
+
 def verdict(name, seed, out):
     """The word for one run, and the numbers it rests on."""
     words = [*BASE, "--out", str(out), "--seed", str(seed), *RUNS[name][1].split()]
-    load = slow if name == "starved loader" else data.Shapes.load
-    with patch.object(train, "save_checkpoint", lambda *args: None), patch.object(data.Shapes, "load", load):
+    with ExitStack() as stack:
+        for fault in ((train, "save_checkpoint", lambda *args: None), *([FAULTS[name]] if name in FAULTS else [])):
+            stack.enter_context(patch.object(*fault))
         train.main(words)
     numbers = health.measure(*health.read_run(out))
     return health.judge(numbers).word, numbers
