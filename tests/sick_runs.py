@@ -81,11 +81,12 @@ def verdict(name, seed, out):
 
 
 def main(argv):
-    first = int(argv.pop(argv.index("--first") + 1)) if "--first" in argv else 0
-    out, *names = [word for word in argv if word != "--first"]
+    first = int(argv.pop(argv.index("--first") + 1)) if "--first" in argv[:-1] else 0
+    out, *names = [word for word in argv if word != "--first"] or [""]
     unknown = set(names) - set(RUNS)
-    if unknown:
-        raise ValueError(f"sick_runs: {sorted(unknown)} are not known; choose of {list(RUNS)}")
+    if unknown or not out:
+        print(f"sick_runs: write OUT [NAME...], of {list(RUNS)}; not known: {sorted(unknown)}", file=sys.stderr)
+        return 2
     table, found = [], Counter()
     for seed, name in enumerate(RUNS, first):
         if names and name not in names:

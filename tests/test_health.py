@@ -49,6 +49,14 @@ RECORDED = {
         150 4.131 1.885 0.968 1.000 14.0 0.658 0.527
         155 4.138 1.939 0.971 1.000 14.4 0.614 0.474
         159 4.172 1.888 0.968 1.000 13.8 0.691 0.562""",
+    "decaying": """
+        0 4.604 2.246 0.702 1.000 33.8 0.642 0.573
+        30 4.019 1.788 0.769 1.000 28.5 0.796 0.769
+        65 4.032 2.232 0.809 1.000 27.8 0.859 0.826
+        95 4.061 1.765 0.813 0.999 20.0 0.967 0.962
+        150 3.972 1.632 0.817 0.999 21.1 0.964 0.957
+        155 3.954 1.665 0.825 1.000 20.3 0.967 0.963
+        159 3.862 1.637 0.785 1.000 20.2 0.968 0.961""",
     "uniform": """
         0 4.911 2.420 0.999 1.000 33.8 0.642 0.573
         30 4.190 2.084 1.000 1.000 39.1 0.783 0.755
@@ -115,6 +123,12 @@ def test_while_the_learning_rate_rises_only_what_is_certain_is_said():
         assert judge(WELL | dict(warming=True) | certain).word == word
 
 
+def test_patches_that_lose_more_than_class_tokens_do_decay_and_what_loses_both_has_collapsed():
+    for rank, spread, word in ((0.5, 0.39, "decaying"), (0.5, 0.41, "collapsed"), (0.31, 0.1, "decaying"),
+                               (0.29, 0.1, "collapsed"), (0.5, math.nan, "collapsed")):
+        assert judge(WELL | dict(rank=rank, spread=spread)).word == word
+
+
 def test_who_is_sick_is_not_called_starved_and_meters_that_are_missing_accuse_nobody():
     assert judge(WELL | dict(waiting=0.9, spread=0.1)).word == "decaying"
     missing = WELL | dict.fromkeys(health.METERS, math.nan)
@@ -162,7 +176,7 @@ def test_what_the_command_says(tmp_path, capsys):
     health.main([write(tmp_path, recorded("diverging"))])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[0] == "diverging" and "step 159" in lines[0]
-    assert any("0.449  rank of the class tokens" in line and "usual: 0.9" in line for line in lines)
+    assert any("0.449  rank of the class tokens" in line and "usual: 0.95" in line for line in lines)
     assert lines[-2].startswith("try: a third of the learning rate")
     told = json.loads(lines[-1])
     assert (told["verdict"], told["step"], told["rank"]) == ("diverging", 159, 0.4487)
@@ -233,7 +247,7 @@ def test_exit_code_is_2_and_no_traceback(tmp_path):
 
 
 def test_the_runs_that_must_fail_are_eleven_and_each_can_be_begun(tmp_path):
-    """tests/sick_runs.py itself trains for ten minutes; here each run takes a step."""
+    """tests/sick_runs.py itself trains for ten minutes; here each run's options are read."""
     import sick_runs
     assert len(sick_runs.RUNS) == 11 and [word for word, _ in sick_runs.RUNS.values()].count("healthy") == 5
     assert {word for word, _ in sick_runs.RUNS.values()} <= {sign.word for sign in health.SIGNS}
