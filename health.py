@@ -120,7 +120,7 @@ def read_row(where, line):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is cut short, or no JSON; delete it, or let --resume do so") from error
     step = row.get("step") if isinstance(row, dict) else None
-    if type(step) is not int or step < 0:
+    if type(step) is not int or not 0 <= step < 1e15:
         raise ValueError(f"{where} is no row of a run: an object with a step, a whole number, belongs there")
     wrong = [name for name in READ if name in row and not is_number(row[name])]
     if wrong:
@@ -129,7 +129,8 @@ def read_row(where, line):
 
 
 def is_number(value):
-    return type(value) in (int, float)
+    """Also one that is infinite, or none; an int that no float can hold is not."""
+    return type(value) is float or type(value) is int and abs(value) < 1e15
 
 # --------------------------------------------------------------------------------
 # What that says
@@ -142,10 +143,10 @@ READ = ("dino_global", "ibot", "dino_entropy", "dino_balance", "cls_rank", "patc
 def measure(config, rows):
     """The numbers of METERS, medians of the last quarter of the rows; nan where the run does not have them."""
     def course(name, rows=rows):
-        return [float(row.get(name, math.nan)) for row in rows]
+        return [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]  # runs of before have fewer
 
     def late(values):
-        return median(values[-max(FEWEST, len(values) // 4) :])
+        return median(values[-max(FEWEST, len(values) // 4) :]) if values else math.nan
 
     def of_best(values):
         """Late ones over the median of the best quarter."""
@@ -153,9 +154,11 @@ def measure(config, rows):
     step = rows[-1]["step"]
     settled = [row for row in rows if row["step"] >= config["lr_warmup"]]
     settled = settled if len(settled) >= FEWEST else rows
-    others, near = course("patch_others", settled), course("patch_neighbours", settled)
-    shared = [(a - b) / max(1 - b, 1e-6) for a, b in zip(near, others, strict=True)]
-    skipped, half = course("skipped"), len(rows) // 2
+    others = course("patch_others", settled)
+    shared = [(row["patch_neighbours"] - row["patch_others"]) / max(1 - row["patch_others"], 1e-6) for row in settled
+              if {"patch_neighbours", "patch_others"} <= row.keys()]
+    ranks, gradients = course("cls_rank"), course("grad_norm_backbone")
+    half = rows[len(rows) // 2]
     k, ibot = math.log(config["dino_prototypes"]), math.log(config["ibot_prototypes"]) * config["mask_share"]
     return dict(
         step=step,
@@ -164,12 +167,12 @@ def measure(config, rows):
         ibot=late(course("ibot")) / ibot if ibot else math.nan,
         entropy=late(course("dino_entropy")),
         balance=late(course("dino_balance")),
-        rank=late(course("cls_rank")) / max(rows[0].get("cls_rank", math.nan), 1e-6),
+        rank=late(ranks) / max(ranks[0], 1e-6) if ranks else math.nan,
         spread=of_best([1 - x for x in others]),
         locality=of_best(shared),
         patch_cls=late(course("patch_cls")),
-        gradient=late(course("grad_norm_backbone")) / max(median(course("grad_norm_backbone")), 1e-12),
-        skipped=max(skipped[-1] - skipped[half], 0) / (step - rows[half]["step"]),
+        gradient=late(gradients) / max(median(gradients), 1e-12) if gradients else math.nan,
+        skipped=max(rows[-1].get("skipped", math.nan) - half.get("skipped", math.nan), 0) / (step - half["step"]),
         waiting=late(course("waiting")),
     )
 

@@ -165,6 +165,20 @@ def test_warming_lasts_as_long_as_the_config_says_or_fifty_steps():
     assert [measure(CONFIG, [*rows[:2], rows[2] | dict(step=step)])["warming"] for step in (49, 50)] == [True, False]
 
 
+def test_rows_of_before_a_meter_was_written_do_not_count_for_it():
+    """A run that was resumed by a later version; and a number that is none."""
+    rows = recorded("healthy")
+    whole = measure(CONFIG, rows)
+    for row in rows[:4]:
+        del row["patch_others"]
+    rows[0] |= dict(cls_rank=math.nan, waiting=math.nan)
+    found = measure(CONFIG, rows)
+    assert found["rank"] == 32.9 / 28.0 and found["waiting"] == whole["waiting"]
+    assert found["spread"] == found["locality"] == 1  # the best of three rows is their median
+    del rows[-1]["skipped"]
+    assert math.isnan(measure(CONFIG, rows)["skipped"])
+
+
 def test_without_masks_there_is_no_ibot_to_judge():
     assert math.isnan(measure(CONFIG | dict(mask_share=0.0), recorded("healthy"))["ibot"])
 
@@ -217,6 +231,9 @@ WORDS = "dino_global ibot dino_entropy dino_balance cls_rank patch_neighbours pa
     (lambda d: write(d, recorded("healthy"), tail='{"loss": 3}\n'), "line 8 is no row of a run"),
     (lambda d: write(d, recorded("healthy"), tail='{"step": true}\n'), "line 8 is no row of a run"),
     (lambda d: write(d, recorded("healthy"), tail='{"step": 159}\n'), "line 8: step 159 comes after 159"),
+    (lambda d: write(d, recorded("healthy")[1:2] + recorded("healthy")), "line 2: step 0 comes after 30"),
+    (lambda d: write(d, recorded("healthy"), tail=f'{{"step": {10**15}}}\n'), "line 8 is no row of a run"),
+    (lambda d: write(d, recorded("healthy", skipped=10**400)), "line 1: skipped is 1000"),
     (lambda d: write(d, recorded("healthy", waiting="long")), "line 1: waiting is 'long', where a number belongs"),
     *[(lambda d, name=name: write(d, recorded("healthy", **{name: None})), f"line 1: {name} is None, where a number")
       for name in WORDS],
@@ -227,6 +244,10 @@ def test_what_is_no_run_is_one_line(tmp_path, break_it, says):
     with pytest.raises(ValueError, match=says) as error:
         read_run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_three_rows_are_enough(tmp_path):
+    assert len(read_run(write(tmp_path, recorded("healthy")[:3]))[1]) == 3
 
 
 @pytest.mark.parametrize("words", [[], ["a", "b"], ["--rnu"]])
