@@ -1,7 +1,7 @@
 """
 Trains runs that are made to fail, each in its own way, and well ones; asks health.py of each, and prints the table.
 
-    python tests/sick_runs.py OUT [NAME...]              two cores, 10 minutes; exit code 1 if fewer than nine of eleven
+    python tests/sick_runs.py OUT [NAME...]              10 to 15 minutes; exit code 1 if fewer than nine of eleven
                                                          are right, or a well run is called sick
     python tests/sick_runs.py OUT --first 100 [NAME...]  other seeds: those that health.py's thresholds were set on
 

@@ -268,7 +268,7 @@ def test_exit_code_is_2_and_no_traceback(tmp_path):
 
 
 def test_the_runs_that_must_fail_are_eleven_and_each_can_be_begun(tmp_path):
-    """tests/sick_runs.py itself trains for ten minutes; here each run's options are read."""
+    """tests/sick_runs.py itself trains for minutes; here each run's options are read."""
     import sick_runs
     assert len(sick_runs.RUNS) == 11 and [word for word, _ in sick_runs.RUNS.values()].count("healthy") == 5
     assert {word for word, _ in sick_runs.RUNS.values()} <= {sign.word for sign in health.SIGNS}
