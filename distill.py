@@ -34,6 +34,7 @@ from engine.cache import Cached, folder_of
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, save_checkpoint, saved
 from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
+from engine.meters import of_features
 from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
@@ -308,12 +309,12 @@ def head_terms(student, teacher, batch, noise):
     c, group, targets = student.c, student.ranks.group, {}
     for name, part in dict(dino="cls", ibot="patches").items():
         logits = teacher[f"{name}_head"].last_layer(batch[part])                             # rows K
-        targets[name] = assignments(logits, student.temp[student.step], group=group)
+        targets[name] = assignments(logits, student.temp[student.step], n_iterations=c.sinkhorn_iterations, group=group)
     targets["dino"] = targets["dino"].unflatten(0, (2, -1))                                  # G B K
     networks = dict(student.networks.items()) | dict(backbone=seen(student.networks["backbone"], c))
     unmasked = batch | dict(masks=None)  # as released: iBOT's patches are drawn, but the student sees them
-    terms, cls = train.loss_terms(c, networks, unmasked, targets, noise, group)
-    return terms, train.term_weights(c), partial(train.health, c, targets, cls)
+    terms, features = train.loss_terms(c, networks, unmasked, targets, noise, group)
+    return terms, train.term_weights(c), partial(train.health, c, targets, features)
 
 
 def feature_terms(student, teacher, batch, noise):
@@ -324,11 +325,7 @@ def feature_terms(student, teacher, batch, noise):
         x, target = student.networks[f"{name}_adapter"](x).float(), batch[name].float()      # rows D of the teacher
         terms |= {f"{name}_cosine": 1 - F.cosine_similarity(x, target, dim=-1).mean(),
                   f"{name}_l1": F.smooth_l1_loss(x, target)}
-    cls = features.cls.detach().float()
-
-    def health():  # the meter of train.health that needs no prototypes
-        return dict(cls_rank=train.effective_rank(cls).item())
-    return terms, dict.fromkeys(terms, 1.0), health
+    return terms, dict.fromkeys(terms, 1.0), partial(of_features, features)
 
 
 def autocast(c, batch):

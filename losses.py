@@ -63,6 +63,7 @@ def sinkhorn_knopp(logits, temperature, n_iterations=3, group=None):
 
     logits       n K, any float dtype; n may differ between ranks, and be 0
     temperature  of the teacher, 0.04 to 0.07
+    n_iterations 0 = the softmax alone
     returns      n K float32, rows sum to 1
 
     paper:       DINOv3 §3.2; SwAV for the algorithm
@@ -92,6 +93,8 @@ def balanced(parts, temperature, n_iterations=3, group=None):
             here = [ops.sinkhorn_pass(logits, temperature, log_u) for logits in parts]                # of K
             here = here[0] if len(here) == 1 else torch.stack(here).logsumexp(0)
             log_u = -all_logsumexp(here, group, log_u)
+    if log_u is None:
+        log_u = torch.zeros(parts[0].shape[-1], device=parts[0].device)
     return [Assignments(logits.detach(), log_u, temperature) for logits in parts]
 
 

@@ -39,6 +39,7 @@ from engine.checkpoint import begin_state, check_space, load_checkpoint, newest,
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
 from engine.loggers import check_loggers
+from engine.meters import health
 from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
@@ -106,6 +107,7 @@ class TrainConfig(CropConfig):
     teacher_temp_start: float = 0.04  # [0.001, 10]: linear from here
     teacher_temp_warmup: int = 300  # [0, 1e7]: steps
     student_temp: float = 0.1      # [0.001, 10]: of all cross-entropies
+    sinkhorn_iterations: int = 3   # [0, 100]: that balance the targets; 0 = softmax, and nothing keeps them apart
     beta1: float = 0.9             # [0, 1): AdamW
     beta2: float = 0.999           # [0, 1): the same
     clip: float = 3.0              # [0, inf): largest gradient norm, of backbone and heads separately; 0 = off
@@ -469,7 +471,7 @@ def update_ema(teacher, student, momentum):
 # Objective
 
 
-def teacher_targets(teacher, parts, temperature, group):
+def teacher_targets(teacher, parts, temperature, group, n_iterations=3):
     """
     Assignments of the two global crops, unmasked, balanced over all parts of the batch; for each part a dict of
 
@@ -480,13 +482,13 @@ def teacher_targets(teacher, parts, temperature, group):
         features = teacher["backbone"](batch["global_crops"])
         dino.append(teacher["dino_head"](features.cls))                                  # (G B) K
         ibot.append(teacher["ibot_head"](features.patches.flatten(0, 1).index_select(0, batch["masked"])))  # M K
-    dino, ibot = (balanced(logits, temperature, group=group) for logits in (dino, ibot))
+    dino, ibot = (balanced(logits, temperature, n_iterations=n_iterations, group=group) for logits in (dino, ibot))
     return [dict(dino=d.unflatten(0, (2, -1)), ibot=i) for d, i in zip(dino, ibot, strict=True)]
 
 
 def loss_terms(c, student, batch, targets, noise, group):
     """
-    The unweighted terms of eq. 1, 0-dim float32 each, and the class tokens of the global crops.
+    The unweighted terms of eq. 1, 0-dim float32 each, and the features of the global crops.
 
     dino_global  a global crop predicts the other one    dino_local  every local crop predicts both
     """
@@ -507,7 +509,7 @@ def loss_terms(c, student, batch, targets, noise, group):
     )
     if c.n_local:
         terms["dino_local"] = dino_local
-    return terms, cls.detach()
+    return terms, g
 
 
 def term_weights(c):
@@ -516,30 +518,6 @@ def term_weights(c):
     weights = dict(dino_global=2 / pairs, dino_local=2 * c.n_local / pairs * c.local_weight, ibot=c.ibot_weight,
                    koleo=c.koleo_weight)
     return {name: weight / c.accumulate for name, weight in weights.items()}
-
-
-@torch.no_grad()
-def health(c, targets, cls):
-    """
-    Meters that tell a healthy run from a collapsed one; shares in [0, 1] but for cls_rank.
-
-    dino_entropy     of the targets, over ln K: 1 = uniform, 0 = one prototype each
-    prototypes_used  that are some image's first choice, of the most that this batch can use
-    cls_rank         effective rank of the class tokens: exp of the entropy of their spectrum (RankMe)
-    """
-    dino = targets["dino"].written().flatten(0, 1)
-    entropy = -(dino * (dino + 1e-30).log()).sum(-1).mean() / math.log(c.dino_prototypes)
-    used = len(dino.argmax(-1).unique()) / min(dino.shape)
-    return dict(dino_entropy=entropy.item(), prototypes_used=used, cls_rank=effective_rank(cls.flatten(0, 1)).item())
-
-
-def effective_rank(x):
-    """exp of the entropy of the singular values, by way of the eigenvalues of the smaller Gram matrix.    x  n D"""
-    x = x.cpu().double()
-    gram = x @ x.mT if len(x) < x.shape[1] else x.mT @ x
-    spectrum = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = spectrum / spectrum.sum().clamp(min=1e-12)
-    return (-(p * (p + 1e-12).log()).sum()).exp()
 
 # --------------------------------------------------------------------------------
 # Reports
@@ -612,13 +590,13 @@ def train(c, ranks, interrupt):
 
         # the teacher sees the global crops whole and leaves no graph
         with autocast, torch.no_grad():
-            targets = teacher_targets(teacher, parts, teacher_temp[step], ranks.group)
+            targets = teacher_targets(teacher, parts, teacher_temp[step], ranks.group, c.sinkhorn_iterations)
 
         # forward and backward, part by part
         found = []
         for k, batch in enumerate(parts):
             with autocast:
-                terms, cls = loss_terms(c, student, batch, targets[k], batch["noise"], ranks.group)
+                terms, features = loss_terms(c, student, batch, targets[k], batch["noise"], ranks.group)
             loss = sum(weights[name] * term for name, term in terms.items())
             share_gradients(student, k == K - 1)
             loss.backward()
@@ -637,7 +615,8 @@ def train(c, ranks, interrupt):
         progress.bar.update()
         if step % c.log_every == 0 or step == c.steps - 1:
             verdicts.settle()
-            row = {name: x.item() for name, x in means.items()} | health(c, targets[-1], cls) | progress.speed(step)
+            row = {name: x.item() for name, x in means.items()} | health(c, targets[-1], features, batch["masks"])
+            row |= progress.speed(step)
             if ranks.main:
                 progress.log(c.out, dict(step=step, **row, lr=lr[step], skipped=verdicts.skipped,
                                          unreadable=len(unreadable)))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import ops
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 
 # --------------------------------------------------------------------------------
@@ -149,6 +150,18 @@ def test_sinkhorn_is_alternate_normalisation(n, K, n_iterations):
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours, sinkhorn_by_hand(x, 0.07, n_iterations), rtol=2e-5, atol=1e-8)  # measured: 3.2e-6
     np.testing.assert_allclose(ours.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_sinkhorn_without_iterations_is_the_softmax(kernels):
+    """That it is centred by nothing is what makes tests/sick_runs.py's first run collapse."""
+    x = torch.tensor(arrays(7, 33), dtype=torch.float32)
+    ops.use_kernels(kernels)
+    try:
+        ours = sinkhorn_knopp(x, 0.07, n_iterations=0)
+    finally:
+        ops.use_kernels("auto")
+    torch.testing.assert_close(ours, (x / 0.07).softmax(1), rtol=2e-6, atol=1e-9)
 
 
 def test_sinkhorn_balances_prototypes():

@@ -145,6 +145,15 @@ def test_workers_do_not_change_the_run(whole, tmp_path):
     assert [r["loss"] for r in run(tmp_path, "--workers", "2", "--steps", "6")] == [r["loss"] for r in rows(whole)]
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_targets_are_balanced_as_often_as_the_config_says(tmp_path, monkeypatch, n):
+    said, real = [], train.balanced
+    monkeypatch.setattr(train, "balanced", lambda *args, n_iterations, **kwargs: said.append(n_iterations) or real(
+        *args, n_iterations=n_iterations, **kwargs))
+    run(tmp_path, "--stop_after", "1", *(["--sinkhorn_iterations", "0"] if n == 0 else []))
+    assert said == [n, n]  # of class tokens, of patches
+
+
 def test_run_leaves_its_files(whole):
     config = json.loads((whole / "config.json").read_text())
     assert config["lr_scaled"] == pytest.approx(1e-3 * 4 * (8 / 1024) ** 0.5)
