@@ -159,6 +159,11 @@ def run(main):
     """
     try:
         main(sys.argv[1:])
+    except BrokenPipeError as error:
+        if error.filename or not closed(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at the end
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if not on_purpose(error):
             raise
@@ -170,6 +175,17 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def closed(stream):
+    """Whether who read it has left, as `| head` does."""
+    try:
+        stream.flush()
+        stream.write(" \n")
+        stream.flush()
+        return False
+    except BrokenPipeError:
+        return True
 
 
 def on_purpose(error):

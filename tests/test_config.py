@@ -332,3 +332,13 @@ def test_every_option_is_read():
         files = [run.__module__.replace(".", "/"), *(f"decoders/{name}" for name in task.decoders)]
         files += ["engine/features", "engine/heads"] + ["engine/classify"] * (task.wants == "tokens")
         assert not unread({option.name for option in task.all_options()} - {"decoder"}, files), task.name
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "from engine import config\n\n\ndef main(argv):\n    for i in range(100_000):\n        print(i)\n\n\n"
+        "config.run(main)\n")
+    words = ["bash", "-c", f"{sys.executable} program.py | head -1; echo ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert done.stdout == "0\n141\n" and not done.stderr
