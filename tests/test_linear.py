@@ -50,8 +50,9 @@ def test_sweep_is_sgd_by_hand(monkeypatch):
     monkeypatch.setattr(linear, "RATES", [0.5])
     x, y = problem(96, 2000, 4, 1.2)
     x = x / 40
-    start, found = ([value.double().numpy() for value in linear.sweep(
-        (x, y), (x, y), None, 4, replace(SHORT, iterations=n, linear_batch=96), CPU)[1]] for n in (0, 12))
+    heads = (linear.sweep((x, y), (x, y), None, 4, replace(SHORT, iterations=n, linear_batch=96), CPU)[1].linear
+             for n in (0, 12))
+    start, found = ([value.detach().double().numpy() for value in (head.weight.T, head.bias)] for head in heads)
     (W, b), truth, X, speed = start, np.eye(4)[y], x.double().numpy(), [0, 0]
     assert W.std() == pytest.approx(0.01, rel=0.03) and not b.any()
     for step in range(12):

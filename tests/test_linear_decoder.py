@@ -135,5 +135,5 @@ def test_a_tenth_of_the_channels_is_dropped_in_each_view_and_sixteen_views_are_a
 
 def test_the_head_starts_small():
     torch.manual_seed(0)
-    head = linear.LinearHead(4000, 10)
+    head = linear.Head(4000, 10)
     assert head.linear.weight.std().item() == pytest.approx(0.01, rel=0.02) and not head.linear.bias.any()

@@ -328,7 +328,7 @@ def test_shards_are_those_of_torch(monkeypatch, rows, ranks):
     x, found = torch.randn(rows, 2), []
     for rank in range(ranks):
         class Sharded(torch.Tensor):
-            device_mesh = SimpleNamespace(size=lambda: ranks, get_local_rank=lambda rank=rank: rank)
+            device_mesh = SimpleNamespace(ndim=1, size=lambda _: ranks, get_local_rank=lambda _, rank=rank: rank)
 
             def to_local(self, rank=rank):
                 return (*x.chunk(ranks), *[x[:0]] * ranks)[rank]
