@@ -87,7 +87,7 @@ def read_run(folder):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); of a distillation, name a student's folder: RUN/NAME"
                          ) from error
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+    for number, line in enumerate(lines[:-1], 1):  # after the last newline: nothing, or a row half written
         rows.append(read_row(f"{path}, line {number}", line))
         if len(rows) > 1 and rows[-1]["step"] <= rows[-2]["step"]:
             raise ValueError(f"{path}, line {number}: step {rows[-1]['step']} comes after {rows[-2]['step']}; each row "

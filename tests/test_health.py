@@ -225,7 +225,7 @@ WORDS = "dino_global ibot dino_entropy dino_balance cls_rank patch_neighbours pa
     (lambda d: (d / "metrics.jsonl").write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be read"),
     (lambda d: write(d, recorded("healthy")[:2]), "has 2 rows; 3 can be judged"),
     (lambda d: write(d, []), "has 0 rows; 3 can be judged"),
-    (lambda d: write(d, recorded("healthy"), tail='{"step": 200, "lo'), "line 8 is cut short, or no JSON"),
+    (lambda d: write(d, recorded("healthy"), tail='{"step": 200, "lo\n'), "line 8 is cut short, or no JSON"),
     (lambda d: write(d, recorded("healthy"), tail="\n"), "line 8 is cut short, or no JSON"),
     (lambda d: write(d, recorded("healthy"), tail="[3]\n"), "line 8 is no row of a run"),
     (lambda d: write(d, recorded("healthy"), tail='{"loss": 3}\n'), "line 8 is no row of a run"),
@@ -244,6 +244,11 @@ def test_what_is_no_run_is_one_line(tmp_path, break_it, says):
     with pytest.raises(ValueError, match=says) as error:
         read_run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_row_that_is_still_being_written_waits(tmp_path):
+    whole = read_run(write(tmp_path, recorded("healthy")))
+    assert read_run(write(tmp_path, recorded("healthy"), tail='{"step": 200, "lo')) == whole
 
 
 def test_three_rows_are_enough(tmp_path):
