@@ -105,7 +105,7 @@ RECIPES = {
 OWN = dict(convnext_b=dict(lr=1e-4, weight_decay=0.02), convnext_l=dict(lr=1e-4))  # of recipe convnext
 OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "mean", "std",
               "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
-FOREIGN = OF_TEACHER | {"accumulate", "replicas"}
+FOREIGN = OF_TEACHER | {"accumulate", "replicas", "moments"}
 OPTIONS = {name: kind for name, kind in command_line.types(DistillConfig()).items() if name not in FOREIGN}
 OBJECTIVE = ("dino_hidden", "dino_bottleneck", "dino_prototypes", "ibot_hidden", "ibot_bottleneck", "ibot_prototypes",
              "prototype_std", "student_temp", "local_weight", "ibot_weight", "koleo_weight", "rope_rescale")

@@ -35,6 +35,7 @@ from convnext import ConvNeXt, ConvNeXtConfig
 from data import Batches, CropConfig, colour_batch, loader, open_source
 from engine import config as command_line
 from engine import plan
+from engine.adam import AdamW16
 from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.layouts import size_of
@@ -110,6 +111,7 @@ class TrainConfig(CropConfig):
     sinkhorn_iterations: int = 3   # [0, 100]: that balance the targets; 0 = softmax, and nothing keeps them apart
     beta1: float = 0.9             # [0, 1): AdamW
     beta2: float = 0.999           # [0, 1): the same
+    moments: str = "fp32"          # of AdamW: fp32; or bf16, rounded at random: 4 bytes a parameter fewer
     clip: float = 3.0              # [0, inf): largest gradient norm, of backbone and heads separately; 0 = off
     layer_decay: float = 0.9       # (0, 1]: lr of a block is that of the next one times this
     patch_embed_lr: float = 0.2    # [0, 100]: further factor on the patch embedding's lr
@@ -337,6 +339,8 @@ def check(c):
     check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
+    if c.moments not in ("fp32", "bf16"):
+        raise ValueError(f"--moments {c.moments} is not known; choose fp32 or bf16")
     if c.checkpointing not in ops.RECOMPUTED:
         raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
     if c.compile and c.checkpointing == "selective":
@@ -427,6 +431,13 @@ def parameter_groups(c, student):
         groups.setdefault(key, []).append(p)
     return [dict(params=params, lr_factor=factor, decays=decays, last_layer=last)
             for (factor, decays, last), params in groups.items()]
+
+
+def make_optimizer(c, student):
+    groups, betas = parameter_groups(c, student), (c.beta1, c.beta2)
+    if c.moments == "bf16":
+        return AdamW16(groups, {p: name for name, p in student.named_parameters()}, betas, c.seed)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def layer_of(name, depths):
@@ -555,7 +566,7 @@ def train(c, ranks, interrupt):
     if c.init and not c.resume:
         start_from(c.init, ranks, student, teacher)
     teacher.requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(parameter_groups(c, student), betas=(c.beta1, c.beta2), fused=True)
+    optimizer = make_optimizer(c, student)
     begin_state(optimizer)
     start = load_checkpoint(c, ranks, student, teacher, optimizer) if c.resume else 0
     ranks.together(lambda: ranks.main and begin(c, ranks, start, source, student, teacher, optimizer))
@@ -605,7 +616,7 @@ def train(c, ranks, interrupt):
         # update, unless a number is not finite; the teacher follows the student's new weights
         norms = clip_gradients(student, c.clip)
         means = verdicts.judge(step, mean_of(found), norms, torch.cat([batch["indices"] for batch in parts]))
-        optimizer.found_inf = verdicts.skip
+        optimizer.found_inf, optimizer.at = verdicts.skip, step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(teacher, student, momentum[step])

@@ -43,10 +43,11 @@ def training_state(student, teacher, optimizer):
 
 def begin_state(optimizer):
     """AdamW's state before its first step: what there is to save, or to fill, does not depend on what has happened."""
+    dtype = getattr(optimizer, "moments", None)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                      exp_avg_sq=torch.zeros_like(p))
+            optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p, dtype=dtype),
+                                      exp_avg_sq=torch.zeros_like(p, dtype=dtype))
 
 
 def bytes_of(state):

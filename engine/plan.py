@@ -220,7 +220,7 @@ def memory(c, where, networks):
     found = dict(
         weights=P * F32 / S,
         gradients=P * F32 / S,
-        adam=2 * P * F32 / S,
+        adam=2 * P * (BF16 if c.moments == "bf16" else F32) / S,
         teacher=P * F32 / S,
         gathered=unit * (2 * moved + moved + F32) if S > 1 else 0,  # two units; gradients of one, and to be added up
         batch=sum(g.images * g.patches for g in groups) * v.patch_size ** 2 * v.in_chans * F32,

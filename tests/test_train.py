@@ -283,6 +283,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     (["--accumulate", "2"], "--accumulate 2: 8 images of a rank in so many parts; each must hold whole --group 8 and"),
     (["--replicas", "2"], "--replicas 2 does not divide 1 ranks"),
     (["--compile", "--checkpointing", "selective"], "--compile chooses by itself"),
+    (["--moments", "fp8"], "--moments fp8 is not known; choose fp32 or bf16"),
     (["--checkpointing", "some"], "--checkpointing some is not known; choose none, selective, full"),
 ])
 def test_mistakes_end_in_one_line(words, says, tmp_path):

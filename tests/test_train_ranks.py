@@ -53,6 +53,14 @@ def test_parts_and_replicas_are_one(ranks, words, one, tmp_path):
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
+@pytest.mark.long
+def test_moments_are_rounded_alike_on_any_ranks(tmp_path):
+    whole = finish(tmp_path / "whole", 1, "--moments", "bf16")
+    found = finish(tmp_path / "run", 4, "--moments", "bf16", "--replicas", "2")
+    print(f"apart by {apart(whole, found):.1e}")
+    assert apart(whole, found) < 5e-5
+
+
 def test_two_ranks_go_on_as_four(one, tmp_path):
     finish(tmp_path / "run", 2, "--stop_after", "3")
     before = load_file(tmp_path / "run/teacher.safetensors")
