@@ -30,7 +30,7 @@ import train  # noqa: E402
 BASE = """--depth 2 --patch_size 8 --n_registers 0 --n_shapes 256 --batch 32 --steps 160 --global_size 40
     --local_size 16 --n_local 2 --global_scale 0.5,1 --local_scale 0.2,0.5 --jitter 0.2 --workers 0 --dino_hidden 64
     --ibot_hidden 64 --dino_bottleneck 32 --ibot_bottleneck 32 --dino_prototypes 64 --ibot_prototypes 64 --lr 1e-3
-    --momentum 0.95 --log_every 5 --device cpu --precision fp32""".split()
+    --momentum 0.95 --ibot_weight 1 --log_every 5 --device cpu --precision fp32""".split()
 
 RUNS = {  # name: the word that is right, and how the run differs from BASE
     "no centring": ("collapsed", "--sinkhorn_iterations 0"),

@@ -65,6 +65,23 @@ def test_the_papers_7b(capsys, no_gpu):
     assert found["bytes"]["gathered"] == (2 * 2 + 2 + 4) * plan.largest_unit(networks(train.RECIPES["7b"]))
 
 
+def test_parts_and_replicas(capsys, no_gpu):
+    """Parts divide what the student keeps, replicas what shards save and send; moments in bf16 are half as large."""
+    words = "--size l --batch 2048 --ranks 16 --device cuda --memory 800".split()
+    plain, parts, copies, half = (planned(capsys, *words, *more) for more in (
+        (), ("--accumulate", "2"), ("--replicas", "2"), ("--moments", "bf16")))
+    for kind in "activations", "workspace", "features":
+        assert parts["bytes"][kind] == pytest.approx(plain["bytes"][kind] / 2, rel=1e-6)
+    assert all(parts["bytes"][kind] == plain["bytes"][kind] for kind in ("targets", "batch", "weights", "adam"))
+    assert all(copies["bytes"][kind] == pytest.approx(2 * plain["bytes"][kind], rel=1e-6)
+               for kind in ("weights", "gradients", "adam", "teacher"))
+    assert half["bytes"]["adam"] == pytest.approx(plain["bytes"]["adam"] / 2)
+    P, wire = sum(plain["parameters"].values()), copies["wire_bytes"]
+    assert parts["wire_bytes"]["gather_forward"] == pytest.approx(2 * plain["wire_bytes"]["gather_forward"])
+    assert wire["gather_forward"] == pytest.approx(2 * P * 7 / 8) and wire["replicas"] == pytest.approx(4 * P / 8)
+    assert wire["nodes"] == wire["replicas"] and plain["wire_bytes"]["nodes"] == plain["wire_bytes"]["total"] // 8
+
+
 def test_seconds_by_the_share_of_an_h100(capsys, no_gpu):
     found = planned(capsys, *PAPER[:-2], "--mfu", "0.5")
     assert found["cost"]["seconds"] == pytest.approx(4096 * found["flops_image"]["model"] / (256 * 989.4e12 * 0.5))

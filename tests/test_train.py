@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 MICRO = """--depth 2 --patch_size 8 --n_shapes 24 --batch 8 --steps 6 --global_size 32 --local_size 16 --n_local 2
            --workers 0 --dino_prototypes 64 --ibot_prototypes 64 --dino_hidden 32 --ibot_hidden 32 --dino_bottleneck 16
            --ibot_bottleneck 16 --log_every 1 --device cpu --precision fp32 --drop_path 0.3 --group 8 --koleo_group 8
-           --lr 1e-3""".split()
+           --lr 1e-3 --ibot_weight 1""".split()
 
 
 def run(out, *words):
