@@ -13,6 +13,7 @@ import errno
 import inspect
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -179,13 +180,9 @@ def run(main):
 
 def closed(stream):
     """Whether who read it has left, as `| head` does."""
-    try:
-        stream.flush()
-        stream.write(" \n")
-        stream.flush()
-        return False
-    except BrokenPipeError:
-        return True
+    asked = select.poll()
+    asked.register(stream, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def on_purpose(error):
