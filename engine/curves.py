@@ -91,12 +91,12 @@ def draw(runs, path):
     height = -(-len(names) // columns)
     figure = Figure(figsize=(3.5 * columns, 2.3 * height + 0.4), dpi=110, layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False).flatten()
-    colours = few if len(runs) <= len(few) else colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))
-    for axis, name in zip(axes, names, strict=False):
+    colours = few[: len(runs)] if len(runs) <= len(few) else colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))
+    for axis, name in zip(axes[: len(names)], names, strict=True):
         panel(axis, name, runs, colours)
     for axis in axes[len(names) :]:
         axis.set_axis_off()
-    lines = [axes[0].plot([], [], color=colour, linewidth=2)[0] for colour, _ in zip(colours, runs, strict=False)]
+    lines = [axes[0].plot([], [], color=colour, linewidth=2)[0] for colour, _ in zip(colours, runs, strict=True)]
     figure.legend(lines, list(runs), loc="outside upper left", ncols=min(len(runs), 6), frameon=False)
     figure.savefig(path)
     return len(names)
@@ -105,7 +105,7 @@ def draw(runs, path):
 def panel(axis, name, runs, colours):
     """One number of all runs: each row thin, and where there are many their running mean over it."""
     smallest, largest, said = math.inf, 0, {}
-    for (config, rows), colour in zip(runs.values(), colours, strict=False):
+    for (config, rows), colour in zip(runs.values(), colours, strict=True):
         steps, values = (np.array(each, float) for each in column(rows, name))
         said |= {(text, round(value, 3)): None for text, value in marks(name, config).items()}
         if not len(values):

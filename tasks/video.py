@@ -255,7 +255,7 @@ def run(data, frozen, c):
                   for views, at in ((one["train"], MIDDLE), (one["val"], MIDDLE), (two, ALL))]
         metrics, found = frozen.together(partial(live, looks=looks, data=data))
     if c.out:
-        save_pictures(c, [shown(clip, classes, k) for clip, k in zip(val[:SHOWN], found, strict=False)])
+        save_pictures(c, [shown(clip, classes, k) for clip, k in zip(val[:SHOWN], found[:SHOWN], strict=True)])
     return metrics
 
 
