@@ -52,8 +52,8 @@ from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
 from engine.timing import Cpu, machine, medians
 from model import SIZES, ViT
+from recipes import RECIPES
 from tasks import TASKS
-from train import RECIPES
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import recipes
 import train
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader, open_source
@@ -40,7 +41,8 @@ from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
 from losses import assignments
 from model import SIZES, Noise, ViTConfig, set_std, shard
-from train import TrainConfig, schedule
+from recipes import TrainConfig
+from train import schedule
 from weights import commit, identify, stream_backbone
 
 # --------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ class DistillConfig(TrainConfig):
         if isinstance(own, ConvNeXtConfig):
             return own
         return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
-                       **{name: getattr(self, name) for name in train.NETWORK})
+                       **{name: getattr(self, name) for name in recipes.NETWORK})
 
 
 RECIPES = {
@@ -124,7 +126,7 @@ def configure(argv):
     if values.get("resume", "").lower() == "auto":
         values["resume"] = str(begun)
     if values.get("resume", "").lower() == "true":
-        c = train.go_on(train.saved_config(out, DistillConfig), values, out, ("students", "cache"))
+        c = recipes.go_on(recipes.saved_config(out, DistillConfig), values, out, ("students", "cache"))
     else:
         said = of_teacher(values.get("teacher", ""), values.get("mode", "heads"))
         name = choose_recipe(values, said.pop("width"))
@@ -133,13 +135,13 @@ def configure(argv):
         scaled = "global_size", "local_size", "patch_size"  # what the teacher said of its own
         c = replace(c, **{field: round(getattr(c, field) / c.teacher_scale) for field in scaled})
         c = replace(command_line.apply(c, values), recipe=name)
-        shrink = [name for name in (*train.WARMUPS, "cooldown") if name not in values]
+        shrink = [name for name in (*recipes.WARMUPS, "cooldown") if name not in values]
         c = replace(c, **{name: round(getattr(c, name) * c.steps / recipe.steps) for name in shrink})
         c = replace(c, group=min(c.group, c.batch), koleo_group=min(c.koleo_group, c.batch))
         if begun:
             raise ValueError(f"--out {out} holds a run already; add --resume to go on, or name another folder")
     read_students(c.students)
-    train.check(c)
+    recipes.check(c)
     if not 0 < c.teacher_scale <= 1:
         raise ValueError(f"--teacher_scale is {c.teacher_scale}; it must be above 0, and at most 1")
     if c.mode == "features" and c.n_local or not 0 <= c.cooldown <= c.steps:
@@ -175,7 +177,7 @@ def of_teacher(path, mode):
     if found.in_chans != 3:
         raise ValueError(f"--teacher {path} is for images of {found.in_chans} channels; it must be for RGB")
     names = [field.name for field in fields(CropConfig)] + [*OBJECTIVE] * (mode == "heads")
-    said = {name: getattr(train.saved_config(path, DistillConfig), name) for name in names if run}
+    said = {name: getattr(recipes.saved_config(path, DistillConfig), name) for name in names if run}
     if mode == "features":
         said |= dict(n_local=0, mask_share=1.0, mask_ratio=(1.0, 1.0))  # every patch is compared
     patch = min(found.patch_size, 16)                                   # a ConvNeXt's 32 as 2x2
@@ -204,7 +206,7 @@ def make_teacher(c, ranks):
     """
     if c.mode == "heads":
         with torch.device("meta"):
-            teacher = train.make_networks(train.saved_config(c.teacher, DistillConfig))
+            teacher = train.make_networks(recipes.saved_config(c.teacher, DistillConfig))
     else:
         model, tensors = stream_backbone(c.teacher)
         teacher = nn.ModuleDict(dict(backbone=model))
@@ -353,7 +355,7 @@ def standing(c, name, ranks):
     if not saved(out):
         return 0, 0
     done = newest(out, ranks)[0]
-    return done, done + train.saved_config(out, DistillConfig).joined
+    return done, done + recipes.saved_config(out, DistillConfig).joined
 
 
 def begin(c, ranks, source, students):

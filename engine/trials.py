@@ -39,10 +39,10 @@ from engine.ranks import start_ranks
 from engine.report import verdict
 from engine.timing import medians
 from model import SIZES, ViT
+from recipes import configure
 from train import (
     build_networks,
     clip_gradients,
-    configure,
     draw_noise,
     loss_terms,
     on_device,

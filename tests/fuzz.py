@@ -32,6 +32,7 @@ from test_train import MICRO  # noqa: E402
 
 import bench  # noqa: E402
 import distill  # noqa: E402
+import recipes  # noqa: E402
 import train  # noqa: E402
 import visualize  # noqa: E402
 import weights  # noqa: E402
@@ -214,7 +215,7 @@ FILES = cut, flipped, foreign, changed, packed, said, index
 def scripts(folder):
     """{script: (a command line that would run, its config)}"""
     at = str(folder / "out")
-    found = dict(train=(["--out", at], train.TrainConfig()), distill=(["--teacher", at, "--out", at], None),
+    found = dict(train=(["--out", at], recipes.TrainConfig()), distill=(["--teacher", at, "--out", at], None),
                  bench=(["forward"], bench.BenchConfig()), weights=([at], weights.WeightsConfig()),
                  visualize=(["pca", "shapes:1", "--weights", at, "--out", f"{at}/x.png"], visualize.VisualizeConfig()))
     for name, task in TASKS.items():
@@ -291,7 +292,7 @@ def run_once(out):
 def of_config(rng, out):
     path = out / "config.json"
     c = json.loads(path.read_text())
-    fields = [name for name in config.types(train.TrainConfig()) if name not in ("out", "resume", "init", "data")]
+    fields = [name for name in config.types(recipes.TrainConfig()) if name not in ("out", "resume", "init", "data")]
     c[rng.choice(fields)] = rng.choice([x for x in JUNK if x not in ("", "x", 0)])
     path.write_text(rng.choice([json.dumps(c)] * 4 + [path.read_text()[:99], "", "[" * 10**5, "3", "{}\0"]))
     return "refused"

@@ -14,6 +14,7 @@ from test_distill import SHORT
 from test_train import MICRO, rows
 
 import distill
+import recipes
 import train
 from data import Batches, open_source
 from engine.cache import Cached, folder_of
@@ -118,7 +119,8 @@ def test_another_teacher_misses(teacher, tmp_path):
 
 
 def test_a_photo_that_changes_or_breaks_has_another_name(tmp_path):
-    rng, c = np.random.default_rng(0), train.TrainConfig(batch=4, group=2, global_size=32, local_size=16, patch_size=8)
+    rng = np.random.default_rng(0)
+    c = recipes.TrainConfig(batch=4, group=2, global_size=32, local_size=16, patch_size=8)
     for i in range(12):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i:02}.png")
 

@@ -7,17 +7,19 @@ import errno
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import MICRO, rows, run, torchrun
 
+import recipes
 import train
 from engine import checkpoint
 from engine.checkpoint import newest, saved
 from engine.ranks import Ranks
-from model import ViT, ViTConfig, build
+from model import SIZES, ViT, ViTConfig, build
 from weights import load_backbone, save_backbone
 
 
@@ -41,7 +43,7 @@ def test_student_and_teacher_start_from_the_file(file, tmp_path, start):
 
 
 def test_init_changes_the_run_but_not_the_heads(file, tmp_path):
-    c = train.configure(["--init", str(file), "--depth", "2", "--patch_size", "8", "--out", str(tmp_path / "run")])
+    c = recipes.configure(["--init", str(file), "--depth", "2", "--patch_size", "8", "--out", str(tmp_path / "run")])
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     fresh, warm = train.build_networks(c, ranks), train.build_networks(c, ranks)
     train.start_from(c.init, ranks, warm)
@@ -66,7 +68,7 @@ def test_init_without_a_local_norm_takes_the_norm(tmp_path):
 ])
 def test_init_that_does_not_fit_is_an_error(file, tmp_path, words, said):
     sizes = ["--global_size", "32", "--local_size", "16"]
-    c = train.configure(["--init", str(file), "--out", str(tmp_path / "run"), *sizes, *words])
+    c = recipes.configure(["--init", str(file), "--out", str(tmp_path / "run"), *sizes, *words])
     networks = dict(backbone=build(lambda: ViT(c.vit)))
     with pytest.raises(ValueError, match="--init") as error:
         train.start_from(c.init, Ranks(0, 1, torch.device("cpu"), None), networks)
@@ -78,9 +80,9 @@ def test_init_of_another_family_or_nothing_is_an_error(tmp_path):
     small = build(lambda: ConvNeXt(ConvNeXtConfig((1, 1, 1, 1), (8, 16, 16, 16))))
     save_backbone(small, tmp_path / "c.safetensors", "nano")
     with pytest.raises(ValueError, match="must be a ViT for RGB"):
-        train.configure(["--init", str(tmp_path / "c.safetensors")])
+        recipes.configure(["--init", str(tmp_path / "c.safetensors")])
     with pytest.raises(ValueError, match="does not exist"):
-        train.configure(["--init", str(tmp_path / "nothing.pth")])
+        recipes.configure(["--init", str(tmp_path / "nothing.pth")])
 
 
 def test_a_run_is_a_weights_file(file, tmp_path):
@@ -285,8 +287,8 @@ def test_auto_begins_and_goes_on(tmp_path):
 
 def test_without_local_crops_a_local_norm_stands_still(tmp_path, monkeypatch):
     """of 7b: it would have no gradient, and once could not be resumed"""
-    own = train.SIZES["tiny"]
-    monkeypatch.setitem(train.SIZES, "tiny", train.replace(own, local_norm=True))
+    own = SIZES["tiny"]
+    monkeypatch.setitem(SIZES, "tiny", replace(own, local_norm=True))
     run(tmp_path, "--n_local", "0", "--stop_after", "2")
     assert train.main(["--out", str(tmp_path), "--resume"])
     run(tmp_path / "other", "--stop_after", "1")

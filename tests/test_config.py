@@ -14,7 +14,7 @@ import torch
 
 import train
 from engine import config
-from train import RECIPES, TrainConfig, configure
+from recipes import RECIPES, TrainConfig, configure
 
 ROOT = Path(__file__).parents[1]
 
@@ -323,7 +323,7 @@ def test_every_option_is_read():
     from tasks import TASKS
     from visualize import VisualizeConfig
 
-    for kind, files in ((TrainConfig, ["train", "data", "engine/checkpoint", "engine/profile"]),
+    for kind, files in ((TrainConfig, ["train", "recipes", "data", "engine/checkpoint", "engine/profile"]),
                         (VisualizeConfig, ["visualize"]),
                         (EvaluateConfig, ["evaluate", "engine/features", "engine/chunks", "sets/pairs"])):
         assert not unread([field.name for field in fields(kind)], files)

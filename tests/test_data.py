@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import data
 from data import Batches, CropConfig, draw_crops, draw_masks
-from train import TrainConfig
+from recipes import TrainConfig
 
 CONFIG = TrainConfig(global_size=32, local_size=16, n_local=3, batch=8, group=8, patch_size=8, seed=0,
                      mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

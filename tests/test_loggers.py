@@ -13,7 +13,7 @@ import distill
 import train
 from engine import loggers
 from engine.loggers import Loggers, check_loggers
-from train import TrainConfig
+from recipes import TrainConfig
 
 
 class FakeWandb:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
+import recipes
 import train
 from engine import config as command_line
 from engine import plan
@@ -35,7 +36,7 @@ def planned(capsys, *words):
 
 
 def config(*words):
-    return plan.settle(train.configure([*words], starts=False), Plan(memory=1.0))[0]
+    return plan.settle(recipes.configure([*words], starts=False), Plan(memory=1.0))[0]
 
 
 def networks(c):
@@ -62,7 +63,7 @@ def test_the_papers_7b(capsys, no_gpu):
     assert found["loader"]["images_per_s"] == pytest.approx(4096 / 0.864)
     assert found["loader"]["cores"] == pytest.approx(4096 / 0.864 * plan.READ)
     assert found["bytes"]["adam"] == 2 * found["bytes"]["weights"] == round(8 * 7_028_020_096 / 256)
-    assert found["bytes"]["gathered"] == (2 * 2 + 2 + 4) * plan.largest_unit(networks(train.RECIPES["7b"]))
+    assert found["bytes"]["gathered"] == (2 * 2 + 2 + 4) * plan.largest_unit(networks(recipes.RECIPES["7b"]))
 
 
 def test_parts_and_replicas(capsys, no_gpu):
@@ -100,15 +101,15 @@ def test_on_a_cpu_nobody_knows_how_long_a_step_takes(capsys):
 def test_parameters_are_those_of_the_networks(size, capsys, no_gpu):
     with torch.device("meta"):
         each = {name: sum(p.numel() for p in part.parameters())
-                for name, part in train.make_networks(train.RECIPES[size]).items()}
+                for name, part in train.make_networks(recipes.RECIPES[size]).items()}
     found = planned(capsys, "--size", size, "--device", "cuda", "--memory", "1e9")
     assert found["parameters"] == dict(backbone=each["backbone"], heads=each["dino_head"] + each["ibot_head"])
 
 
 def test_largest_unit_is_what_fsdp_gathers():
-    parts = networks(train.RECIPES["7b"])
+    parts = networks(recipes.RECIPES["7b"])
     assert plan.largest_unit(parts) == sum(p.numel() for p in parts["backbone"].blocks[3].parameters())
-    parts = networks(replace(train.RECIPES["tiny"], dino_prototypes=100_000))
+    parts = networks(replace(recipes.RECIPES["tiny"], dino_prototypes=100_000))
     assert plan.largest_unit(parts) == 64 * 100_000
 
 # --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_train import MICRO, run
 
+import recipes
 import train
 from engine import profile
 from engine.profile import table, tracer
@@ -38,7 +39,7 @@ def test_the_trace_has_these_steps_and_a_table_is_printed(tmp_path, capsys):
 
 
 def test_a_run_that_is_cut_short_leaves_what_it_has(tmp_path):
-    c, ends = replace(train.TrainConfig(), out=str(tmp_path), profile=(0, 9)), [False, False, False, True]
+    c, ends = replace(recipes.TrainConfig(), out=str(tmp_path), profile=(0, 9)), [False, False, False, True]
     trace = tracer(c, ALONE, 10)
     for leave in ends:
         trace(leave)
@@ -49,10 +50,10 @@ def test_a_run_that_is_cut_short_leaves_what_it_has(tmp_path):
 def test_an_error_within_a_trace_is_an_error_and_no_crash(tmp_path):
     script = f"""
 from dataclasses import replace
-import torch, train
+import torch, recipes
 from engine.profile import tracer
 from engine.ranks import Ranks
-trace = tracer(replace(train.TrainConfig(), out={str(tmp_path)!r}, profile=(0, 9)), Ranks(), 10)
+trace = tracer(replace(recipes.TrainConfig(), out={str(tmp_path)!r}, profile=(0, 9)), Ranks(), 10)
 for _ in range(3):
     trace(False)
     torch.ones(3).argmax()
@@ -86,7 +87,7 @@ def test_ranges(tmp_path, words, says):
 
 
 def test_off_and_other_ranks_trace_nothing(tmp_path):
-    for c, ranks in ((train.TrainConfig(), ALONE), (replace(train.TrainConfig(), profile=(0, 2)), Ranks(1, 2))):
+    for c, ranks in ((recipes.TrainConfig(), ALONE), (replace(recipes.TrainConfig(), profile=(0, 2)), Ranks(1, 2))):
         trace = tracer(replace(c, out=str(tmp_path)), ranks, 5)
         assert [trace(leave) for leave in (False, False, True)] == [None] * 3
     assert not list(tmp_path.iterdir())
@@ -107,7 +108,7 @@ def test_a_gpu_that_runs_out_of_memory_says_what_fills_it(tmp_path, monkeypatch,
     monkeypatch.setattr(memory, "_record_memory_history", lambda max_entries: asked.append(max_entries))
     monkeypatch.setattr(memory, "_dump_snapshot", lambda path: open(path, "w").close())
     monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", observers.append, raising=False)
-    c = replace(train.TrainConfig(), out=str(tmp_path), profile=(2, 3))
+    c = replace(recipes.TrainConfig(), out=str(tmp_path), profile=(2, 3))
     tracer(c, Ranks(3, 4, torch.device("cuda")), 5)
     assert asked == [profile.ENTRIES] and not list(tmp_path.iterdir())
     observers[0](3, 5 * 2**20, 7, 0)

@@ -11,7 +11,7 @@ from test_train import run
 from engine import progress
 from engine.progress import Progress, step_of
 from engine.ranks import Ranks
-from train import TrainConfig
+from recipes import TrainConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 ROW = dict(loss=7.4, dino_global=5.1, dino_local=4.8, ibot=2.2, koleo=0.5, lr=1e-3)

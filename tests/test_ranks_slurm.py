@@ -15,6 +15,7 @@ from forks import start
 from test_interrupt import wait_for
 from test_train import MICRO, rows
 
+import recipes
 import train
 from data import STOPS
 from engine import config
@@ -162,7 +163,7 @@ def test_the_batch_script_trains_and_queues_again_until_it_is_done(script, tmp_p
     words = shlex.split(call)
     words = words[words.index("train.py") + 1 :]
     assert words[words.index("--resume") + 1] == "auto"
-    c = train.configure(words)
+    c = recipes.configure(words)
     (tmp_path / c.out / "checkpoints" / str(c.steps)).mkdir(parents=True)
     assert submit()[1] == again, "a run that has all its steps was queued again"
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import recipes
 import train
 from engine.interrupt import Interrupt
 from engine.ranks import Ranks
@@ -67,20 +68,20 @@ def test_schedule_corner_points():
 
 
 def test_learning_rate_follows_the_paper():
-    recipe = train.RECIPES["7b"]
+    recipe = recipes.RECIPES["7b"]
     assert recipe.lr * recipe.lr_factor == pytest.approx(5e-5 * 4 * 2)   # batch 4096: sqrt(4)
-    assert train.RECIPES["l"].lr_factor == pytest.approx(4 * 2 ** 0.5)   # batch 2048
+    assert recipes.RECIPES["l"].lr_factor == pytest.approx(4 * 2 ** 0.5)   # batch 2048
 
 
 def test_warm_ups_scale_with_the_steps(tmp_path):
-    c = train.configure(["--size", "7b", "--steps", "1000", "--out", str(tmp_path)])
+    c = recipes.configure(["--size", "7b", "--steps", "1000", "--out", str(tmp_path)])
     assert (c.lr_warmup, c.teacher_temp_warmup, c.freeze_last_layer) == (100, 100, 5)
-    c = train.configure(["--size", "7b", "--steps", "1000", "--lr_warmup", "7", "--out", str(tmp_path)])
+    c = recipes.configure(["--size", "7b", "--steps", "1000", "--lr_warmup", "7", "--out", str(tmp_path)])
     assert c.lr_warmup == 7
 
 
 def test_parameter_groups(tmp_path):
-    c = replace(train.RECIPES["l"], size="tiny", depth=3, dino_prototypes=8, ibot_prototypes=8, layer_decay=0.5)
+    c = replace(recipes.RECIPES["l"], size="tiny", depth=3, dino_prototypes=8, ibot_prototypes=8, layer_decay=0.5)
     student = train.make_networks(c)
     names = {id(p): name for name, p in student.named_parameters()}
     groups = train.parameter_groups(c, student)
@@ -96,7 +97,7 @@ def test_parameter_groups(tmp_path):
 
 
 def test_term_weights_follow_the_number_of_pairs():
-    w = train.term_weights(train.RECIPES["7b"])
+    w = train.term_weights(recipes.RECIPES["7b"])
     assert (w["dino_global"], w["dino_local"]) == pytest.approx((2 / 18, 16 / 18))
 
 
@@ -296,7 +297,7 @@ def test_mistakes_end_in_one_line(words, says, tmp_path):
 def test_checkpointing_was_true_or_false_once(tmp_path):
     for before, now in (True, "full"), (False, "none"), ("selective", "selective"):
         (tmp_path / "config.json").write_text(json.dumps(dict(checkpointing=before)))
-        assert train.go_on(train.saved_config(tmp_path), {}, tmp_path).checkpointing == now
+        assert recipes.go_on(recipes.saved_config(tmp_path), {}, tmp_path).checkpointing == now
 
 
 def test_a_finished_run_is_not_overwritten(whole):
@@ -305,7 +306,7 @@ def test_a_finished_run_is_not_overwritten(whole):
 
 
 def test_batch_must_divide_by_ranks(tmp_path):
-    c = train.configure([*MICRO, "--batch", "9", "--group", "9", "--koleo_group", "9", "--out", str(tmp_path)])
+    c = recipes.configure([*MICRO, "--batch", "9", "--group", "9", "--koleo_group", "9", "--out", str(tmp_path)])
     with pytest.raises(ValueError, match="--batch 9 is not divisible by 2 ranks; try 8"):
         train.train(c, Ranks(0, 2, torch.device("cpu"), None), Interrupt())
 

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import MICRO, rows
 
+import recipes
 import train
 from engine.ranks import Ranks
 
@@ -129,7 +131,7 @@ def test_every_block_is_sharded_and_gradients_are_summed_in_float32(tmp_path, mo
     monkeypatch.setattr(train.DeviceMesh, "from_group", lambda *args: None)
     monkeypatch.setattr(train, "initialise", lambda networks, seed: networks)
     monkeypatch.setattr(torch.nn.Module, "to_empty", lambda networks, device: networks)
-    c = train.replace(train.configure([*MICRO, "--out", str(tmp_path)]), precision="bf16")
+    c = replace(recipes.configure([*MICRO, "--out", str(tmp_path)]), precision="bf16")
     networks = train.build_networks(c, Ranks(0, 2, torch.device("cuda"), object()))
     heads = networks["dino_head"], networks["ibot_head"]
     parts = [*networks["backbone"].blocks, *(head.last_layer for head in heads), networks["backbone"], *heads]

@@ -7,6 +7,7 @@ import torch
 from test_train import MICRO
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import recipes
 import train
 from data import Batches, colour_batch
 from engine.interrupt import Interrupt, Verdicts
@@ -35,7 +36,7 @@ class Count(TorchDispatchMode):
 
 
 def prepare(words, tmp_path):
-    c = train.configure([*MICRO, *words, "--out", str(tmp_path / "out")])
+    c = recipes.configure([*MICRO, *words, "--out", str(tmp_path / "out")])
     source = train.open_source(c.data, c.n_shapes, c.seed)
     batches = Batches(c, source, 0, c.batch, False, train.partial(train.draw_noise, c, c.batch))
     student, teacher = (train.build_networks(c, ALONE) for _ in range(2))

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import recipes
 import train
 from model import SIZES, ViT, ViTConfig, build
 from weights import load_backbone, save_backbone
@@ -28,7 +29,7 @@ OWN = {"lr_end", "out", "data", "init", "resume", "stage", "n_shapes", "seed", "
 
 
 def test_released_vit_l_field_by_field(tmp_path):
-    c = train.configure(["--size", "l", "--recipe", "released", "--out", str(tmp_path)])
+    c = recipes.configure(["--size", "l", "--recipe", "released", "--out", str(tmp_path)])
     assert {name: value for name, value in asdict(c).items() if name not in OWN} == RELEASED
     lr = train.schedule(0, c.lr, c.lr_end, c.lr_warmup, c.steps) * c.lr_factor
     assert lr.max() == pytest.approx(1e-3 * 4 * 2 ** 0.5) and lr[-1] == pytest.approx(1e-6)  # its end is not scaled
@@ -48,7 +49,7 @@ def test_its_run_keeps_the_network(tmp_path):
     config = load_backbone(out).config
     assert config == replace(SIZES["l"], depth=1, n_registers=0, key_bias=True, norm_eps=1e-6)
     assert json.loads((out / "config.json").read_text())["recipe"] == "released"
-    c = train.configure(["--init", str(out), "--out", str(tmp_path / "next")])
+    c = recipes.configure(["--init", str(out), "--out", str(tmp_path / "next")])
     assert c.vit == config and c.recipe == ""
     train.main(["--out", str(out), "--resume", "--steps", "2"])
 
@@ -56,7 +57,7 @@ def test_its_run_keeps_the_network(tmp_path):
 @pytest.mark.parametrize("words", [["--size", "s", "--recipe", "released"], ["--size", "l", "--recipe", "relaesed"]])
 def test_a_recipe_that_is_not_there(words, tmp_path):
     with pytest.raises(ValueError, match="has no recipe '.*'; leave it out, or write --size l --recipe released"):
-        train.configure([*words, "--out", str(tmp_path)])
+        recipes.configure([*words, "--out", str(tmp_path)])
 
 
 @torch.no_grad()
@@ -85,19 +86,20 @@ def test_layouts_that_cannot_say_it_refuse(tmp_path, layout, name, own):
     (20, 128, 256), (50_000, 128, 2048), (10**6, 128, 8192), (10**6, 64, 4096), (10**9, 10**5, 65_536),
 ])
 def test_prototypes_by_the_number_of_images(n_images, batch, K):
-    assert train.suited_prototypes(n_images, batch) == K
-    assert (train.RECIPES["tiny"].dino_prototypes, train.RECIPES["l"].dino_prototypes) == (256, 65_536)
+    assert recipes.suited_prototypes(n_images, batch) == K
+    assert (recipes.RECIPES["tiny"].dino_prototypes, recipes.RECIPES["l"].dino_prototypes) == (256, 65_536)
 
 
 def test_photos_is_for_one_gpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "open_source", lambda *args: range(50_000))
+    monkeypatch.setattr(recipes, "open_source", lambda *args: range(50_000))
     words = ["--recipe", "photos", "--out", str(tmp_path)]
-    c, b = train.configure(words), train.configure([*words, "--size", "b", "--ibot_prototypes", "512", "--steps", "50"])
+    c = recipes.configure(words)
+    b = recipes.configure([*words, "--size", "b", "--ibot_prototypes", "512", "--steps", "50"])
     assert (c.size, c.recipe, c.batch, c.dino_prototypes, c.ibot_prototypes) == ("s", "photos", 128, 2048, 2048)
     assert (b.size, b.batch, b.dino_prototypes, b.ibot_prototypes, b.lr_warmup) == ("b", 64, 2048, 512, 5)
-    assert train.configure(["--recipe", "released", "--out", str(tmp_path)]).size == "l"
-    for named in (each for (_, name), each in train.NAMED.items() if name == "photos"):
-        shares = [getattr(named, name) / named.steps for name in train.WARMUPS]
-        assert shares == [getattr(train.IMAGENET, name) / train.IMAGENET.steps for name in train.WARMUPS]
+    assert recipes.configure(["--recipe", "released", "--out", str(tmp_path)]).size == "l"
+    for named in (each for (_, name), each in recipes.NAMED.items() if name == "photos"):
+        shares = [getattr(named, name) / named.steps for name in recipes.WARMUPS]
+        assert shares == [getattr(recipes.IMAGENET, name) / recipes.IMAGENET.steps for name in recipes.WARMUPS]
     train.main(["--help", "--recipe", "photos"])
     assert "--batch              128 " in capsys.readouterr().out

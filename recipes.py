@@ -1,0 +1,327 @@
+"""
+What a run is: every number of every recipe, with what the paper has, and how the command line makes a run of it.
+
+    TrainConfig        every number of a run, with its legal range
+    RECIPES, NAMED     by size; by size and name                               DINOv3 §3.2, Tab. 2
+    configure          the command line -> TrainConfig; mistakes end here
+    resumed_config     config.json of a run, and what a resumed one may change
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ops
+from data import CropConfig, open_source
+from engine import config as command_line
+from engine.checkpoint import newest, saved
+from engine.layouts import size_of
+from engine.loggers import check_loggers
+from model import SIZES, ViTConfig
+from weights import identify
+
+
+@dataclass(frozen=True)
+class TrainConfig(CropConfig):
+    size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
+    recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
+    stage: str = "pretrain"        # the recipe's stage
+    data: str = "shapes"           # a folder of images, or shapes: the generated set
+    n_shapes: int = 4096           # [1, 100000]: images of the generated set
+    out: str = ""                  # folder of the run; empty = runs/SIZE
+    init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
+    resume: bool = False           # go on from OUT's newest checkpoint, with its config; auto = or begin
+    seed: int = 0                  # [0, 4294967295]: of weights, crops, masks, stochastic depth
+    device: str = "auto"           # auto, cpu, cuda, mps
+    compile: bool = False          # torch.compile, block by block: a minute before the first step; see LOG.md
+    kernels: str = "auto"          # csrc: auto = where it is built, off, or on = stop where it is not
+    precision: str = "auto"        # bf16 (autocast: float32 weights and residual stream), fp32, or auto
+    workers: int = -1              # [-1, 256]: processes that prepare batches, of each rank; -1 = as the machine allows
+    save_every: int = 1000         # [1, inf): steps between checkpoints
+    keep: int = 3                  # [1, inf): checkpoints, the newest ones
+    keep_every: int = 0            # [0, inf): steps between checkpoints that are kept besides; 0 = none
+    log_every: int = 10            # [1, inf): steps between lines of metrics.jsonl; each makes the host wait for a GPU
+    log: str = ""                  # tensorboard, wandb, or tensorboard,wandb: rows of metrics.jsonl go there as well
+    profile: tuple = (0, 0)        # [0, 1e7] rising: steps of this run, from, up to, traced in OUT; equal = off
+    stop_after: int = 0            # [0, inf): save and leave after this many steps of this run; 0 = at the end
+    steps: int = 1000              # [1, 1e7]: optimizer steps; the warm-ups of the recipe shrink and grow with it
+    batch: int = 64                # [2, 1e6]: images of a step, over all ranks
+    replicas: int = 1              # [1, 1e6]: ranks in so many groups, that each hold it all; 1 = sharded over all
+    accumulate: int = 1            # [1, 1e6]: parts of it, one after the other: less memory, the losses of the whole
+    depth: int = 0                 # [0, 1000]: blocks; 0 = the size's own
+    patch_size: int = 0            # [0, 256]: pixels; 0 = the size's own
+    n_registers: int = 4           # [0, 1000]: R
+    key_bias: bool = False         # the attention's keys have a bias
+    norm_eps: float = 1e-5         # (0, 1]: of the backbone's LayerNorms
+    mean: tuple = SIZES["tiny"].mean  # [0, 1]: of the images' channels, RGB in [0, 1]; kept with the weights
+    std: tuple = SIZES["tiny"].std  # (0, 1]: the same: standard deviation
+    group: int = 16                # [1, 1e6]: consecutive samples that masks and stochastic depth are drawn for at once
+    drop_path: float = 0.0         # [0, 1): share of samples that skip a branch, the same in all blocks
+    rope_rescale: float = 2.0      # [1, 100]: RoPE box jitter: coordinates times a factor in [1/this, this]
+    checkpointing: str = "none"    # recomputed in the backward pass: none, selective: all but products, full: blocks
+    dino_hidden: int = 2048        # [1, 65536]: H of the DINO head
+    dino_bottleneck: int = 256     # [1, 65536]: Z
+    dino_prototypes: int = 65536   # [2, 1e7]: K
+    ibot_hidden: int = 2048        # [1, 65536]: the same of the iBOT head
+    ibot_bottleneck: int = 256     # [1, 65536]: Z
+    ibot_prototypes: int = 65536   # [2, 1e7]: K
+    prototype_std: float = 0.02    # (0, 10]: of both heads' last layer at the start
+    lr: float = 1e-3               # [0, 10]: peak, before the factor 4 sqrt(batch / 1024)
+    lr_end: float = 1e-6           # [0, 10]: before the same factor; cosine after the warm-up; the peak's = constant
+    lr_warmup: int = 100           # [0, 1e7]: steps, linear from 0
+    weight_decay: float = 0.04     # [0, 10]: at the start; none for biases, norms and LayerScale
+    weight_decay_end: float = 0.4  # [0, 10]: at the end, cosine
+    momentum: float = 0.992        # [0, 1]: of the teacher's average; 1 = frozen
+    momentum_end: float = 1.0      # [0, 1]: at the end, cosine
+    teacher_temp: float = 0.07     # [0.001, 10]: after the warm-up
+    teacher_temp_start: float = 0.04  # [0.001, 10]: linear from here
+    teacher_temp_warmup: int = 300  # [0, 1e7]: steps
+    student_temp: float = 0.1      # [0.001, 10]: of all cross-entropies
+    sinkhorn_iterations: int = 3   # [0, 100]: that balance the targets; 0 = softmax, and nothing keeps them apart
+    beta1: float = 0.9             # [0, 1): AdamW
+    beta2: float = 0.999           # [0, 1): the same
+    moments: str = "fp32"          # of AdamW: fp32; or bf16, rounded at random: 4 bytes a parameter fewer
+    clip: float = 3.0              # [0, inf): largest gradient norm, of backbone and heads separately; 0 = off
+    layer_decay: float = 0.9       # (0, 1]: lr of a block is that of the next one times this
+    patch_embed_lr: float = 0.2    # [0, 100]: further factor on the patch embedding's lr
+    freeze_last_layer: int = 10    # [0, 1e7]: first steps in which the prototypes do not move
+    local_weight: float = 1.0      # [0, 1000]: factor on the DINO term of local crops
+    ibot_weight: float = 1.0       # [0, 1000]: factor on the iBOT term
+    koleo_weight: float = 0.1      # [0, 1000]: factor on the KoLeo term of each global crop
+    koleo_group: int = 16          # [2, 1e6]: consecutive samples that KoLeo looks for neighbours in
+
+    @property
+    def vit(self):
+        own = SIZES[self.size]
+        return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
+                       n_registers=self.n_registers, key_bias=self.key_bias, norm_eps=self.norm_eps, mean=self.mean,
+                       std=self.std)
+
+    @property
+    def lr_factor(self):
+        return 4 * math.sqrt(self.batch / 1024)
+
+
+NETWORK = "n_registers", "key_bias", "norm_eps", "mean", "std"  # fields that are the network's own
+
+# ViT-L from scratch on ImageNet-1k: the released recipe's numbers, for the network of the released weights and of
+# the paper's augmentation; as it was: `released`, below
+IMAGENET = TrainConfig(
+    size="l", steps=125_000, batch=2048, group=64, koleo_group=64, global_size=224, local_size=96, flip=0.5,
+    drop_path=0.3, lr=1e-3, lr_end=1e-6, lr_warmup=12_500, weight_decay=0.04, weight_decay_end=0.4, momentum=0.992,
+    momentum_end=1.0, teacher_temp_warmup=37_500, layer_decay=0.9, beta2=0.999, clip=3.0, freeze_last_layer=1250,
+)  # paper: none for this size from scratch
+
+NAMED = {  # (size, recipe): beside the size's own
+    # As the released code trains it: k-NN 82.0, linear 83.5, in 14 h of 32 H100, are its authors' figures. Its network
+    # is another than that of the released weights, it blurs inverted, and its last lr is not multiplied for the batch.
+    # differs: RoPE is float32 here, bfloat16 there
+    # differs: schedules are a step apart at their ends. Theirs begin with the start value, so that the first step, at
+    #   lr 0, teaches nothing, peak in the last step of the warm-up, and end one step of the cosine short of the end
+    #   value; see `schedule`
+    ("l", "released"): replace(
+        IMAGENET, recipe="released", n_registers=0, key_bias=True, norm_eps=1e-6, rope_rescale=1.0, blur_global_1=0.0,
+        blur_global_2=0.9, blur_local=0.5, lr_end=1e-6 / IMAGENET.lr_factor, save_every=3750, keep=3,
+    ),
+    # One GPU of 24 GB and a folder of photos: ImageNet's recipe at a batch that fits, K by `suited_prototypes`; not run
+    # s saves 139 MB an image for the backward pass, measured on a CPU in bf16: 18 GB; b is about twice that
+    # planned: 123 and 464 GFLOP an image by hand; at 21 TFLOP/s, 30 % of what an RTX 3090 multiplies, 21 h and 39 h
+    # differs: no recipe is published for so small a batch
+    ("s", "photos"): replace(
+        IMAGENET, size="s", recipe="photos", steps=100_000, batch=128, drop_path=0.0, lr_warmup=10_000,
+        teacher_temp_warmup=30_000, freeze_last_layer=1000,
+    ),
+    ("b", "photos"): replace(
+        IMAGENET, size="b", recipe="photos", steps=100_000, batch=64, drop_path=0.1, lr_warmup=10_000,
+        teacher_temp_warmup=30_000, freeze_last_layer=1000,
+    ),
+}
+
+RECIPES = {
+    # 2 CPU cores; measured in LOG.md
+    # differs: in a network so small the gradient of iBOT drowns that of DINO, so it weighs a tenth
+    "tiny": TrainConfig(
+        size="tiny", steps=3000, batch=32, global_size=96, local_size=48, n_local=6, flip=0.5, blur_sigma=(0.05, 0.7),
+        dino_hidden=512, dino_bottleneck=64, dino_prototypes=256, ibot_hidden=512, ibot_bottleneck=64,
+        ibot_prototypes=256, prototype_std=0.125, lr=1e-3, weight_decay_end=0.04, teacher_temp=0.04, koleo_weight=0.05,
+        ibot_weight=0.1, layer_decay=1.0, patch_embed_lr=1.0, save_every=250, log_every=20, freeze_last_layer=50,
+    ),
+    # differs: no recipe is published for these sizes from scratch; ImageNet's with other stochastic depth, not run yet
+    "s":  replace(IMAGENET, size="s", drop_path=0.0),
+    "s+": replace(IMAGENET, size="s+", drop_path=0.0),
+    "b":  replace(IMAGENET, size="b", drop_path=0.1),
+    "l":  IMAGENET,
+    "l+": replace(IMAGENET, size="l+"),
+    "h+": replace(IMAGENET, size="h+", drop_path=0.4),
+    # paper: Tab. 2, §3.2: constant lr, weight decay and momentum; 61,440 H100 hours
+    # differs: Tab. 2 has an iBOT head of 8192 hidden, the released recipe 4096 as here; bf16 where they have fp8
+    "7b": TrainConfig(
+        size="7b", steps=1_000_000, batch=4096, group=16, koleo_group=16, global_size=256, local_size=112,
+        drop_path=0.4, lr=5e-5, lr_end=5e-5, lr_warmup=100_000, weight_decay=0.04, weight_decay_end=0.04,
+        momentum=0.994, momentum_end=0.994, teacher_temp_warmup=100_000, layer_decay=0.98, beta2=0.99, clip=30.0,
+        freeze_last_layer=5000, dino_hidden=8192, dino_bottleneck=512, dino_prototypes=262_144, ibot_hidden=4096,
+        ibot_bottleneck=384, ibot_prototypes=98_304, checkpointing="full",
+    ),
+}
+WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
+FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
+        "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
+        "compile")  # what a resumed run may change; data must be equal
+
+
+def configure(argv, starts=True):
+    """The command line -> TrainConfig, all derivations made; every mistake ends here, before the first batch."""
+    values, words = command_line.read_words(argv, command_line.types(TrainConfig()))
+    if words:
+        raise ValueError(f"{words[0]!r} is not an option; write --field value")
+    if values.get("out") and resumes(values, values["out"]):
+        return resumed_config(values, values["out"])
+    given = values
+    if values.get("init"):
+        values = say_init(values["init"]) | values
+    size = values.get("size") or size_for(values.get("recipe"))
+    recipe = find_recipe(size, values.get("recipe", ""))
+    if not values.get("out") and resumes(given, f"runs/{size}"):
+        return resumed_config(given, f"runs/{size}")
+    c = command_line.apply(recipe, values)
+    if c.recipe == "photos":
+        K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed)), c.batch)
+        c = replace(c, **{name: K for name in ("dino_prototypes", "ibot_prototypes") if name not in values})
+    shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
+    c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
+    check(c)
+    if starts:
+        command_line.writable(c.out)
+    if starts and saved(c.out):
+        raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
+    return c
+
+
+def find_recipe(size, name):
+    """The size's own, or the one of that name beside it."""
+    if size not in RECIPES:
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(RECIPES)}")
+    if name and (size, name) not in NAMED:
+        there = ", or ".join(f"--size {size} --recipe {name}" for size, name in NAMED)
+        raise ValueError(f"--size {size} has no recipe {name!r}; leave it out, or write {there}")
+    return NAMED[size, name] if name else RECIPES[size]
+
+
+def size_for(recipe):
+    """The size that is meant where none is named: the first that has the recipe, or tiny."""
+    return next((size for size, name in NAMED if name == recipe), "tiny")
+
+
+def suited_prototypes(n_images, batch):
+    """
+    K for a set of images, a power of two from 256 to 65,536.
+
+    At least 16 images for each prototype, as `tiny` has (4,096 and 256) and ImageNet-1k (20: 1.28 M and 65,536); and at
+    most 32 prototypes for each global crop of a step, as 7b has: above it Sinkhorn-Knopp's targets are nearly uniform.
+    """
+    return 2 ** int(min(16, max(8, math.log2(min(n_images / 16, 32 * 2 * batch)))))
+
+
+def resumes(values, out):
+    """Whether the command line asks to go on with the run in `out`; puts an answer in the place of "auto"."""
+    if values.get("resume", "").lower() == "auto":
+        values["resume"] = str(bool(saved(out)))
+    return values.get("resume", "").lower() == "true"
+
+
+def derive(c):
+    """c with what follows from other fields."""
+    before = dict(true="full", false="none")  # of runs that knew no other
+    return replace(c, patch_size=c.vit.patch_size, depth=c.vit.depth, group=min(c.group, c.batch),
+                   koleo_group=min(c.koleo_group, c.batch),
+                   checkpointing=before.get(c.checkpointing.lower(), c.checkpointing))
+
+
+def say_init(path):
+    """What a weights file says of itself, as options: those of the command line stand above them."""
+    found = identify(path).config
+    size = size_of(found).partition(",")[0]
+    if not isinstance(found, ViTConfig) or found.in_chans != 3 or size not in RECIPES:
+        raise ValueError(f"--init {path} is {size_of(found)}, {found.in_chans} channels; it must be a ViT for RGB, "
+                         f"one of {', '.join(RECIPES)}")
+    names = "depth", "patch_size", *NETWORK
+    return dict(size=size) | {name: str(getattr(found, name)) for name in names}
+
+
+def resumed_config(values, out):
+    """The config that the run was started with, and what the command line may change of it."""
+    c = go_on(saved_config(out), values, out)
+    command_line.writable(out)
+    done = newest(out)[0]
+    if c.steps < done:
+        raise ValueError(f"--steps {c.steps}: {out} has {done} steps already; ask for as many, or for more")
+    check(c)
+    return c
+
+
+def go_on(before, values, out, free=()):
+    """The saved config with the command line's words. Raises ValueError if they would make it another run."""
+    values = {name: text for name, text in values.items() if (name, text) != ("precision", "auto")}  # as it was settled
+    fresh = replace(before, stop_after=0, profile=(0, 0))  # they count the steps of one run
+    c = derive(replace(command_line.apply(fresh, values), out=str(out), resume=True))
+    changed = [name for name in values if name not in (*FREE, *free) and getattr(c, name) != getattr(before, name)]
+    if changed:
+        said, was = (", ".join(f"--{name} {getattr(each, name)}" for name in changed) for each in (c, before))
+        raise ValueError(f"--resume: {out} was begun with {was}, not with {said}: that would be another run; leave it "
+                         "out, or name another --out")
+    return c
+
+
+def saved_config(out, kind=TrainConfig):
+    """The config in a run's folder, as a `kind`."""
+    saved, given = saved_text(out), {}
+    for name, old in vars(kind()).items():
+        if name in saved:
+            value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+            value = str(value) if name == "checkpointing" else value  # once it was true or false
+            given[name] = float(value) if type(old) is float and type(value) is int else value
+            if not command_line.fits(given[name], old):
+                raise ValueError(f"{out}/config.json: {name} is {value!r}, where a {type(old).__name__} belongs; "
+                                 "restore it from a copy")
+    try:
+        return command_line.checked(kind(**given))
+    except ValueError as error:
+        raise ValueError(f"{out}/config.json: {error}; restore it from a copy") from error
+
+
+def saved_text(out):
+    """config.json of a run's folder, as a dict."""
+    path = Path(out, "config.json")
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{out}: no run to go on with, or to learn from ({error}); name the folder of one") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object; restore it from a copy")
+    return found
+
+
+def check(c):
+    """Raises ValueError for values that cannot be trained with."""
+    if c.stage != "pretrain":
+        raise ValueError(f"--stage {c.stage} is not known; there is: pretrain")
+    ops.use_kernels(c.kernels)
+    check_loggers(c.log)
+    if c.precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
+    if c.moments not in ("fp32", "bf16"):
+        raise ValueError(f"--moments {c.moments} is not known; choose fp32 or bf16")
+    if c.checkpointing not in ops.RECOMPUTED:
+        raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
+    if c.compile and c.checkpointing == "selective":
+        raise ValueError("--compile chooses by itself what of a block stays in memory; --checkpointing: none, or full")
+    for name in ("global_size", "local_size"):
+        side, patch = getattr(c, name), c.patch_size
+        if side < patch:
+            raise ValueError(f"--{name} {side}: the image is smaller than a patch of {patch} pixels; at least {patch}")
+        if side % patch:
+            raise ValueError(f"--{name} {side} is not a multiple of the patch, {patch}; try {side // patch * patch}")
+    for name in ("group", "koleo_group"):
+        if c.batch % getattr(c, name):
+            raise ValueError(f"--batch {c.batch} is not a multiple of --{name} {getattr(c, name)}; change one of them")
