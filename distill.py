@@ -32,13 +32,14 @@ from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader, open_source
 from engine import config as command_line
 from engine.cache import Cached, folder_of
-from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, save_checkpoint, saved
+from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, saved
 from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
 from engine.meters import of_features
 from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
+from engine.saver import Saver
 from losses import assignments
 from model import SIZES, Noise, ViTConfig, set_std, shard
 from recipes import TrainConfig
@@ -267,6 +268,7 @@ class Student:
         begin_state(self.optimizer)
         if done:
             load_checkpoint(c, ranks, self.networks, self.ema, self.optimizer)
+        self.saver = Saver(c, ranks, self.networks, self.ema, self.optimizer)
 
     def learn(self, teacher, batch, noise, meters=False):
         """One step; returns its numbers, 0-dim. A loss that is not finite raises ValueError, on all its ranks."""
@@ -288,9 +290,9 @@ class Student:
         self.verdicts.settle()
         return row | dict(lr=self.lr[t], skipped=self.verdicts.skipped) | health()
 
-    def save(self):
+    def save(self, wait=True):
         self.verdicts.settle()
-        save_checkpoint(self.c, self.ranks, self.step, self.networks, self.ema, self.optimizer)
+        self.saver(self.step, wait)
 
 
 def make_student(c, width):
@@ -414,7 +416,7 @@ def distill(c, ranks, interrupt):
         leave = step == end or step == start + c.stop_after > start or asked or not busy
         if step > start and (leave or step % c.save_every == 0):
             for student in list(students):
-                attempt(student, student.save)
+                attempt(student, student.save, leave)
         trace(leave)
         if leave:
             break

@@ -33,12 +33,13 @@ from data import Batches, colour_batch, loader, open_source
 from engine import config as command_line
 from engine import plan
 from engine.adam import AdamW16
-from engine.checkpoint import begin_state, check_space, load_checkpoint, save_checkpoint, start_from
+from engine.checkpoint import begin_state, check_space, load_checkpoint, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.meters import health
 from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
+from engine.saver import Saver
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import Noise, ProjectionHead, ViT, initialise, to_device
 from recipes import configure, find_recipe, saved_text, size_for
@@ -243,11 +244,7 @@ def print_plan(c, ranks, source, student):
 
 def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §3.2"""
-    if c.batch % ranks.count:
-        near = max(c.batch // ranks.count, 1) * ranks.count
-        raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks; try {near}")
-    if ranks.count % c.replicas:
-        raise ValueError(f"--replicas {c.replicas} does not divide {ranks.count} ranks; each must have as many")
+    samples = plan.samples_of_a_part(c, ranks.count)
     plan.announce(c, ranks, make_networks)
     source = open_source(c.data, c.n_shapes, c.seed)
     student, teacher = build_networks(c, ranks), build_networks(c, ranks)
@@ -263,13 +260,14 @@ def train(c, ranks, interrupt):
     weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
     momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
     teacher_temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
-    weights, K, samples = term_weights(c), c.accumulate, samples_of_a_part(c, ranks)
+    weights, K = term_weights(c), c.accumulate
     batches = Batches(c, source, ranks.rank * K * samples, samples, ranks.device.type == "cpu",
                       partial(draw_noise, c, samples), K)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * K, c.steps * K), count_workers(c.workers),
                     pin_memory=ranks.device.type == "cuda")
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
+    saver = Saver(c, ranks, student, teacher, optimizer, interrupt.leave)
     progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16")
 
@@ -278,7 +276,7 @@ def train(c, ranks, interrupt):
         leave = step == c.steps or step == start + c.stop_after > start or verdicts.leave
         if step > start and (leave or step % c.save_every == 0):
             verdicts.settle()
-            save_checkpoint(c, ranks, step, student, teacher, optimizer)
+            saver(step, wait=leave)
         trace(leave)
         if leave:
             break
@@ -335,15 +333,6 @@ def begin(c, ranks, start, source, student, teacher, optimizer):
     check_space(c, start, student, teacher, optimizer)
     print_plan(c, ranks, source, student)
     open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest)
-
-
-def samples_of_a_part(c, ranks):
-    """B of a part, on a rank. Raises ValueError if it would cut what is drawn or compared at once."""
-    samples, rest = divmod(c.batch // ranks.count, c.accumulate)
-    if c.accumulate > 1 and (rest or samples % c.group or samples % c.koleo_group):
-        raise ValueError(f"--accumulate {c.accumulate}: {c.batch // ranks.count} images of a rank in so many parts; "
-                         f"each must hold whole --group {c.group} and --koleo_group {c.koleo_group}")
-    return samples
 
 
 def mean_of(rows):

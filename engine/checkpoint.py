@@ -2,7 +2,7 @@
 What a run leaves and starts from. Every rank writes its own rows and reads those that it holds: any number of ranks can
 go on, and no host holds more than one tensor. Nothing in a run's folder is executed.
 
-    save_checkpoint   student, teacher, optimizer: OUT/checkpoints/STEP, whole or not at all; OUT/teacher.safetensors
+    save_checkpoint   the rows of all ranks: OUT/checkpoints/STEP, whole or not at all; OUT/teacher.safetensors
     newest            the newest whole checkpoint of a run, and its step
     load_checkpoint   student, teacher, optimizer back, bit for bit
     load_teacher      its teacher alone, backbone and heads: for those who distill it
@@ -55,21 +55,22 @@ def bytes_of(state):
     return sum(x.numel() * x.element_size() * (1 + name.startswith("teacher.backbone.")) for name, x in state.items())
 
 
-def save_checkpoint(c, ranks, step, student, teacher, optimizer):
+def save_checkpoint(c, ranks, step, rows, size, config):
     """
     OUT/checkpoints/STEP is there when all ranks have written their files and main has made teacher.safetensors of them:
     a kill at any time leaves the checkpoints before it. Raises ValueError on all ranks if any cannot write.
+
+    rows  own_rows() of the training_state(), live or copied;  size  its bytes_of();  config  of the backbone
     """
-    state = training_state(student, teacher, optimizer)
     new = Path(c.out, "checkpoints", f"{step}.new")
     try:
-        ranks.together(lambda: ranks.main and make_room(c, new, bytes_of(state)))
-        files = ranks.together(lambda: write_rows(new / f"{ranks.rank}.safetensors", ranks, state))
-        ranks.together(lambda: ranks.main and finish(c, step, new, dict(files), teacher["backbone"].config))
+        ranks.together(lambda: ranks.main and make_room(c, new, size))
+        files = ranks.together(lambda: write_rows(new / f"{ranks.rank}.safetensors", rows))
+        ranks.together(lambda: ranks.main and finish(c, step, new, dict(files), config))
     except ValueError as error:
         if ranks.main:
             shutil.rmtree(new, ignore_errors=True)
-        raise ValueError(f"step {step} is not saved: {error}; a checkpoint takes {bytes_of(state):,} bytes, "
+        raise ValueError(f"step {step} is not saved: {error}; a checkpoint takes {size:,} bytes, "
                          f"{shutil.disk_usage(existing(c.out)).free:,} are free; {last_good(c.out)}") from error
 
 
@@ -99,17 +100,21 @@ def make_room(c, new, wanted):
         raise ValueError(f"no space left for {new.with_suffix('')}, {wanted - free:,} bytes too few")
 
 
-def write_rows(path, ranks, state):
-    """This rank's rows, and what is whole on every rank on the first one. Returns name -> (size, crc32) of the file."""
-    entries, rows = {}, {}
+def own_rows(ranks, state):
+    """{name: (rows, first, total)} that this rank writes; total 0: what is whole on every rank, the first one's."""
+    found = {}
     for name, x in state.items():
         local, first = shard(x)
-        if local is x and not ranks.main or local.shape[:1] == (0,) or replicated(x):
-            continue
-        entries[name] = Entry(tuple(local.shape), local.dtype, partial(iter, [local]))
-        if local is not x:
-            rows[name] = first, len(x)
-    return path.name, write_tensors(path, entries, dict(rows=json.dumps(rows)))
+        if not (local is x and not ranks.main or local.shape[:1] == (0,) or replicated(x)):
+            found[name] = local, first, 0 if local is x else len(x)
+    return found
+
+
+def write_rows(path, rows):
+    """Returns name -> (size, crc32) of the file."""
+    entries = {name: Entry(tuple(x.shape), x.dtype, partial(iter, [x])) for name, (x, _, _) in rows.items()}
+    places = {name: (first, total) for name, (_, first, total) in rows.items() if total}
+    return path.name, write_tensors(path, entries, dict(rows=json.dumps(places)))
 
 
 def finish(c, step, new, files, config):

@@ -3,6 +3,7 @@ What ends a run before its last step, or keeps a step from the weights.
 
     Interrupt    Ctrl-C, SIGTERM, SIGUSR1: save and leave
     Verdicts     what all ranks agree on in every step, while the host goes on: to leave; that a number is not finite
+    Behind       a thread that has its work done before the run ends, well or not
     Peers        a rank that fails, or is gone, ends the others
 
     with Interrupt() as interrupt, Peers(start_ranks(device)) as ranks: train(c, ranks, interrupt)
@@ -51,9 +52,13 @@ class Interrupt:
 
     def ask(self, number, frame):
         if not self.asked:
-            self.asked = time.monotonic()
+            self.leave()
         elif time.monotonic() - self.asked >= self.AGAIN and number != getattr(signal, "SIGUSR1", None):
             raise KeyboardInterrupt
+
+    def leave(self):
+        """Asks for the same as a signal; from any thread, and however often."""
+        self.asked = self.asked or time.monotonic()
 
     def collect(self, step, every=500):
         if step % every == 0:
@@ -152,6 +157,23 @@ class Elsewhere(ValueError):
     """An error that another rank will tell."""
 
 
+class Behind(threading.Thread):
+    """Work beside the loop. Peers waits for it, also after an error; but not where a second Ctrl-C leaves at once."""
+
+    def __init__(self, work, failed):
+        """failed()  is called, in the thread, if work() raises; `error` holds what"""
+        super().__init__(daemon=True)
+        self.work, self.failed, self.error = work, failed, None
+        self.start()
+
+    def run(self):
+        try:
+            self.work()
+        except BaseException as error:  # for the loop, which has to tell it
+            self.error = error
+            self.failed()
+
+
 class Peers:
     """
     A rank that raises says why, once for all of them, and the others leave: they may be waiting for it in a collective
@@ -177,6 +199,9 @@ class Peers:
         return self.ranks
 
     def __exit__(self, kind, error, trace):
+        for thread in threading.enumerate() if kind is not KeyboardInterrupt else ():
+            if isinstance(thread, Behind):
+                thread.join()
         if self.ranks.group is None:
             return
         if error is None:

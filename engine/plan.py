@@ -207,6 +207,7 @@ def pieces(c, where, networks):
 def memory(c, where, networks):
     """
     Bytes of a rank, by kind, and `peak`: the most at once, in the backward pass: gradients come as activations go.
+    `copy`, beside it: on the host, where it has the room, of what a checkpoint writes while steps run; see `copied`.
 
     Not in it: what the process has before its networks, processes that read images; on CUDA, the context and what the
     allocator and NCCL keep, which nobody has measured yet.
@@ -236,7 +237,8 @@ def memory(c, where, networks):
         done += piece.parameters * F32 / S
         peak = max(peak, held + left + done + piece.work)
         left -= piece.kept
-    return {kind: round(size) for kind, size in (found | dict(peak=peak)).items()}
+    copy = sum(found[kind] for kind in ("weights", "adam", "teacher"))
+    return {kind: round(size) for kind, size in (found | dict(peak=peak, copy=copy)).items()}
 
 
 def largest_unit(networks):
@@ -311,14 +313,38 @@ def device_memory(kind):
     return room / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def copied(size, free):
+    """Whether checkpoints are copied to the host's memory, and written while the next steps run: as much stays free."""
+    return 2 * size <= free
+
+
+def samples_of_a_part(c, n_ranks):
+    """B of a part, on a rank. Raises ValueError if ranks or parts would cut what is drawn or compared at once."""
+    if c.batch % n_ranks:
+        near = max(c.batch // n_ranks, 1) * n_ranks
+        raise ValueError(f"--batch {c.batch} is not divisible by {n_ranks} ranks; try {near}")
+    if n_ranks % c.replicas:
+        raise ValueError(f"--replicas {c.replicas} does not divide {n_ranks} ranks; each must have as many")
+    if c.accumulate > 1 and not whole(c, n_ranks, c.accumulate):
+        raise ValueError(f"--accumulate {c.accumulate}: {c.batch // n_ranks} images of a rank in so many parts; "
+                         f"each must hold whole --group {c.group} and --koleo_group {c.koleo_group}")
+    return c.batch // n_ranks // c.accumulate
+
+
+def whole(c, n_ranks, parts):
+    """Whether so many parts cut no group."""
+    return not any(c.batch // n_ranks % (parts * size) for size in (c.group, c.koleo_group))
+
+
 def would_fit(c, where, networks, room):
     """[(options, bytes)] of the smallest changes that fit: checkpointing; parts, ranks, batch, each also with it."""
     found, modes = [], list(ops.RECOMPUTED)
     for how in modes[modes.index(c.checkpointing) :]:
         less = replace(c, checkpointing=how)
         word = [f"--checkpointing {how}"] if how != c.checkpointing else []
-        ranks = [where.ranks * 2 ** k for k in range(1, 13) if c.batch % (where.ranks * 2 ** k) == 0]
-        parts = [K for K in (c.accumulate * 2 ** k for k in range(1, 13)) if whole(c, where, K)]
+        ranks = [S for S in (where.ranks * 2 ** k for k in range(1, 13)) if c.batch % S == 0
+                 and (c.accumulate == 1 or whole(c, S, c.accumulate))]
+        parts = [K for K in (c.accumulate * 2 ** k for k in range(1, 13)) if whole(c, where.ranks, K)]
         batches = [c.batch // 2 ** k for k in range(1, 20) if c.batch // 2 ** k % where.ranks == 0]
         ways = [[(word, less, where)]] if word else []
         ways.append([([f"--accumulate {K}", *word], replace(less, accumulate=K), where) for K in parts])
@@ -330,11 +356,6 @@ def would_fit(c, where, networks, room):
     found = [each for each in found if each]
     alone = [each for each in found if len(each[0]) == 1]
     return alone or found
-
-
-def whole(c, where, parts):
-    """Whether so many parts cut no group."""
-    return not any(c.batch // where.ranks % (parts * size) for size in (c.group, c.koleo_group))
 
 
 def smaller(c, batch):
@@ -366,10 +387,12 @@ def announce(c, ranks, make_networks):
     """A line before a run, on main. Raises ValueError, on every rank, if the run cannot fit."""
     where, networks = Where(ranks.device.type, ranks.count), meta(c, make_networks)
     needs, arithmetic = memory(c, where, networks), flops(c)
-    room = device_memory(where.kind)
+    room, host = device_memory(where.kind), device_memory("cpu") - (needs["peak"] if where.kind == "cpu" else 0)
+    how = "written while the next steps run" if copied(needs["copy"], host) else "the steps wait while they are written"
     if ranks.main:
         print(f"{needs['peak'] / GB:.3g} GB wanted on each rank of the {room / GB:.3g} that are there; "
-              f"{(arithmetic['model'] + arithmetic['recomputed']) / 1e12:.3g} TFLOP an image", flush=True)
+              f"{(arithmetic['model'] + arithmetic['recomputed']) / 1e12:.3g} TFLOP an image; checkpoints, "
+              f"{needs['copy'] / GB:.3g} GB of each rank: {how}", flush=True)
     refuse(c, where, networks, room)
 
 
@@ -397,9 +420,7 @@ def settle(c, plan):
     kind = c.device if elsewhere else command_line.choose_device(c.device).type
     if elsewhere and not plan.memory:
         raise ValueError("--device cuda is not here; say how many GB each device has, as in --memory 80")
-    if c.batch % plan.ranks:
-        raise ValueError(f"--batch {c.batch} is not divisible by {plan.ranks} ranks; try "
-                         f"{max(c.batch // plan.ranks, 1) * plan.ranks}")
+    samples_of_a_part(c, plan.ranks)
     precision = "bf16" if elsewhere and c.precision == "auto" else choose_precision(c.precision, torch.device(kind))
     return (replace(c, precision=precision), Where(kind, plan.ranks),
             plan.memory * GB if plan.memory else device_memory(kind))

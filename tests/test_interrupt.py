@@ -120,14 +120,14 @@ def fails(out, prepare, words=(), act=None, save_every="2"):
     return said[0], group.text(), seconds
 
 
-def once(name, error):
-    """A prepare(rank) by which rank 1 raises, in the 8th call of train's function."""
+def once(name, error, call=8):
+    """A prepare(rank) by which rank 1 raises, in that call of train's function."""
     def prepare(rank):
         real, calls = getattr(train, name), []
 
         def spoilt(*args, **kwargs):
             calls.append(1)
-            if rank == 1 and len(calls) == 8:
+            if rank == 1 and len(calls) == call:
                 raise error
             return real(*args, **kwargs)
         setattr(train, name, spoilt)

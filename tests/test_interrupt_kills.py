@@ -1,5 +1,6 @@
 """
-Kills at any time: of a run, of its saves and its resumes, at every event of the file system; nothing is lost.
+Kills at any time: of a run, of its saves behind the steps and its resumes, at every event of the file system; nothing
+is lost.
 
 The long forms: 100 kills at random times, and every event: pytest -m long tests/test_interrupt_kills.py
 """
@@ -13,6 +14,7 @@ import time
 
 import pytest
 from forks import start
+from test_saver import late
 from test_train import MICRO, rows
 
 from engine.checkpoint import newest, saved
@@ -80,6 +82,7 @@ def kill_at_random_times(out, whole, times, rng):
 def events(out, kill=None):
     """A prepare() for start(): counts what touches OUT into OUT.events, or dies before the kill-th of them."""
     def prepare(rank):
+        late(out, rank, steps=6)  # all of a save but its first event comes two steps later
         seen = [0]
 
         def hook(event, args):

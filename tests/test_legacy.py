@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from weights import save_backbone
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def as_of_old(c, ranks, step, student, teacher, optimizer):
-    """What save_checkpoint did when it left the writing to torch."""
+def as_of_old(c, ranks, student, teacher, optimizer, failed, step, wait):
+    """What a save did when it left the writing to torch."""
     out = Path(c.out)
     student, optimizer = get_state_dict(student, optimizer)
     state = dict(student=student, teacher=teacher.state_dict(), optimizer=optimizer)
@@ -36,7 +37,7 @@ def as_of_old(c, ranks, step, student, teacher, optimizer):
 def old(tmp_path, monkeypatch):
     """A run of two steps, saved as of old."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", as_of_old)
+        patch.setattr(train, "Saver", lambda *args: partial(as_of_old, *args))
         run(tmp_path / "old", "--stop_after", "2")
     return tmp_path / "old"
 

@@ -252,6 +252,8 @@ def test_it_starts_reads_and_writes_nothing(tmp_path, capsys, monkeypatch):
     ("--ranks 3", "--batch 8 is not divisible by 3 ranks; try 6"),
     ("--ranks 16", "--batch 8 is not divisible by 16 ranks; try 16"),
     ("--mfu 1.5", "--mfu is 1.5"),
+    ("--ranks 2 --accumulate 2 --group 4", "--accumulate 2: 4 images of a rank in so many parts; each must hold"),
+    ("--ranks 4 --replicas 3", "--replicas 3 does not divide 4 ranks"),
     ("--rank 2", "unknown option --rank; did you mean"),
     ("2", "'2' is not an option"),
     ("--device cuda", "--device cuda is not here; say how many GB"),
@@ -296,11 +298,13 @@ def test_a_run_says_what_it_takes_and_stops_before_it_takes_too_much(tmp_path, c
     with pytest.raises(ValueError, match="needs .* GB on each, which has 0.05; what would fit: "):
         train.main(words)
     said = capsys.readouterr().out.splitlines()
-    line = r"0\.\d+ GB wanted on each rank of the 0.05 that are there; 0\.\d+ TFLOP an image"
+    line = (r"0\.\d+ GB wanted on each rank of the 0.05 that are there; 0\.\d+ TFLOP an image; "
+            r"checkpoints, 0\.\d+ GB of each rank: the steps wait while they are written")
     assert len(said) == 1 and re.fullmatch(line, said[0])
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(plan, "device_memory", lambda kind: 5e9)
     train.main(words)
+    assert "GB of each rank: written while the next steps run" in capsys.readouterr().out
     assert (tmp_path / "run" / "teacher.safetensors").exists()
 
 
