@@ -4,10 +4,13 @@ A kill before each event of the file system: test_interrupt_kills.py.
 """
 
 import errno
+import os
 import shutil
 import signal
 import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,16 +143,20 @@ def test_who_leaves_after_an_error_waits(small, monkeypatch):
     assert newest(small[0].out)[0] == 1
 
 
-def test_memory_that_is_free(monkeypatch):
+def test_memory_that_is_free(monkeypatch, tmp_path):
+    """What the host has available, less what this rank has held and may want again in the next step."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4000000 kB\n")
+    (tmp_path / "statm").write_text("900000 1000 500 1 0 2000 0")              # pages: 1000 of them are in memory
+    monkeypatch.setattr(saver, "Path", lambda path: tmp_path / Path(path).name)
+    monkeypatch.setattr(saver.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=1_000_000))
+    monkeypatch.setattr(saver, "device_memory", lambda kind: 9e9)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    before = saver.free()
-    assert 0 < before < saver.device_memory("cpu")
-    taken = torch.ones(100_000_000)                    # 400 MB
-    assert before - saver.free() == pytest.approx(taken.nbytes, rel=0.3)
-    del taken
-    assert before - saver.free() > 2e8                 # it may be wanted again in the next step
-    monkeypatch.setattr(saver, "device_memory", lambda kind: 5e9)
-    assert saver.free() < 5e9
+    mine, page = 1_024_000_000, os.sysconf("SC_PAGE_SIZE")
+    assert saver.free() == 4_096_000_000 - (mine - 1000 * page)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert saver.free() == 2_048_000_000 - (mine - 1000 * page)                # half of it is the other rank's
+    monkeypatch.setattr(saver, "device_memory", lambda kind: 1.5e9)            # of a container
+    assert saver.free() == 1.5e9 - mine
 
 # --------------------------------------------------------------------------------
 # Runs that end
