@@ -4,10 +4,12 @@ A kill before each event of the file system: test_interrupt_kills.py.
 """
 
 import errno
+import os
 import shutil
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from engine.interrupt import Interrupt, Peers
 from engine.ranks import Ranks
 from engine.saver import Saver
 
+PAGE = os.sysconf("SC_PAGE_SIZE")
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 WORDS = [*MICRO, "--save_every", "2", "--keep", "9"]
 ENDLESS = [*MICRO, "--steps", "100000", "--keep", "9"]
@@ -141,15 +144,18 @@ def test_who_leaves_after_an_error_waits(small, monkeypatch):
 
 
 def test_memory_that_is_free(monkeypatch):
+    """what a step takes at most, not what is there between two; nor what others have"""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    before = saver.free()
-    assert 0 < before < saver.device_memory("cpu")
-    taken = torch.ones(100_000_000)                    # 400 MB
-    assert before - saver.free() == pytest.approx(taken.nbytes, rel=0.3)
-    del taken
-    assert before - saver.free() > 2e8                 # it may be wanted again in the next step
+    assert 0 < saver.free() < saver.device_memory("cpu")
+    texts = dict(meminfo="MemTotal: 9 kB\nMemAvailable:   6000000 kB\n", statm=f"9 {2_000_000_000 // PAGE} 9")
+    monkeypatch.setattr(saver.Path, "read_text", lambda path: texts[path.name])
+    monkeypatch.setattr(saver, "device_memory", lambda kind: 20e9)
+    monkeypatch.setattr(saver.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5_000_000))
+    assert saver.free() == pytest.approx(6.144e9 - 5.12e9 + 2e9, abs=PAGE)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert saver.free() == pytest.approx(3.072e9 - 5.12e9 + 2e9, abs=PAGE)
     monkeypatch.setattr(saver, "device_memory", lambda kind: 5e9)
-    assert saver.free() < 5e9
+    assert saver.free() == 5e9 - 5.12e9
 
 # --------------------------------------------------------------------------------
 # Runs that end
