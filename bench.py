@@ -8,7 +8,7 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py loss         the same with the cross-entropy and its gradient
     python bench.py attention    RoPE and attention: ours beside what is written elsewhere, and the errors of both
     python bench.py evaluate     frozen features of a folder of photos beside the network alone: images per second
-    python bench.py steps        training steps of tiny and ViT-S: kernels off and auto, checkpointing, compiled
+    python bench.py steps        training steps of tiny and ViT-S: kernels off and auto, checkpointing, compiled; saves
 
 sinkhorn, loss, attention and steps run once for each level of the CPU kernels that this processor has, or at the one
 that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, one call each, in this order
@@ -24,7 +24,7 @@ that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, o
     python bench.py check-OP     sinkhorn, loss or attention alone, as gpu-test asks it
 
 A gpu- call writes NAME.json after every row, and at its end NAME.md, tables for LOG.md, to --out. --dry rehearses it on
-a CPU. Options:
+a CPU, and steps as well. Options:
 """
 
 import json
@@ -50,7 +50,7 @@ from engine.features import Frozen, load
 from engine.opponents import with_kernels
 from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
-from engine.timing import Cpu, machine, medians
+from engine.timing import Cpu, Rehearsal, machine, medians
 from model import SIZES, ViT
 from recipes import RECIPES
 from tasks import TASKS
@@ -64,7 +64,7 @@ class BenchConfig:
     data: str = "shapes"       # gpu-4, gpu-5: photos, a folder as train.py takes it; shapes = generated
     size: str = "s"            # gpu-5: what is trained
     largest: int = 0           # [0, inf): check-OP: elements of the largest shape; 0 = all
-    dry: bool = False          # gpu-: on the CPU, on tiny shapes: every line runs, no number means anything
+    dry: bool = False          # gpu-, steps: on a CPU, on tiny shapes: every line runs, no number means anything
 
 # --------------------------------------------------------------------------------
 # On a CPU
@@ -123,18 +123,23 @@ def of_ops(name):
 
 
 def steps(machine, report, compiled):
-    for size, argv, rounds in ("tiny", ["--batch", "32"], 5), ("s", ["--batch", "4"], 3):
+    """Interleaved, with the bytes that each way adds; then with and without a save in flight."""
+    sizes = [("tiny", trials.TINY, 2)] if machine.shapes == "dry" else [
+        ("tiny", ["--batch", "32"], 5), ("s", ["--batch", "4"], 3)]
+    for size, argv, rounds in sizes:
         step = trials.Step(machine, ["--size", size, "--precision", "fp32", *argv])
         ways = {f"kernels {choice}": partial(with_kernels, choice, step) for choice in ("off", "auto")}
         ways |= {f"checkpointing {how}": partial(step.recomputing, how) for how in ("selective", "full")}
         if compiled:
-            ways["compiled"] = step.compiled
+            ways["compiled"] = partial(step.compiled, machine)
         times = medians(machine, ways, rounds=rounds)
         base = times["kernels off"].seconds
         for name, t in times.items():
             slower = name == "kernels auto" and t.seconds > base
             report.add("training steps", size=size, images=step.c.batch, way=name, ms=t.seconds * 1e3, spread=t.spread,
-                       base_over_this=base / t.seconds, **dict(flag="SLOWER than without kernels") if slower else {})
+                       base_over_this=base / t.seconds, peak_mb=machine.peak(ways[name]) / 1e6,
+                       **dict(flag="SLOWER than without kernels") if slower else {})
+        trials.saves(machine, report, size, step, min(rounds, 3))
 
 
 ON_CPU = dict(forward=forward, data=data, evaluate=evaluate, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),
@@ -142,8 +147,13 @@ ON_CPU = dict(forward=forward, data=data, evaluate=evaluate, attention=of_ops("a
 BY_LEVEL = "attention", "sinkhorn", "loss", "steps"
 
 
+def rehearsal():
+    torch.set_num_threads(1)  # nothing in it is large enough for more
+    return Rehearsal()
+
+
 def on_cpu(names, config):
-    report = Report("bench", config.json or None, here := Cpu())
+    report = Report("bench", config.json or None, here := rehearsal() if config.dry else Cpu())
     forced, best = os.environ.get("NANODINO_CPU"), ops.LEVELS[-1] if ops.BUILT else None
     for name in names:
         if name not in BY_LEVEL or forced or not ops.BUILT:
@@ -153,7 +163,7 @@ def on_cpu(names, config):
         for level in reversed(ops.LEVELS):
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder, "rows.json")
-                subprocess.run([sys.executable, __file__, name, "--json", rows], check=True,
+                subprocess.run([sys.executable, __file__, name, "--json", rows, "--dry", str(config.dry)], check=True,
                                env=os.environ | dict(NANODINO_CPU=level))
                 for table, found in json.loads(rows.read_text())["tables"].items():
                     report.keep(table, [dict(level=level) | row for row in found])
@@ -270,9 +280,7 @@ def emulator():
 
 
 def on_gpu(name, config):
-    here = machine(config.dry)
-    if config.dry:
-        torch.set_num_threads(1)  # nothing in a rehearsal is large enough for more
+    here = rehearsal() if config.dry else machine()
     if here.kind != "cuda" and not config.dry and name.startswith("gpu"):
         raise ValueError(f"{name}: no GPU here; add --dry to rehearse it on the CPU")
     report = Report(name, Path(config.out, f"{name}.json"), here, config.minutes * 60)

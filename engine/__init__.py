@@ -3,7 +3,8 @@ What the commands stand on, and nobody types.
 
     config          the command line              ranks          processes, devices, precision, cores
     checkpoint      what a run leaves             shards         tensors in files, by rows
-    interrupt       signals, failures, NaN        legacy         checkpoints of before, read without trust
+    saver           written while steps run       legacy         checkpoints of before, read without trust
+    interrupt       signals, failures, NaN        plan           what a step needs and costs
     progress        what a run says               groups, cache  of distillation: who trains what; the teacher's words
     layouts         names in weight files         task           what a task of evaluate.py declares
     features        frozen features               chunks         the same on disk, by many ranks

@@ -10,6 +10,7 @@ launches count; arguments rotate until they are twice the L2 cache, so that none
 """
 
 import math
+import platform
 import re
 import shutil
 import statistics
@@ -46,7 +47,7 @@ class Cpu:
 
     def describe(self):
         capability = torch.backends.cpu.get_cpu_capability()
-        return dict(device=f"CPU, {capability}, {torch.get_num_threads()} threads", torch=torch.__version__)
+        return dict(device=f"{processor()}, {capability}, {torch.get_num_threads()} threads", torch=torch.__version__)
 
     def prepare(self, function, sets, graph=True):
         """(what runs `function` on each set of arguments, how it is timed), warm."""
@@ -102,6 +103,13 @@ class Cpu:
     def launches(self, function):
         """What one call starts on the device: {name: (times, microseconds)}; for a CPU the operators of PyTorch."""
         return profiled(function, ProfilerActivity.CPU, DeviceType.CPU)
+
+
+def processor():
+    """The CPU's name, where the system says it."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)", path.read_text(), re.M) if path.exists() else []
+    return names[0] if names else platform.processor() or "CPU"
 
 
 class Rehearsal(Cpu):
@@ -195,9 +203,9 @@ class Cuda(Cpu):
         return profiled(whole, ProfilerActivity.CUDA, DeviceType.CUDA)
 
 
-def machine(dry=False):
-    """What is here; dry: a rehearsal."""
-    return Rehearsal() if dry else Cuda() if torch.cuda.is_available() else Cpu()
+def machine():
+    """What is here."""
+    return Cuda() if torch.cuda.is_available() else Cpu()
 
 
 def profiled(function, activity, kind):

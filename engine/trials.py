@@ -2,6 +2,7 @@
 The trainer on trial, on a GPU or in a rehearsal on the CPU: does it work there, how fast is a step, what does it learn.
 
     Step         the lines of train.train between two batches
+    saves        what a save costs: the loop stands still, then its steps share the machine with it
     trainer      losses beside the CPU's, resume, waits of the host, SIGTERM, evaluations
     whole_steps  images/s, memory, launches and share of the card's products, by size; JPEG to batch; inference
     run          trains for some minutes, measures, draws
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import traceback
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,7 @@ from engine.interrupt import Interrupt, Verdicts
 from engine.opponents import same, with_kernels
 from engine.ranks import start_ranks
 from engine.report import verdict
+from engine.saver import Saver
 from engine.timing import medians
 from model import SIZES, ViT
 from recipes import configure
@@ -121,12 +125,12 @@ class Step:
         self()
         self.student["backbone"].checkpointing = self.c.checkpointing
 
-    def compiled(self):
+    def compiled(self, machine):
         """A step with its blocks as torch.compile makes them; the others stay as they are."""
         blocks = [*self.student["backbone"].blocks, *self.teacher["backbone"].blocks]
         if not self.made:
             for block in blocks:
-                block.compile()
+                machine.compile_module(block)
             self.made = [block._compiled_call_impl for block in blocks]
         for block, made in zip(blocks, self.made, strict=True):
             block._compiled_call_impl = made
@@ -156,6 +160,43 @@ class Step:
     def update(self):
         self.optimizer.step()
         update_ema(self.teacher, self.student, self.c.momentum)
+
+def saves(machine, report, size, step, rounds):
+    """
+    In turns: steps alone, a save that the loop waits for, one that is written while the next steps run, and those.
+    The first row is of a step, the second of what a save adds to a run: the time it stands still, and what the steps
+    beside it take longer.
+    """
+    step()
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(replace(step.c, out=folder, keep=1), step.ranks, step.student, step.teacher, step.optimizer)
+        saver(1, wait=False)  # takes the memory for the copy
+        saver.settle()
+        size_of = sum(x.nbytes for x in saver.copies.values()) if saver.copies else None
+        took, number = {name: [] for name in ("alone", "beside", "waits", "copies", "adds")}, count(2)
+
+        def clock(name, work, *args):
+            machine.synchronize()
+            start = time.perf_counter()
+            work(*args)
+            machine.synchronize()
+            took[name].append(time.perf_counter() - start)
+        for _ in range(rounds):
+            for _ in range(3):
+                clock("alone", step)
+            clock("waits", saver, next(number))
+            clock("copies", saver, next(number), False)
+            before = len(took["beside"])
+            while saver.behind is not None and saver.behind.is_alive():
+                clock("beside", step)
+            beside = took["beside"][before:]
+            took["adds"].append(took["copies"][-1] + sum(beside) - len(beside) * statistics.median(took["alone"]))
+            saver.settle()
+    for way in "alone", "beside":
+        report.add("a step, and a save in flight", size=size, way=way, steps=len(took[way]),
+                   ms=1e3 * statistics.median(took[way]), longest_ms=1e3 * max(took[way]))
+    report.add("what a save takes", size=size, copy_mb=size_of and size_of / 1e6,
+               **{f"{name}_ms": 1e3 * statistics.median(took[name]) for name in ("waits", "copies", "adds")})
 
 # --------------------------------------------------------------------------------
 # Does it work

@@ -61,6 +61,19 @@ def test_one_level(name, table, tmp_path, monkeypatch):
     assert all(row["ms"] > 0 and row["base_over_this"] > 0 for row in rows)
 
 
+def test_steps_rehearsed(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANODINO_CPU", bench.ops.LEVEL)
+    bench.main(["steps", "--dry", "--json", str(tmp_path / "steps.json")])
+    found = json.loads((tmp_path / "steps.json").read_text())
+    steps, beside, saves = found["tables"].values()
+    assert [row["way"] for row in steps] == ["kernels off", "kernels auto", "checkpointing selective",
+                                             "checkpointing full", "compiled"]
+    assert all(row["ms"] > 0 and row["peak_mb"] >= 0 for row in steps) and "rehearsal" in found["device"]
+    assert [row["way"] for row in beside] == ["alone", "beside"]
+    assert all(row["longest_ms"] >= row["ms"] > 0 for row in beside)
+    assert saves[0]["copy_mb"] > 1 and saves[0]["waits_ms"] > 0 < saves[0]["copies_ms"]
+
+
 def test_help_names_everything(capsys):
     bench.main(["--help"])
     said = capsys.readouterr().out

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +25,7 @@ from engine.interrupt import Interrupt, Peers
 from engine.ranks import Ranks
 from engine.saver import Saver
 
+PAGE = os.sysconf("SC_PAGE_SIZE")
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 WORDS = [*MICRO, "--save_every", "2", "--keep", "9"]
 ENDLESS = [*MICRO, "--steps", "100000", "--keep", "9"]
@@ -143,20 +143,19 @@ def test_who_leaves_after_an_error_waits(small, monkeypatch):
     assert newest(small[0].out)[0] == 1
 
 
-def test_memory_that_is_free(monkeypatch, tmp_path):
-    """What the host has available, less what this rank has held and may want again in the next step."""
-    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:  4000000 kB\n")
-    (tmp_path / "statm").write_text("900000 1000 500 1 0 2000 0")              # pages: 1000 of them are in memory
-    monkeypatch.setattr(saver, "Path", lambda path: tmp_path / Path(path).name)
-    monkeypatch.setattr(saver.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=1_000_000))
-    monkeypatch.setattr(saver, "device_memory", lambda kind: 9e9)
+def test_memory_that_is_free(monkeypatch):
+    """what a step takes at most, not what is there between two; nor what others have"""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    mine, page = 1_024_000_000, os.sysconf("SC_PAGE_SIZE")
-    assert saver.free() == 4_096_000_000 - (mine - 1000 * page)
+    assert 0 < saver.free() < saver.device_memory("cpu")
+    texts = dict(meminfo="MemTotal: 9 kB\nMemAvailable:   6000000 kB\n", statm=f"9 {2_000_000_000 // PAGE} 9")
+    monkeypatch.setattr(saver.Path, "read_text", lambda path: texts[path.name])
+    monkeypatch.setattr(saver, "device_memory", lambda kind: 20e9)
+    monkeypatch.setattr(saver.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5_000_000))
+    assert saver.free() == pytest.approx(6.144e9 - 5.12e9 + 2e9, abs=PAGE)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert saver.free() == 2_048_000_000 - (mine - 1000 * page)                # half of it is the other rank's
-    monkeypatch.setattr(saver, "device_memory", lambda kind: 1.5e9)            # of a container
-    assert saver.free() == 1.5e9 - mine
+    assert saver.free() == pytest.approx(3.072e9 - 5.12e9 + 2e9, abs=PAGE)
+    monkeypatch.setattr(saver, "device_memory", lambda kind: 5e9)
+    assert saver.free() == 5e9 - 5.12e9
 
 # --------------------------------------------------------------------------------
 # Runs that end
