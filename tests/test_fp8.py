@@ -5,8 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from forks import start
+from test_train import MICRO, rows, run
+from test_train_ranks import apart
 from torch import nn
 
+import distill
+import train
+from engine import config as command_line
 from engine import fp8
 from model import SIZES, MaskedBiasLinear, ViT, ViTConfig
 
@@ -175,3 +181,78 @@ def test_every_size_has_linears_that_the_product_takes():
     """multiples of 16 on both sides"""
     for config in SIZES.values():
         assert not config.width % 16 and not config.hidden % 16
+
+# --------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_run_goes_on_bit_for_bit_and_however_blocks_are_kept(tmp_path, on_cpu):
+    whole = run(tmp_path / "whole", "--precision", "fp8")
+    run(tmp_path / "parts", "--precision", "fp8", "--stop_after", "2")
+    train.main(["--out", str(tmp_path / "parts"), "--resume"])
+    found = [run(tmp_path / how, "--precision", "fp8", "--checkpointing", how) for how in ("full", "selective")]
+    for other in rows(tmp_path / "parts"), *found:
+        assert [row["loss"] for row in other] == [row["loss"] for row in whole]
+    exact = run(tmp_path / "exact")
+    print(f"apart from float32: {apart(exact, whole):.1e}, the first step {apart(exact[:1], whole[:1]):.1e}")
+    assert 1e-5 < apart(exact[:1], whole[:1]) < 0.05                                     # measured .
+
+    said = [(tmp_path / name / "config.json").read_text() for name in ("whole", "exact")]
+    assert '"precision": "fp8"' in said[0] and '"precision": "fp32"' in said[1]
+
+
+def test_ranks_agree_on_what_was_rounded(tmp_path, on_cpu):
+    """shards of the student's and the teacher's blocks, gathered before they are quantised"""
+    found = {}
+    for ranks in 1, 2:
+        codes, _ = start(tmp_path / f"{ranks}", "--precision", "fp8", "--group", "2", ranks=ranks, base=MICRO).wait(120)
+        assert codes == [0] * ranks, (tmp_path / f"{ranks}.log").read_text()[-3000:]
+        found[ranks] = rows(tmp_path / f"{ranks}")
+    later = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(found[1], found[2], strict=True))
+    print(f"the first step apart by {apart(found[1][:1], found[2][:1]):.1e}, later losses by {later:.1e}")
+    assert apart(found[1][:1], found[2][:1]) < 2e-4 and later < 5e-3     # measured 5e-5, 8e-4: what rounds elsewhere
+
+
+@pytest.mark.long  # a compiler at work
+@pytest.mark.parametrize("words", ["", "--checkpointing full"])
+def test_compiled_is_eager(words, tmp_path, on_cpu):
+    words = ["--precision", "fp8", *words.split()]
+    eager = run(tmp_path / "eager", *words)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    run(tmp_path / "compiled", "--compile", "--stop_after", "2", *words)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = run(tmp_path / "whole", "--compile", *words)
+    print(f"apart by {apart(eager, compiled):.1e}, the first step {apart(eager[:1], compiled[:1]):.1e}")
+    assert apart(eager[:1], compiled[:1]) < 1e-3 and not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("capability, here", [(None, "cpu"), ((8, 0), r"CUDA of capability 8\.0"), ((8, 9), None),
+                                              ((9, 0), None), ((12, 0), None)])
+def test_one_line_where_no_device_multiplies_float8(capability, here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda" if capability else "cpu")
+    if here is None:
+        return fp8.check(device)
+    with pytest.raises(ValueError, match=f"^--precision fp8 wants CUDA of capability 8.9 or more.* {here}; take"):
+        fp8.check(device)
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "--precision fp8 wants CUDA of capability 8.9 or more"), (["--plan"], "--precision fp8 wants CUDA"),
+    (["--kernels", "off"], "--precision fp8 wants CUDA"), (["--precision", "fp9"], "--precision fp9 is not known;"),
+])
+def test_a_run_without_such_a_device_ends_before_it_begins(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *MICRO, "--precision", "fp8", "--out", str(tmp_path / "run"), *words])
+    with pytest.raises(SystemExit) as end:
+        command_line.run(train.main)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.err.startswith(f"train.py: {says}") and said.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_distillation_has_no_float8(tmp_path):
+    train.main([*MICRO, "--steps", "1", "--out", str(tmp_path / "teacher")])
+    with pytest.raises(ValueError, match="--precision fp8 is of train.py alone; choose auto, bf16 or fp32"):
+        distill.configure(["--teacher", str(tmp_path / "teacher"), "--students", "tiny", "--batch", "8", "--out",
+                           str(tmp_path / "out"), "--precision", "fp8"])
