@@ -143,6 +143,8 @@ def configure(argv):
             raise ValueError(f"--out {out} holds a run already; add --resume to go on, or name another folder")
     read_students(c.students)
     recipes.check(c)
+    if c.precision == "fp8":
+        raise ValueError("--precision fp8 is of train.py alone; choose auto, bf16 or fp32")
     if not 0 < c.teacher_scale <= 1:
         raise ValueError(f"--teacher_scale is {c.teacher_scale}; it must be above 0, and at most 1")
     if c.mode == "features" and c.n_local or not 0 <= c.cooldown <= c.steps:

@@ -358,9 +358,10 @@ if BUILT:
 # --------------------------------------------------------------------------------
 # What stays for the backward pass
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "nanodino::rope_attention",
-            "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-            "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"}
+PRODUCTS = {"aten::mm", "aten::_scaled_mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution",
+            "nanodino::rope_attention", "aten::_scaled_dot_product_flash_attention",
+            "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
+            "aten::_scaled_dot_product_cudnn_attention"}
 
 
 def keep_products(ctx, op, *args, **kwargs):

@@ -36,7 +36,7 @@ class TrainConfig(CropConfig):
     device: str = "auto"           # auto, cpu, cuda, mps
     compile: bool = False          # torch.compile, block by block: a minute before the first step; see LOG.md
     kernels: str = "auto"          # csrc: auto = where it is built, off, or on = stop where it is not
-    precision: str = "auto"        # bf16 (autocast: float32 weights and residual stream), fp32, or auto
+    precision: str = "auto"        # bf16 (autocast: float32 weights and stream), fp8 (blocks alone), fp32, auto
     workers: int = -1              # [-1, 256]: processes that prepare batches, of each rank; -1 = as the machine allows
     save_every: int = 1000         # [1, inf): steps between checkpoints
     keep: int = 3                  # [1, inf): checkpoints, the newest ones
@@ -308,8 +308,8 @@ def check(c):
         raise ValueError(f"--stage {c.stage} is not known; there is: pretrain")
     ops.use_kernels(c.kernels)
     check_loggers(c.log)
-    if c.precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16 or fp32")
+    if c.precision not in ("auto", "bf16", "fp8", "fp32"):
+        raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16, fp8 or fp32")
     if c.moments not in ("fp32", "bf16"):
         raise ValueError(f"--moments {c.moments} is not known; choose fp32 or bf16")
     if c.checkpointing not in ops.RECOMPUTED:

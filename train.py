@@ -31,7 +31,7 @@ import ops
 from convnext import ConvNeXt, ConvNeXtConfig
 from data import Batches, colour_batch, loader, open_source
 from engine import config as command_line
-from engine import plan
+from engine import fp8, plan
 from engine.adam import AdamW16
 from engine.checkpoint import begin_state, check_space, load_checkpoint, start_from
 from engine.interrupt import Interrupt, Peers, Verdicts
@@ -62,7 +62,9 @@ def schedule(start, peak, end, warmup, steps):
 
 
 def settle(c, ranks):
-    """c with the precision that this machine has in place of auto."""
+    """c with the precision that this machine has in place of auto. Raises ValueError for fp8 where it has none."""
+    if c.precision == "fp8":
+        fp8.check(ranks.device)
     return replace(c, precision=choose_precision(c.precision, ranks.device))
 
 
@@ -75,23 +77,29 @@ def make_networks(c):
     ))
 
 
-def build_networks(c, ranks, make=make_networks):
+def build_networks(c, ranks, make=make_networks, stays=False):
     """Student or teacher: the same start values; sharded over the ranks, block by block, if there are several."""
     with torch.device("meta"):
         networks = make(c)
     networks["backbone"].checkpointing = c.checkpointing
     if not c.n_local and getattr(c.vit, "local_norm", False):
         networks["backbone"].local_cls_norm.requires_grad_(False)  # no crop passes it
+    if c.precision == "fp8":
+        fp8.convert(networks["backbone"])
     if c.compile:
         for block in networks["backbone"].blocks:
             block.compile()
     prototypes = [head.last_layer for name, head in networks.items() if name.endswith("_head")]
-    shard_parts(c, ranks, [*networks["backbone"].blocks, *prototypes, *networks.values()])
+    shard_parts(c, ranks, [*networks["backbone"].blocks, *prototypes, *networks.values()], stays)
     return initialise(networks.to_empty(device=ranks.device), c.seed)
 
 
-def shard_parts(c, ranks, parts):
-    """Cuts each part's parameters over the ranks, in place, if there are several; inner parts come first."""
+def shard_parts(c, ranks, parts, stays=False):
+    """
+    Cuts each part's parameters over the ranks, in place, if there are several; inner parts come first.
+
+    stays  what a forward has gathered stays until the backward pass: for a network that has one
+    """
     if ranks.group is None:
         return
     if c.replicas == 1:
@@ -101,9 +109,9 @@ def shard_parts(c, ranks, parts):
                                 mesh_dim_names=("replicas", "shards"))
     # autocast computes in bf16; the shards stay float32, and travel as bf16 where that is what will be used
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = bf16 if c.precision == "bf16" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
+    policy = bf16 if c.precision != "fp32" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
     for part in parts:
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not stays)
 
 
 def parameter_groups(c, student):
@@ -245,9 +253,9 @@ def print_plan(c, ranks, source, student):
 def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §3.2"""
     samples = plan.samples_of_a_part(c, ranks.count)
-    plan.announce(c, ranks, make_networks)
+    stays = plan.announce(c, ranks, make_networks)
     source = open_source(c.data, c.n_shapes, c.seed)
-    student, teacher = build_networks(c, ranks), build_networks(c, ranks)
+    student, teacher = build_networks(c, ranks, stays=stays), build_networks(c, ranks)
     if c.init and not c.resume:
         start_from(c.init, ranks, student, teacher)
     teacher.requires_grad_(False).eval()
@@ -269,7 +277,7 @@ def train(c, ranks, interrupt):
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
     saver = Saver(c, ranks, student, teacher, optimizer, interrupt.leave)
     progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision == "bf16")
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision != "fp32")
 
     for step in range(start, c.steps + 1):
         # save: at the end, once in a while, and before leaving

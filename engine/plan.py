@@ -10,6 +10,7 @@ What a training step of a config needs and costs. Arithmetic: nothing is started
     wire, loader     bytes between ranks; images and the cores that prepare them
     bill             seconds, hours, kWh, CO2
     would_fit        what to change
+    staying          whether the student's weights may stay gathered from forward to backward
 
 Each kind is a term of its own, named for what it is; LOG.md has what was measured beside it. Here c is a TrainConfig,
 `where` the kind and number of devices, `networks` the student on the meta device. Dimension letters: see model.py.
@@ -26,6 +27,7 @@ import torch
 import ops
 from data import draw_masks
 from engine import config as command_line
+from engine import fp8
 from engine.ranks import choose_precision
 
 F32, BF16, GB = 4, 2, 1e9
@@ -36,6 +38,7 @@ PROGRAM = 33e6                 # what the code of libraries takes once their fun
 TOP = 64 * 2 ** 20             # what glibc's malloc keeps at most for later: twice its largest mmap threshold
 PUE, CO2 = 1.1, 0.385          # paper: §9: of the data centre; kg for a kWh, average of the USA
 NODE = 8                       # ranks that share a machine
+FULL = 0.75                    # share of a device's memory, by plan, up to which weights stay gathered; chosen by eye
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Plan:
 class Where:
     kind: str = "cpu"          # of device
     ranks: int = 1             # S
+    stays: bool = False        # whether the student's weights, once gathered, stay until its backward pass
 
     def fused(self, c, op):
         """Whether csrc runs the op: as it is built here, or, for a device that is not here, as it would be."""
@@ -105,16 +109,19 @@ def flops(c):
     """
     FLOPs of an image of the batch, by kind: matrix products, two for each multiplication with its addition. A backward
     pass is twice its forward; there is none to the images. `model` is what a MFU is reckoned by, `recomputed` what
-    checkpointing adds.
+    checkpointing adds, `float8` what of `model` is in float8.
 
     paper: at 7B, 30.17e12 in all are what its hours amount to at 0.864 s a step
     """
     v, groups, heads = c.vit, crop_groups(c, 1), head_rows(c, 1)
     D, F = v.width, v.hidden
 
+    def linears(group, share):
+        each = 4 * D * D + (3 if v.ffn == "swiglu" else 2) * D * F
+        return group.images * share * v.depth * 2 * group.tokens * each
+
     def blocks(group, share):
-        linears = 2 * group.tokens * (4 * D * D + (3 if v.ffn == "swiglu" else 2) * D * F)
-        return group.images * share * v.depth * (linears + 4 * group.tokens ** 2 * D)
+        return linears(group, share) + group.images * share * v.depth * 4 * group.tokens ** 2 * D
 
     def patches(group):
         return 2 * group.images * group.patches * v.in_chans * v.patch_size ** 2 * D
@@ -130,7 +137,9 @@ def flops(c):
         heads=sum((teacher + 3 * student) * head(name) for name, (teacher, student) in heads.items()),
     )
     again = once if c.checkpointing == "full" else 0  # selective: no product, nothing that would be counted
-    found |= dict(model=sum(found.values()), recomputed=again)
+    twice = 2 * sum(linears(group, group.kept) for group in groups)    # forward, and the input's gradient
+    float8 = twice + linears(groups[0], 1) if c.precision == "fp8" else 0
+    found |= dict(model=sum(found.values()), recomputed=again, float8=float8)
     return {kind: round(count) for kind, count in found.items()}
 
 # --------------------------------------------------------------------------------
@@ -164,12 +173,12 @@ def kept_of_block(c, where, tokens):
 
 def activation(c):
     """Bytes of a number between linears; the residual stream and norms are float32 always."""
-    return BF16 if c.precision == "bf16" else F32
+    return F32 if c.precision == "fp32" else BF16
 
 
 def travels_as_bf16(c, where):
     """Whether shards are gathered in bf16; else autocast makes copies that stay until the backward pass."""
-    return c.precision == "bf16" and where.kind == "cuda" and where.ranks > 1
+    return c.precision != "fp32" and where.kind == "cuda" and where.ranks > 1
 
 
 def pieces(c, where, networks):
@@ -178,12 +187,13 @@ def pieces(c, where, networks):
     groups = crop_groups(c, samples)
     T = sum(g.images * g.tokens for g in groups)                      # all tokens
     t = sum(g.images * g.tokens * g.kept for g in groups)             # that enter a branch
-    cast = BF16 if c.precision == "bf16" and not travels_as_bf16(c, where) else 0
+    cast = BF16 if c.precision != "fp32" and not travels_as_bf16(c, where) else 0
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
     block = sum(p.numel() for p in networks["backbone"].blocks[0].parameters())
-    inside = sum(kept_of_block(c, where, t).values()) + cast * block
+    inside = sum(kept_of_block(c, where, t).values()) + cast * block * (c.precision != "fp8")  # linears keep weights
     stream, gates = T * v.width * F32, 2 if v.ffn == "swiglu" else 1
     backward = gates * t * v.hidden * a + 2 * stream                  # gradients within the MLP, and of the stream
+    backward += t * v.hidden * (F32 + 1) if c.precision == "fp8" else 0  # one of the former, scaled and quantised
     again = inside - (0 if c.drop_path else stream)                   # a block's input need not be kept twice
     gated = 2 if v.ffn == "swiglu" else 1
     products = stream + t * ((6 * v.width + gated * v.hidden) * a + v.heads * F32)  # qkv, attention, projection, MLP's
@@ -218,12 +228,16 @@ def memory(c, where, networks):
     groups, unit = crop_groups(c, c.batch / where.ranks), largest_unit(networks)  # all parts; the student has one
     moved = F32 if not travels_as_bf16(c, where) else BF16
     rows = head_rows(c, c.batch / where.ranks)
+    gathered = unit * (2 * moved + moved + F32)                       # two units; gradients of one, and to be added up
+    if where.stays:
+        gathered += P * moved - 2 * unit * moved
     found = dict(
         weights=P * F32 / S,
         gradients=P * F32 / S,
         adam=2 * P * (BF16 if c.moments == "bf16" else F32) / S,
         teacher=P * F32 / S,
-        gathered=unit * (2 * moved + moved + F32) if S > 1 else 0,  # two units; gradients of one, and to be added up
+        gathered=gathered if S > 1 else 0,
+        parts=P * F32 if S > 1 and c.accumulate > 1 else 0,           # their gradients, whole until the last one's
         batch=sum(g.images * g.patches for g in groups) * v.patch_size ** 2 * v.in_chans * F32,
         features=groups[0].images * groups[0].tokens * v.width * F32 / c.accumulate,  # of global crops, for the meters
         targets=sum(teacher * head_sizes(c, name)[2] for name, (teacher, _) in rows.items()) * a,  # teacher's logits
@@ -268,7 +282,7 @@ def wire(c, where, networks):
     found = dict(
         gather_teacher=weights * inner * c.accumulate,
         gather_forward=weights * inner * c.accumulate,
-        gather_backward=weights * inner * c.accumulate,
+        gather_backward=0 if where.stays else weights * inner * c.accumulate,
         reduce_gradients=P * F32 * inner,
         replicas=2 * P * F32 / shards * (c.replicas - 1) / c.replicas,
         sinkhorn=4 * K * F32 * 2 * share,                             # the largest, then three sums
@@ -365,6 +379,13 @@ def smaller(c, batch):
     return replace(c, batch=batch, **fits)
 
 
+def staying(c, where, networks, room):
+    """`where`, its weights staying gathered if there is room for that, and for what CUDA's allocator keeps besides."""
+    stays = replace(where, stays=True)
+    fits = where.ranks > c.replicas and memory(c, stays, networks)["peak"] <= FULL * room
+    return stays if fits else where
+
+
 def refuse(c, where, networks, room):
     """Raises ValueError if the memory is too small."""
     peak = memory(c, where, networks)["peak"]
@@ -384,16 +405,23 @@ def meta(c, make_networks):
 
 
 def announce(c, ranks, make_networks):
-    """A line before a run, on main. Raises ValueError, on every rank, if the run cannot fit."""
+    """
+    A line before a run, on main; returns whether the student's weights stay gathered. Raises ValueError, on every rank,
+    if the run cannot fit.
+    """
     where, networks = Where(ranks.device.type, ranks.count), meta(c, make_networks)
+    room = min(ranks.together(lambda: device_memory(where.kind)))     # one answer for all
+    where = staying(c, where, networks, room)
     needs, arithmetic = memory(c, where, networks), flops(c)
-    room, host = device_memory(where.kind), device_memory("cpu") - (needs["peak"] if where.kind == "cpu" else 0)
+    host = device_memory("cpu") - (needs["peak"] if where.kind == "cpu" else 0)
     how = "written while the next steps run" if copied(needs["copy"], host) else "the steps wait while they are written"
     if ranks.main:
         print(f"{needs['peak'] / GB:.3g} GB wanted on each rank of the {room / GB:.3g} that are there; "
               f"{(arithmetic['model'] + arithmetic['recomputed']) / 1e12:.3g} TFLOP an image; checkpoints, "
-              f"{needs['copy'] / GB:.3g} GB of each rank: {how}", flush=True)
+              f"{needs['copy'] / GB:.3g} GB of each rank: {how}"
+              + "; the student's weights stay gathered" * where.stays, flush=True)
     refuse(c, where, networks, room)
+    return where.stays
 
 
 def main(argv, configure, make_networks):
@@ -408,6 +436,7 @@ def main(argv, configure, make_networks):
     plan = command_line.apply(Plan(), command_line.read_words(mine, own)[0])
     c, where, room = settle(configure(rest), plan)
     networks = meta(c, make_networks)
+    where = staying(c, where, networks, room)
     found = everything(c, where, plan, networks) | dict(room=room)
     print("\n".join(table(c, where, plan, found)))
     print(json.dumps(found), flush=True)
@@ -421,6 +450,8 @@ def settle(c, plan):
     if elsewhere and not plan.memory:
         raise ValueError("--device cuda is not here; say how many GB each device has, as in --memory 80")
     samples_of_a_part(c, plan.ranks)
+    if c.precision == "fp8" and not elsewhere:
+        fp8.check(torch.device(kind))
     precision = "bf16" if elsewhere and c.precision == "auto" else choose_precision(c.precision, torch.device(kind))
     return (replace(c, precision=precision), Where(kind, plan.ranks),
             plan.memory * GB if plan.memory else device_memory(kind))
@@ -432,7 +463,7 @@ def everything(c, where, plan, networks):
     n = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
     activations = {how: memory(replace(c, checkpointing=how), where, networks)["activations"] for how in ops.RECOMPUTED}
     return dict(size=c.size, stage=c.stage, device=where.kind, ranks=where.ranks, batch=c.batch, steps=c.steps,
-                precision=c.precision, checkpointing=c.checkpointing,
+                precision=c.precision, checkpointing=c.checkpointing, stays=where.stays,
                 parameters=dict(backbone=n["backbone"], heads=n["dino_head"] + n["ibot_head"]),
                 flops_image=flops(c), flops_step=sum(flops(c)[kind] for kind in ("model", "recomputed")) * c.batch,
                 bytes=memory(c, where, networks), activations=activations,

@@ -61,7 +61,18 @@ MUTANTS = {  # name: old text, new text; it stands there once
                                  "MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16,"),
     "no sharding by blocks": ('[*networks["backbone"].blocks, *prototypes,', "[*prototypes,"),
     "no sharding of prototypes": (".blocks, *prototypes, *networks", ".blocks, *networks"),
-    "parameters gathered for good": ("reshard_after_forward=True", "reshard_after_forward=False"),
+    "parameters gathered for good": ("reshard_after_forward=not stays", "reshard_after_forward=False"),
+    "parameters gathered twice": ("reshard_after_forward=not stays", "reshard_after_forward=True"),
+    "the teacher's gathered for good": ("stays=stays), build_networks(c, ranks)",
+                                        "stays=stays), build_networks(c, ranks, stays=stays)"),
+    "the student's gathered twice": ("build_networks(c, ranks, stays=stays), ", "build_networks(c, ranks), "),
+    # float8
+    "blocks without float8": ('    if c.precision == "fp8":\n        fp8.convert(networks["backbone"])\n', ""),
+    "float8 without autocast": ('torch.bfloat16, enabled=c.precision != "fp32")',
+                                'torch.bfloat16, enabled=c.precision == "bf16")'),
+    "float8 of float32 shards": ('policy = bf16 if c.precision != "fp32" and',
+                                 'policy = bf16 if c.precision == "bf16" and'),
+    "float8 on any device": ('    if c.precision == "fp8":\n        fp8.check(ranks.device)\n', ""),
 }
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import start
 from test_train import MICRO, rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recipes
 import train
+from engine import fp8, plan
 from engine.ranks import Ranks
 
 WORDS = [*MICRO, *"""--steps 2 --lr 0.01 --lr_end 0.005 --lr_warmup 0 --weight_decay 0.5 --weight_decay_end 0.1
@@ -124,15 +127,16 @@ def test_gradients_are_clipped_and_do_not_pile_up(seen):
         assert total == pytest.approx(0.001 * 3 ** 0.5, rel=1e-3)  # backbone and two heads
 
 
-def test_every_block_is_sharded_and_gradients_are_summed_in_float32(tmp_path, monkeypatch):
-    """as on GPUs in bfloat16: each block, the prototypes, then the networks, all with one policy"""
+@pytest.mark.parametrize("precision, stays", [("bf16", False), ("fp8", True)])
+def test_every_block_is_sharded_and_gradients_are_summed_in_float32(precision, stays, tmp_path, monkeypatch):
+    """as on GPUs in bfloat16 or float8: each block, the prototypes, then the networks, all with one policy"""
     calls = []
     monkeypatch.setattr(train, "fully_shard", lambda part, **kwargs: calls.append((part, kwargs)))
     monkeypatch.setattr(train.DeviceMesh, "from_group", lambda *args: None)
     monkeypatch.setattr(train, "initialise", lambda networks, seed: networks)
     monkeypatch.setattr(torch.nn.Module, "to_empty", lambda networks, device: networks)
-    c = replace(recipes.configure([*MICRO, "--out", str(tmp_path)]), precision="bf16")
-    networks = train.build_networks(c, Ranks(0, 2, torch.device("cuda"), object()))
+    c = replace(recipes.configure([*MICRO, "--out", str(tmp_path)]), precision=precision)
+    networks = train.build_networks(c, Ranks(0, 2, torch.device("cuda"), object()), stays=stays)
     heads = networks["dino_head"], networks["ibot_head"]
     parts = [*networks["backbone"].blocks, *(head.last_layer for head in heads), networks["backbone"], *heads]
     assert Counter(id(part) for part, _ in calls) == Counter(map(id, parts)) and len(parts) == 7
@@ -140,7 +144,60 @@ def test_every_block_is_sharded_and_gradients_are_summed_in_float32(tmp_path, mo
     for _, kwargs in calls:
         policy = kwargs["mp_policy"]
         assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
-        assert kwargs["reshard_after_forward"]
+        assert kwargs["reshard_after_forward"] == (not stays)
+    eights = [name for name, part in networks.named_modules() if type(part) in fp8.OURS.values()]
+    assert len(eights) == 4 * 2 * (precision == "fp8") and all(".blocks." in name for name in eights)
+
+
+def test_what_is_not_in_float8_is_in_bfloat16(tmp_path, monkeypatch):
+    """and without such a device nothing begins"""
+    kinds, dino_losses = [], train.dino_losses
+    monkeypatch.setattr(train, "dino_losses", lambda *args: kinds.append(args[0].dtype) or dino_losses(*args))
+    words = [*MICRO, "--precision", "fp8", "--steps", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="--precision fp8 wants CUDA"):
+        train.main(words)
+    monkeypatch.setitem(fp8.PRODUCTS, "cpu", fp8.emulated)
+    train.main(words)
+    assert kinds == [torch.bfloat16]
+
+
+class Gathered(TorchDispatchMode):
+    """Bytes that this rank has sent to gather weights."""
+    sent = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_allgather_base_" in str(function):
+            self.sent += args[1].numel() * args[1].element_size()
+        return function(*args, **(kwargs or {}))
+
+
+def two(out, full):
+    """A run on two ranks: its rows, and what its steps sent to gather weights.    full  plan.FULL"""
+    def count(rank):
+        plan.FULL, mode, update = full, Gathered().__enter__(), train.update_ema
+
+        def update_ema(*args):
+            update(*args)
+            out.with_name(f"{out.name}.{rank}").write_text(str(mode.sent))
+        train.update_ema = update_ema
+    codes, _ = start(out, "--drop_path", "0", ranks=2, prepare=count, main=train.main).wait(120)
+    assert codes == [0, 0], out.with_name(out.name + ".log").read_text()[-3000:]
+    return rows(out), int(out.with_name(f"{out.name}.1").read_text())
+
+
+def test_weights_that_stay_gathered_travel_once_less(tmp_path):
+    """the student's from forward to backward; the teacher's, which follow by shards, do not; all as planned"""
+    once, twice = two(tmp_path / "stays", 0.75), two(tmp_path / "again", 0.0)
+    assert [row["loss"] for row in once[0]] == [row["loss"] for row in twice[0]]
+    said = [(tmp_path / f"{name}.log").read_text().count("weights stay gathered") for name in ("stays", "again")]
+    assert said == [1, 0]
+    c = recipes.configure([*MICRO, "--out", str(tmp_path / "plan")])
+    networks = plan.meta(c, train.make_networks)
+    for stays, (_, sent) in (True, once), (False, twice):
+        planned = plan.wire(c, plan.Where("cpu", 2, stays), networks)
+        expected = sum(planned[f"gather_{kind}"] for kind in ("teacher", "forward", "backward"))
+        print(f"stays {stays}: {sent:,} bytes gathered in 6 steps, {6 * expected:,} planned")
+        assert sent == pytest.approx(6 * expected, rel=0.03)
 
 
 @pytest.mark.long
