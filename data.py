@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import threading
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,9 @@ def read_image(path):
 
 
 def resize(image, height, width):
-    """Bicubic with antialiasing, uint8 in and out.    image  C H W"""
+    """Bicubic with antialiasing, uint8 in and out; of the same size, the image.    image  C H W"""
+    if image.shape[1:] == (height, width):
+        return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 # --------------------------------------------------------------------------------
@@ -183,6 +186,8 @@ def resize(image, height, width):
 class CropConfig:
     global_size: int = 256         # [1, 4096]: pixels; G = 2 crops
     local_size: int = 112          # [1, 4096]: pixels
+    gram_size: int = 0             # [0, 8192]: pixels of the global crops for a Gram teacher, undistorted; 0 = none
+    resolutions: str = ""          # the three drawn for each step: GLOBALxLOCALxGRAM*SHARE,...; empty = the above
     n_local: int = 8               # [0, 64]: L
     global_scale: tuple = (0.32, 1.0)   # (0, 1] rising: share of the image's area
     local_scale: tuple = (0.05, 0.32)   # (0, 1] rising: the same of local crops
@@ -203,6 +208,29 @@ class CropConfig:
     solarize: float = 0.2          # [0, 1]: probability, second global crop only; inverts values from 128
     mask_share: float = 0.5        # [0, 1]: share of global crops with masked patches
     mask_ratio: tuple = (0.1, 0.5)  # [0, 1] rising: masked patches, spread evenly over the masked crops
+
+    def at(self, step):
+        """
+        The config of one step, with the sides that it draws, the same on all ranks.
+
+        paper: §5.1, mixed resolutions; the shares are of the released code
+        """
+        if not self.resolutions:
+            return self
+        sides, shares = zip(*read_resolutions(self.resolutions), strict=True)
+        drawn = np.random.default_rng([self.seed, 6, step]).choice(len(sides), p=shares)
+        return replace(self, **dict(zip(("global_size", "local_size", "gram_size"), sides[drawn], strict=True)))
+
+
+@cache
+def read_resolutions(text):
+    """"96x48x192*0.5,160x64x240*0.5" -> [((96, 48, 192), 0.5), ...], the shares of 1. Raises ValueError."""
+    found = re.findall(r"(\d+)x(\d+)x(\d+)\*(\d*\.?\d+)", text)
+    total = sum(float(share) for *_, share in found)
+    if ",".join("x".join(sides) + f"*{share}" for *sides, share in found) != text or not total:
+        raise ValueError(f"--resolutions {text}: write sides in pixels and how often, GLOBALxLOCALxGRAM*SHARE, as in "
+                         "512x112x768*0.5,768x224x1152*0.5")
+    return [(tuple(map(int, sides)), float(share) / total) for *sides, share in found]
 
 
 # columns of the table of colours, one row for each crop; an entry of 0 in APPLY, GREY, SIGMA, SOLARIZE means off
@@ -254,6 +282,23 @@ def cut(image, box, flip, size):
     top, left, height, width = box
     crop = resize(image[:, top : top + height, left : left + width], size, size)
     return crop.flip(-1) if flip else crop
+
+
+def cut_all(image, boxes, flips, config):
+    """
+    All crops of one image: the global ones, the local ones, and those that a Gram teacher sees: the global ones as they
+    are cut from the photo, once, at the larger of both sizes. A local crop keeps its middle, of whole patches.
+
+    paper:   DINOv3 §4.3: the Gram teacher sees the crop at another resolution
+    differs: 168 px are 10.5 patches of 16: its middle 160 are cut out, where the released code drops the last 8
+    """
+    c, each = config, list(zip(boxes, flips, strict=True))
+    whole = c.local_size // c.patch_size * c.patch_size
+    edge = (c.local_size - whole) // 2
+    crops = [cut(image, *where, max(c.global_size, c.gram_size)) for where in each[:2]]
+    local = [cut(image, *where, c.local_size)[:, edge : edge + whole, edge : edge + whole] for where in each[2:]]
+    seen, views = ([resize(crop, side, side) for crop in crops if side] for side in (c.global_size, c.gram_size))
+    return seen + local + views
 
 # --------------------------------------------------------------------------------
 # Colours: every crop of a batch at once
@@ -399,7 +444,8 @@ class Batches(Dataset):
     """
     batches[step] -> this rank's part of the global batch of that step, a dict of
 
-        global_crops  (G B) C H W   local_crops  (L B) C h w: float32, or uint8 with `colours` of both beside
+        global_crops  (G B) C H W   local_crops  (L B) C h w: float32, or uint8 with `colours` of all beside
+        gram_crops    (G B) C H W, the global ones without colours, if gram_size   enlarged  images smaller than these
         masks         (G B) P bool  masked  M: where they are True   weights  M: 1 / masked of its image
         indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
 
@@ -422,22 +468,26 @@ class Batches(Dataset):
         return self.config.steps * self.parts
 
     def __getitem__(self, place):
-        c, cuts, colours, indices, broken = self.config, [], [], [], []
+        cuts, colours, indices, broken, enlarged = [], [], [], [], 0
         step, part = divmod(place, self.parts)
-        first = self.first + part * self.samples
+        c, first = self.config.at(step), self.first + part * self.samples
         for i in range(first, first + self.samples):
             rng = np.random.default_rng([c.seed, 3, step * c.batch + i])
             index, image = self.read(step * c.batch + i, broken)
             boxes, flips, colour = draw_crops(rng, c, *image.shape[1:])
-            sizes = [c.global_size] * 2 + [c.local_size] * c.n_local
-            cuts.append([cut(image, *each) for each in zip(boxes.tolist(), flips, sizes, strict=True)])
+            cuts.append(cut_all(image, boxes.tolist(), flips, c))
             colours.append(colour)
+            enlarged += min(image.shape[1:]) < c.gram_size
             indices.append(index)
-        crops = [torch.stack(views) for views in zip(*cuts, strict=True)]                     # G+L of B C H W
+        crops = [torch.stack(views) for views in zip(*cuts, strict=True)]                     # G+L (+G) of B C H W
         colours = torch.from_numpy(np.stack(colours, axis=1)).split([2, c.n_local])           # G, L of B 12
         batch = dict(global_crops=torch.cat(crops[:2]), indices=torch.tensor(indices), broken=broken)
-        batch["local_crops"] = torch.cat(crops[2:]) if c.n_local else torch.zeros(0, 3, c.local_size, c.local_size)
+        crops = crops[2:]
+        batch["local_crops"] = torch.cat(crops[: c.n_local]) if c.n_local else torch.zeros(0, 3, *[c.local_size] * 2)
         batch["colours"] = [sort_colours(rows.flatten(0, 1)) for rows in colours]
+        if c.gram_size:
+            batch |= dict(gram_crops=torch.cat(crops[c.n_local :]), enlarged=enlarged)
+            batch["colours"].append(sort_colours(torch.zeros(2 * self.samples, 12)))           # none
         batch |= self.masks(step, first)
         if self.noise:
             batch["noise"] = self.noise(step, first)
@@ -457,7 +507,8 @@ class Batches(Dataset):
         raise ValueError(f"--data: none of {len(self.source)} images can be read; the last: {broken[-1][1]}")
 
     def masks(self, step, first):
-        c, side = self.config, self.config.global_size // self.config.patch_size
+        c = self.config.at(step)
+        side = c.global_size // c.patch_size
         groups = range(first // c.group, (first + self.samples - 1) // c.group + 1)
         masks = [draw_masks(np.random.default_rng([c.seed, 4, step, group]), 2 * c.group, side, side,
                             c.mask_share, c.mask_ratio).reshape(2, c.group, -1) for group in groups]
@@ -472,7 +523,8 @@ class Batches(Dataset):
 def colour_batch(batch, config):
     """Replaces uint8 crops by what `augment` makes of them, on the device where they are."""
     rest = dict(batch)
-    parts = zip(("global_crops", "local_crops"), rest.pop("colours"), strict=True)
+    colours = rest.pop("colours")
+    parts = zip(("global_crops", "local_crops", "gram_crops")[: len(colours)], colours, strict=True)
     return rest | {key: augment(batch[key], colours, config.mean, config.std) for key, colours in parts}
 
 

@@ -265,15 +265,52 @@ def gram_loss(student, teacher):
         loss = mean over b, i, j of (s[b,i] . s[b,j] - t[b,i] . t[b,j])^2
 
     student  B P D, any float dtype
-    teacher  B P D, no gradient; already resampled to the student's patch grid (§4.3)
-    returns  0-dim float32, squared cosine, in [0, 4];  raises ValueError if the shapes differ
+    teacher  B P D, no gradient; already resampled to the student's patch grid (§4.3); D may be another
+    returns  0-dim float32, squared cosine, in [0, 4];  raises ValueError if images or patches differ in number
 
     paper:   DINOv3 §4.2, eq. 2
     differs: eq. 2 sums over i, j; we average, like the released code, so one weight serves every resolution
     """
-    if student.shape != teacher.shape:
+    if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(f"gram_loss: student is {tuple(student.shape)} but teacher is {tuple(teacher.shape)}; "
                          "resample the teacher's patches to the student's grid")
-    s = F.normalize(student.float(), dim=-1)                                      # B P D
-    t = F.normalize(teacher.float(), dim=-1).detach()                             # B P D
-    return (s @ s.mT - t @ t.mT).square().mean()                                  # B P P -> scalar
+    return GramDifference.apply(student, teacher.detach()) / (len(student) * student.shape[1] ** 2)
+
+
+SIMILARITIES = 2 ** 20  # at once: of one image, or of as many as are fewer
+
+
+class GramDifference(torch.autograd.Function):
+    """
+    sum over images of |E|^2,  E = s s^T - t t^T;  of s the gradient is 4 E s. Each image's E is made, used and left
+    behind, and once more in the backward pass: it takes no more memory for many images, and E, which is symmetric,
+    is multiplied once there, where autograd would do so twice.
+    """
+    @staticmethod
+    def forward(ctx, student, teacher):
+        ctx.save_for_backward(student, teacher)
+        return sum(E.square().sum() for *_, E in differences(student, teacher))
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, teacher = ctx.saved_tensors
+        out = torch.empty_like(student)
+        parts = out.split(images_at_once(student))
+        for part, (s, norm, E) in zip(parts, differences(student, teacher), strict=True):
+            along = E.mul_(4 * grad) @ s                                          # b P D
+            part.copy_(along.addcmul_(s, (s * along).sum(-1, keepdim=True), value=-1).div_(norm))  # across s alone
+        return out, None
+
+
+def images_at_once(x):
+    """x  B P D"""
+    return max(SIMILARITIES // max(x.shape[1], 1) ** 2, 1)
+
+
+def differences(student, teacher):
+    """For each few images: s  b P D, of unit length; what it was divided by  b P 1; E  b P P; all float32."""
+    n = images_at_once(student)
+    for s, t in zip(student.split(n), teacher.split(n), strict=True):
+        norm = s.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        s, t = s.float() / norm, F.normalize(t.float(), dim=-1)
+        yield s, norm, (s @ s.mT).baddbmm_(t, t.mT, alpha=-1)

@@ -236,3 +236,75 @@ def test_a_neighbour_stands_in_for_an_unreadable_image():
     assert set(batch["broken"]) == {("noise 5", "cut short"), ("noise 6", "cut short")}
     with pytest.raises(ValueError, match="--data: none of 3 images can be read; the last: cut short"):
         Batches(CONFIG, Noise(3, range(3)), 0, 8)[0]
+
+# --------------------------------------------------------------------------------
+# For a Gram teacher, and of several resolutions
+
+
+def test_the_gram_teacher_sees_the_same_crops_without_colours():
+    """From one cut: the small ones are what is left of the large; normalised; in the same order."""
+    plain = replace(CONFIG, gram_size=64, jitter=0, grey=0, blur_global_1=0, blur_global_2=0, solarize=0, flip=0.5)
+    batch, other = (Batches(c, Noise(20), 0, 8)[3] for c in (plain, replace(plain, jitter=1, grey=1, blur_global_1=1)))
+    assert batch["gram_crops"].shape == (16, 3, 64, 64) and batch["gram_crops"].dtype == torch.float32
+    assert torch.equal(batch["gram_crops"], other["gram_crops"])
+    assert not torch.equal(batch["global_crops"], other["global_crops"])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CONFIG.mean, CONFIG.std))
+    pixels = ((batch["gram_crops"] * std + mean) * 255).round().to(torch.uint8)
+    small = torch.stack([data.resize(crop, 32, 32) for crop in pixels])
+    assert torch.allclose((small / 255 - mean) / std, batch["global_crops"], atol=1e-6)   # measured: 2.4e-7
+    late = Batches(plain, Noise(20), 0, 8, colour_here=False)[3]
+    assert torch.equal(late["gram_crops"], pixels)
+    assert equal(data.colour_batch(late, plain), batch)
+
+
+def test_gram_crops_leave_the_rest_of_a_batch_as_it_is():
+    """the same boxes and colours; of the same size, the same pixels, too"""
+    batch, equal_size, none = (Batches(replace(CONFIG, gram_size=side), Noise(20), 0, 8)[5] for side in (64, 32, 0))
+    assert none.keys() == batch.keys() - {"gram_crops", "enlarged"}
+    assert all(torch.equal(none[key], batch[key]) for key in ("local_crops", "masks", "indices"))
+    assert torch.equal(none["global_crops"], equal_size["global_crops"])
+    smaller = Batches(replace(CONFIG, gram_size=16, jitter=0), Noise(20), 0, 8)[5]
+    assert torch.equal(smaller["local_crops"], Batches(replace(CONFIG, jitter=0), Noise(20), 0, 8)[5]["local_crops"])
+
+
+def test_images_smaller_than_the_gram_crop_are_counted():
+    """images of Noise are 40+i x 50-i: with a short side of 40 at most, 45 at i = 5"""
+    c = replace(CONFIG, gram_size=44)
+    batch = Batches(c, Noise(10), 0, 8)[0]
+    assert batch["enlarged"] == sum(min(40 + i, 50 - i) < 44 for i in batch["indices"].tolist()) > 0
+
+
+TRIPLES = "32x16x64*0.5,48x28x72*0.3,16x8x32*0.2"
+
+
+def test_resolutions_are_drawn_by_step_and_as_often_as_they_say():
+    c = replace(CONFIG, resolutions=TRIPLES)
+    drawn = [(at.global_size, at.local_size, at.gram_size) for at in map(c.at, range(2000))]
+    shares = [drawn.count(sides) / 2000 for sides in ((32, 16, 64), (48, 28, 72), (16, 8, 32))]
+    assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.04)                             # 3 standard errors: 0.034
+    assert drawn != [(at.global_size, at.local_size, at.gram_size) for at in map(replace(c, seed=1).at, range(2000))]
+    assert c.at(7) == c.at(7) and CONFIG.at(7) is CONFIG
+
+
+def test_a_batch_has_the_sides_that_its_step_draws():
+    """on any rank and in any part; a local crop of 28 px with patches of 8 keeps its middle 24"""
+    c = replace(CONFIG, resolutions=TRIPLES, group=4)
+    step = next(step for step in range(100) if c.at(step).local_size == 28)
+    whole, *parts = (Batches(c, Noise(20), first, n, False)[step] for first, n in [(0, 8), (0, 4), (4, 4)])
+    assert whole["global_crops"].shape[2:] == (48, 48) and whole["gram_crops"].shape[2:] == (72, 72)
+    assert whole["masks"].shape == (16, 36) and whole["local_crops"].shape == (24, 3, 24, 24)
+    for key in "global_crops", "local_crops", "gram_crops", "masks":
+        views = [part[key].unflatten(0, (-1, 4)) for part in parts]
+        assert torch.equal(whole[key].unflatten(0, (-1, 8)), torch.cat(views, dim=1)), key
+    uncut = Batches(replace(c, resolutions="48x28x72*1", patch_size=4), Noise(20), 0, 8, False)[step]
+    assert torch.equal(uncut["local_crops"][..., 2:26, 2:26], whole["local_crops"])
+    split = Batches(c, Noise(20), 0, 4, False, parts=2)
+    assert all(torch.equal(split[2 * step + i]["gram_crops"], part["gram_crops"]) for i, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("text", ["512", "512x112x768", "512x112*0.5", "512x112x768*0.5,", "512x112x768*0",
+                                  "512x112x768*0.5 768x112x1152*0.5", "512x112x768*-1", "axbxc*1"])
+def test_resolutions_that_say_nothing(text):
+    with pytest.raises(ValueError, match="--resolutions .*: write sides in pixels and how often"):
+        data.read_resolutions(text)
+    assert data.read_resolutions("96x48x192*2,160x64x240*2.0")[1] == ((160, 64, 240), 0.5)

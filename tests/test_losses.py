@@ -10,7 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import losses
 import ops
 from losses import dino_loss, gram_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 
@@ -238,6 +242,47 @@ def test_gram_ignores_rotation_and_length_and_spares_the_teacher():
     assert gram_loss(x, 3 * x @ turn).item() < 1e-12                                    # measured: 4e-15
     student, teacher = torch.randn(2, 1, 3, 4).requires_grad_().unbind(0)
     assert torch.autograd.grad(gram_loss(student, teacher), teacher, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("B, P, D, other", [(5, 7, 3, 3), (1, 1, 4, 4), (3, 9, 4, 6), (2, 20, 8, 5)])
+def test_gram_in_parts_is_equation_2_with_its_gradient(B, P, D, other, monkeypatch):
+    """beside autograd of the definition in float64; parts of several images, of one, and the last one short"""
+    x, teacher = torch.tensor(arrays(B, P, D)), torch.tensor(arrays(B, P, other, seed=1))
+    exact = x.detach().double().requires_grad_()
+    s, t = (F.normalize(each.double(), dim=-1) for each in (exact, teacher))
+    loss = (s @ s.mT - t @ t.mT).square().mean()
+    loss.backward()
+    for held in 1, 2 * P * P, 2 ** 20:
+        monkeypatch.setattr(losses, "SIMILARITIES", held)
+        ours = x.detach().float().clone().requires_grad_()
+        (3 * gram_loss(ours, teacher)).backward()
+        assert gram_loss(ours, teacher).item() == pytest.approx(loss.item(), rel=2e-6)       # measured: 3e-7
+        apart = (ours.grad / 3 - exact.grad).abs().max() / exact.grad.abs().max().clamp(min=1e-12)
+        assert apart < 3e-6 or P == 1 and ours.grad.abs().max() < 1e-6                       # measured: 5e-7
+
+
+def test_gram_holds_the_similarities_of_few_images(monkeypatch):
+    """forward and backward, whatever the number of images: no tensor has more numbers than the input, or than some E"""
+    monkeypatch.setattr(losses, "SIMILARITIES", 5000)
+    B, P, D = 40, 30, 4
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(x.untyped_storage().nbytes() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+    x, teacher = torch.tensor(arrays(B, P, D)).float().requires_grad_(), torch.tensor(arrays(B, P, D, seed=1))
+    with Watch():
+        gram_loss(x, teacher.float()).backward()
+    assert max(largest) == max(4 * 5 * P * P, 4 * B * P * D) < 4 * B * P * P
+
+
+def test_gram_of_no_similarity_at_all_is_finite():
+    student = torch.zeros(2, 3, 4, requires_grad=True)
+    loss = gram_loss(student, torch.ones(2, 3, 4))
+    loss.backward()
+    assert loss.item() == 1 and student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("call, says", [
