@@ -450,7 +450,7 @@ class Batches(Dataset):
         indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
 
     Sample i of step s is number s batch + i of an endless series of shuffled epochs.
-    config          a CropConfig that also has batch, steps, seed, group, patch_size, mean, std
+    config          a CropConfig that also has batch, end, seed, group, patch_size, mean, std
     first, samples  what this rank holds of the global batch
     colour_here     False: on the training device, by whoever receives the batch
     noise           step, first -> what is random in the student's forward, made ahead with the batch: batch["noise"]
@@ -465,7 +465,7 @@ class Batches(Dataset):
         self.unreadable = {}
 
     def __len__(self):
-        return self.config.steps * self.parts
+        return self.config.end * self.parts
 
     def __getitem__(self, place):
         cuts, colours, indices, broken, enlarged = [], [], [], [], 0

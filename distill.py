@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 import recipes
 import train
@@ -32,7 +31,7 @@ from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader, open_source
 from engine import config as command_line
 from engine.cache import Cached, folder_of
-from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, saved
+from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, saved, take_rows
 from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
 from engine.meters import of_features
@@ -41,7 +40,7 @@ from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
 from engine.saver import Saver
 from losses import assignments
-from model import SIZES, Noise, ViTConfig, set_std, shard
+from model import SIZES, Noise, ViTConfig, set_std
 from recipes import TrainConfig
 from train import schedule
 from weights import commit, identify, stream_backbone
@@ -108,7 +107,9 @@ RECIPES = {
 OWN = dict(convnext_b=dict(lr=1e-4, weight_decay=0.02), convnext_l=dict(lr=1e-4))  # of recipe convnext
 OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "mean", "std",
               "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
-FOREIGN = OF_TEACHER | {"accumulate", "replicas", "moments"}
+FOREIGN = OF_TEACHER | {"accumulate", "replicas", "moments", "start", "began", "resolutions", "cosine_warmup",
+                        "local_weight_start", "gram_teacher", "gram_size", "gram_weight", "gram_warmup", "gram_refresh",
+                        "gram_refreshes"}
 OPTIONS = {name: kind for name, kind in command_line.types(DistillConfig()).items() if name not in FOREIGN}
 OBJECTIVE = ("dino_hidden", "dino_bottleneck", "dino_prototypes", "ibot_hidden", "ibot_bottleneck", "ibot_prototypes",
              "prototype_std", "student_temp", "local_weight", "ibot_weight", "koleo_weight", "rope_rescale")
@@ -179,7 +180,8 @@ def of_teacher(path, mode):
         raise ValueError(f"--teacher {path} has no heads: it is not the folder of a run; take --mode features")
     if found.in_chans != 3:
         raise ValueError(f"--teacher {path} is for images of {found.in_chans} channels; it must be for RGB")
-    names = [field.name for field in fields(CropConfig)] + [*OBJECTIVE] * (mode == "heads")
+    crops = [field.name for field in fields(CropConfig) if field.name not in FOREIGN]
+    names = crops + [*OBJECTIVE] * (mode == "heads")
     said = {name: getattr(recipes.saved_config(path, DistillConfig), name) for name in names if run}
     if mode == "features":
         said |= dict(n_local=0, mask_share=1.0, mask_ratio=(1.0, 1.0))  # every patch is compared
@@ -213,19 +215,13 @@ def make_teacher(c, ranks):
     else:
         model, tensors = stream_backbone(c.teacher)
         teacher = nn.ModuleDict(dict(backbone=model))
-    if not c.cache:
-        train.shard_parts(c, ranks, [*teacher["backbone"].blocks, teacher["backbone"]])
-    for part in teacher.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision == "bf16" and not isinstance(part.weight, DTensor):
-            part.bfloat16()
-    teacher = teacher.to_empty(device=ranks.device).requires_grad_(False).eval()
+    teacher = train.freeze(c, ranks, teacher, [] if c.cache else [*teacher["backbone"].blocks, teacher["backbone"]])
     if c.mode == "heads":
         load_teacher(c.teacher, teacher)
     else:
         own = teacher["backbone"].state_dict()
         for name, x in tensors:
-            rows, first = shard(own[name])
-            rows.copy_(x[first : first + len(rows)])
+            take_rows(own[name], x)
     return teacher
 
 

@@ -3,6 +3,7 @@ What a run is: every number of every recipe, with what the paper has, and how th
 
     TrainConfig        every number of a run, with its legal range
     RECIPES, NAMED     by size; by size and name                               DINOv3 §3.2, Tab. 2
+    STAGES             by size and stage: what it changes of the run before    DINOv3 §4, §5.1
     configure          the command line -> TrainConfig; mistakes end here
     resumed_config     config.json of a run, and what a resumed one may change
 """
@@ -13,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ops
-from data import CropConfig, open_source
+from data import CropConfig, open_source, read_resolutions
 from engine import config as command_line
 from engine.checkpoint import newest, saved
 from engine.layouts import size_of
 from engine.loggers import check_loggers
+from engine.stages import gram_config, kept
 from model import SIZES, ViTConfig
 from weights import identify
 
@@ -26,11 +28,13 @@ from weights import identify
 class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
     recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
-    stage: str = "pretrain"        # the recipe's stage
+    stage: str = "pretrain"        # pretrain; or gram, highres, which go on from a run
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
     out: str = ""                  # folder of the run; empty = runs/SIZE
     init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
+    start: str = ""                # run that a stage goes on from, with all of its newest checkpoint; or RUN@STEP
+    began: int = 0                 # [0, 1e9]: its step there, which is the first of the stage; --start finds it
     resume: bool = False           # go on from OUT's newest checkpoint, with its config; auto = or begin
     seed: int = 0                  # [0, 4294967295]: of weights, crops, masks, stochastic depth
     device: str = "auto"           # auto, cpu, cuda, mps
@@ -70,6 +74,7 @@ class TrainConfig(CropConfig):
     lr: float = 1e-3               # [0, 10]: peak, before the factor 4 sqrt(batch / 1024)
     lr_end: float = 1e-6           # [0, 10]: before the same factor; cosine after the warm-up; the peak's = constant
     lr_warmup: int = 100           # [0, 1e7]: steps, linear from 0
+    cosine_warmup: bool = False    # it rises along half a cosine instead
     weight_decay: float = 0.04     # [0, 10]: at the start; none for biases, norms and LayerScale
     weight_decay_end: float = 0.4  # [0, 10]: at the end, cosine
     momentum: float = 0.992        # [0, 1]: of the teacher's average; 1 = frozen
@@ -87,9 +92,15 @@ class TrainConfig(CropConfig):
     patch_embed_lr: float = 0.2    # [0, 100]: further factor on the patch embedding's lr
     freeze_last_layer: int = 10    # [0, 1e7]: first steps in which the prototypes do not move
     local_weight: float = 1.0      # [0, 1000]: factor on the DINO term of local crops
+    local_weight_start: float = 1.0  # [0, 1000]: the same in the first step of --gram_warmup
     ibot_weight: float = 1.0       # [0, 1000]: factor on the iBOT term
     koleo_weight: float = 0.1      # [0, 1000]: factor on the KoLeo term of each global crop
     koleo_group: int = 16          # [2, 1e6]: consecutive samples that KoLeo looks for neighbours in
+    gram_teacher: str = ""         # weights, RUN@STEP, or self: the teacher as it is at the start; empty = no Gram term
+    gram_weight: float = 0.0       # [0, 1000]: factor on the Gram term
+    gram_warmup: int = 0           # [0, 1e7]: steps, half a cosine from 0; the local weight meanwhile from its start
+    gram_refresh: int = 0          # [0, 1e7]: steps after which the Gram teacher becomes the teacher of then; 0 = never
+    gram_refreshes: int = 0        # [0, 1e6]: how often, at most
 
     @property
     def vit(self):
@@ -101,6 +112,20 @@ class TrainConfig(CropConfig):
     @property
     def lr_factor(self):
         return 4 * math.sqrt(self.batch / 1024)
+
+    @property
+    def end(self):
+        return self.began + self.steps
+
+    def at(self, step):
+        """The config of one step: the sides that it draws, and the weights of --gram_warmup."""
+        now, done = super().at(step), step - self.began
+        now = now if self.gram_teacher or not now.gram_size else replace(now, gram_size=0)
+        if done >= self.gram_warmup:
+            return now
+        share = (1 - math.cos(math.pi * done / self.gram_warmup)) / 2
+        return replace(now, gram_weight=share * self.gram_weight,
+                       local_weight=self.local_weight_start + share * (self.local_weight - self.local_weight_start))
 
 
 NETWORK = "n_registers", "key_bias", "norm_eps", "mean", "std"  # fields that are the network's own
@@ -164,7 +189,45 @@ RECIPES = {
         ibot_bottleneck=384, ibot_prototypes=98_304, checkpointing="full",
     ),
 }
-WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer"
+
+# What a stage changes of the run that it starts from; all else is that run's
+GRAM = dict(
+    # paper: §4.2: on global crops, w_Gram with the other terms of eq. 3, after 1M steps; the Gram teacher an early one
+    #   (100k or 200k), replaced by the teacher every 10k steps; §4.3: at twice the resolution
+    # differs: the paper gives neither weight, rates nor when the refreshes end; the numbers are the released recipe's
+    steps=200_000, lr=3e-5, lr_end=3e-5, lr_warmup=0, weight_decay=0.04, weight_decay_end=0.04, momentum=0.999,
+    momentum_end=0.999, teacher_temp_warmup=0, freeze_last_layer=0, local_weight_start=1.0, local_weight=0.5,
+    gram_weight=2.0, gram_warmup=1000, gram_refresh=10_000, gram_refreshes=3,
+)
+HIGHRES = GRAM | dict(
+    # paper: §5.1: global crops of 512 and 768 px, local ones of 112 to 336, a pair a batch; 10k steps; the Gram teacher
+    #   is the teacher that the stage begins with
+    # differs: 30k steps as released, the first 10k of them the warm-up; triples, their shares, weight and rate are the
+    #   released recipe's, as the paper gives none; 8 images a GPU as there, on the 256 GPUs of the pretraining
+    steps=30_000, batch=2048, group=8, koleo_group=16, lr=1.25e-5, lr_end=1.25e-5, lr_warmup=10_000, cosine_warmup=True,
+    local_weight_start=0.5, gram_teacher="self", gram_weight=1.5, gram_warmup=0, gram_refresh=0, gram_refreshes=0,
+    resolutions="512x112x768*0.3,768x112x1152*0.3,768x168x1152*0.3,768x224x1152*0.05,768x336x1152*0.05",
+)
+# differs: for smaller sizes no stage is published. Steps are in proportion to ImageNet's 125,000 as 7b's are to 1M, the
+#   warm-ups likewise; lr a tenth and a twenty-fifth of its peak, chosen, as it ends near 0; the rest as 7b; not run
+SCALED = dict(
+    gram=GRAM | dict(steps=25_000, lr=1e-4, lr_end=1e-4, gram_warmup=125, gram_refresh=1250),
+    highres=HIGHRES | dict(steps=3750, batch=256, lr=4e-5, lr_end=4e-5, lr_warmup=1250),
+)
+STAGES = {(size, stage): changes for stage, changes in SCALED.items() for size in ("s", "s+", "b", "l", "l+", "h+")} | {
+    ("7b", "gram"): GRAM,
+    ("7b", "highres"): HIGHRES,
+    # differs: chosen for some hundred steps: averages of 100 steps where 7b's are of 1,000; crops that a laptop holds
+    ("tiny", "gram"): GRAM | dict(steps=600, lr=3e-4, lr_end=3e-4, momentum=0.99, momentum_end=0.99, gram_warmup=30,
+                                  gram_refresh=150),
+    ("tiny", "highres"): HIGHRES | dict(
+        steps=150, batch=16, group=16, lr=1e-4, lr_end=1e-4, lr_warmup=50, momentum=0.99, momentum_end=0.99,
+        resolutions="96x48x192*0.4,160x64x240*0.4,224x80x336*0.2"),
+}
+AFTER = dict(gram=("pretrain", "gram"), highres=("pretrain", "gram", "highres"))  # stages that one may go on from
+WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "gram_warmup", "gram_refresh"
+HEADS = tuple(f"{head}_{part}" for head in ("dino", "ibot") for part in ("hidden", "bottleneck", "prototypes"))
+OF_RUN = ("size", "recipe", "depth", "patch_size", *NETWORK, *HEADS, "prototype_std", "began")
 FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
         "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
         "compile")  # what a resumed run may change; data must be equal
@@ -178,6 +241,8 @@ def configure(argv, starts=True):
     if values.get("out") and resumes(values, values["out"]):
         return resumed_config(values, values["out"])
     given = values
+    if values.get("start") or values.get("stage") in AFTER:
+        return stage_config(values, starts)
     if values.get("init"):
         values = say_init(values["init"]) | values
     size = values.get("size") or size_for(values.get("recipe"))
@@ -188,14 +253,46 @@ def configure(argv, starts=True):
     if c.recipe == "photos":
         K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed)), c.batch)
         c = replace(c, **{name: K for name in ("dino_prototypes", "ibot_prototypes") if name not in values})
-    shrink = {name: round(getattr(c, name) * c.steps / recipe.steps) for name in WARMUPS if name not in values}
-    c = derive(replace(c, **shrink, out=c.out or f"runs/{size}"))
+    return settled(c, values, recipe.steps, f"runs/{size}", starts)
+
+
+def settled(c, values, steps, out, starts):
+    """c with what follows from other fields, checked.    steps  of its recipe    out  if none is named"""
+    shrink = {name: round(getattr(c, name) * c.steps / steps) for name in WARMUPS if name not in values}
+    c = derive(replace(c, **shrink, out=c.out or out))
     check(c)
     if starts:
         command_line.writable(c.out)
     if starts and saved(c.out):
         raise ValueError(f"--out {c.out} holds a run already; add --resume to go on, or name another folder")
     return c
+
+
+def stage_config(values, starts):
+    """A stage of the run that --start names: its config, what STAGES changes of it, and the command line."""
+    stage = values.get("stage", "pretrain")
+    if not values.get("start"):
+        raise ValueError(f"--stage {stage} goes on from a run; name it: --start RUN, or RUN@STEP for a kept checkpoint")
+    run, began = kept(values["start"])
+    out = values.get("out", f"{run}-{stage}")
+    if resumes(values, out):
+        return resumed_config(values, out)
+    before = saved_config(run)
+    if before.stage not in AFTER.get(stage, ()) or (before.size, stage) not in STAGES:
+        raise ValueError(f"--stage {stage} does not follow {run}, {before.size} {before.stage}; there are pretrain, "
+                         f"then gram, then highres, of the sizes {', '.join(RECIPES)}")
+    changes = STAGES[before.size, stage]
+    fresh = replace(before, out="", init="", resume=False, stop_after=0, profile=(0, 0), began=began, resolutions="",
+                    gram_teacher="", gram_size=2 * before.global_size * (stage == "gram"))
+    base = replace(fresh, **changes)
+    c = command_line.apply(base, values)
+    if not c.gram_weight:
+        c = replace(c, gram_teacher="", gram_size=0)
+    other = [name for name in OF_RUN if name in values and getattr(c, name) != getattr(base, name)]
+    if other or c.init:
+        raise ValueError(f"--{(other or ['init'])[0]}: networks and heads are those of --start {run}, with its "
+                         f"{before.size}; leave it out")
+    return settled(c, values, base.steps, out, starts)
 
 
 def find_recipe(size, name):
@@ -254,8 +351,8 @@ def resumed_config(values, out):
     c = go_on(saved_config(out), values, out)
     command_line.writable(out)
     done = newest(out)[0]
-    if c.steps < done:
-        raise ValueError(f"--steps {c.steps}: {out} has {done} steps already; ask for as many, or for more")
+    if c.end < done:
+        raise ValueError(f"--steps {c.steps}: {out} has {done - c.began} steps already; ask for as many, or for more")
     check(c)
     return c
 
@@ -304,8 +401,8 @@ def saved_text(out):
 
 def check(c):
     """Raises ValueError for values that cannot be trained with."""
-    if c.stage != "pretrain":
-        raise ValueError(f"--stage {c.stage} is not known; there is: pretrain")
+    if c.stage not in ("pretrain", *AFTER):
+        raise ValueError(f"--stage {c.stage} is not known; there are: pretrain, {', '.join(AFTER)}")
     ops.use_kernels(c.kernels)
     check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp8", "fp32"):
@@ -316,12 +413,35 @@ def check(c):
         raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
     if c.compile and c.checkpointing == "selective":
         raise ValueError("--compile chooses by itself what of a block stays in memory; --checkpointing: none, or full")
-    for name in ("global_size", "local_size"):
-        side, patch = getattr(c, name), c.patch_size
-        if side < patch:
-            raise ValueError(f"--{name} {side}: the image is smaller than a patch of {patch} pixels; at least {patch}")
-        if side % patch:
-            raise ValueError(f"--{name} {side} is not a multiple of the patch, {patch}; try {side // patch * patch}")
+    check_sides(c)
+    check_gram(c)
     for name in ("group", "koleo_group"):
         if c.batch % getattr(c, name):
             raise ValueError(f"--batch {c.batch} is not a multiple of --{name} {getattr(c, name)}; change one of them")
+
+
+def check_sides(c):
+    """Raises ValueError for crops that are not whole patches; in --resolutions a local crop may have a rest."""
+    sides = [(f"--{name} {getattr(c, name)}", getattr(c, name), False) for name in ("global_size", "local_size")]
+    for triple, _ in read_resolutions(c.resolutions) if c.resolutions else ():
+        where = f"--resolutions {'x'.join(map(str, triple))}: {{}} px"
+        sides += [(where.format(side), side, place == 1) for place, side in enumerate(triple[:2])]
+    for said, side, rest in sides:
+        if side < c.patch_size:
+            raise ValueError(f"{said}: the image is smaller than a patch of {c.patch_size} pixels; at least that")
+        if side % c.patch_size and not rest:
+            raise ValueError(f"{said} is not a multiple of the patch, {c.patch_size}; try "
+                             f"{side // c.patch_size * c.patch_size}")
+
+
+def check_gram(c):
+    """Raises ValueError for a Gram term without a teacher, or one that is not of use; its file is looked at."""
+    if c.gram_weight and not c.gram_teacher:
+        raise ValueError(f"--stage {c.stage} --gram_weight {c.gram_weight:g} wants a Gram teacher: --gram_teacher "
+                         "WEIGHTS, RUN@STEP, or self; --gram_weight 0 goes without")
+    sized = c.gram_size or c.resolutions and c.gram_weight
+    if bool(c.gram_teacher) != bool(sized) or c.gram_teacher and not c.gram_weight:
+        raise ValueError(f"--gram_teacher {c.gram_teacher or '(none)'} --gram_size {c.gram_size} --gram_weight "
+                         f"{c.gram_weight:g}: a Gram term wants all three; without one leave all three out")
+    if c.gram_teacher and not c.resume:
+        gram_config(c)

@@ -1,5 +1,5 @@
 """
-Pretrain a DINOv3 ViT.
+Pretrain a DINOv3 ViT, and what comes after.
 
     python train.py                                                  tiny, on the generated `shapes`, on anything
     python train.py --size s --data PHOTOS --out runs/s              one GPU, or patience
@@ -7,10 +7,13 @@ Pretrain a DINOv3 ViT.
     python train.py --size l --recipe released --data IMAGENET       ViT-L as the released code trains it from scratch
     python train.py --out runs/s --resume                            go on, bit for bit; --resume auto: or begin
     torchrun --nproc-per-node 8 train.py --size 7b --data PHOTOS     FSDP2, any number of ranks and nodes
+    torchrun --nproc-per-node 8 -- train.py --start RUN ...          with -- torchrun does not take --start for its own
+    python train.py --stage gram --start runs/s --gram_teacher runs/s@40000 --out runs/s-gram        Gram anchoring
+    python train.py --stage highres --start runs/s-gram --out runs/s-highres                         high resolution
 
     schedule               values for all steps, as arrays
     teacher_targets        balanced assignments of the global crops      DINOv3 §3.2
-    loss_terms             DINO, iBOT, KoLeo                             DINOv3 eq. 1
+    loss_terms             DINO, iBOT, KoLeo; stages.py has Gram         DINOv3 eq. 1, eq. 3
     train                  the loop
 
 Everything random in a step is a function of (seed, step, sample or block). Dimension letters: see the top of model.py.
@@ -33,13 +36,14 @@ from data import Batches, colour_batch, loader, open_source
 from engine import config as command_line
 from engine import fp8, plan
 from engine.adam import AdamW16
-from engine.checkpoint import begin_state, check_space, load_checkpoint, start_from
+from engine.checkpoint import begin_state, check_space, load_checkpoint
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.meters import health
 from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
 from engine.saver import Saver
+from engine.stages import first_state, gram_term, make_gram_teacher, refresh, refreshes
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import Noise, ProjectionHead, ViT, initialise, to_device
 from recipes import configure, find_recipe, saved_text, size_for
@@ -48,15 +52,17 @@ from recipes import configure, find_recipe, saved_text, size_for
 # Networks and optimizer
 
 
-def schedule(start, peak, end, warmup, steps):
+def schedule(start, peak, end, warmup, steps, cosine_warmup=False):
     """
-    Values for all steps, float64: linear from start to peak over `warmup` steps, then a cosine to end at the last step.
+    Values for all steps, float64: linear, or by half a cosine, from start to peak over `warmup` steps, then a cosine to
+    end at the last step.
 
     differs: the first value is one step up from start, so that a learning rate that warms up from 0 is never 0, and the
              peak is that of the first step after the warm-up; the released code's begins with start, and stops one
              step short of end
     """
-    ramp = start + (peak - start) * np.arange(1, warmup + 1) / (warmup + 1)
+    ramp = np.arange(1, warmup + 1) / (warmup + 1)
+    ramp = start + (peak - start) * ((1 - np.cos(np.pi * ramp)) / 2 if cosine_warmup else ramp)
     t = np.linspace(0, 1, max(steps - warmup, 1))
     return np.concatenate([ramp, end + (peak - end) * (1 + np.cos(np.pi * t)) / 2])[:steps]
 
@@ -112,6 +118,18 @@ def shard_parts(c, ranks, parts, stays=False):
     policy = bf16 if c.precision != "fp32" and ranks.device.type == "cuda" else MixedPrecisionPolicy()
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not stays)
+
+
+def freeze(c, ranks, network, parts=None):
+    """
+    A network that is not trained, on the meta device -> on this rank's, empty, its parts sharded. What is whole there
+    is bfloat16 where autocast rounds it.    parts  None = its blocks, then itself
+    """
+    shard_parts(c, ranks, [*network.blocks, network] if parts is None else parts)
+    for part in network.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision != "fp32" and not isinstance(part.weight, DTensor):
+            part.bfloat16()
+    return network.to_empty(device=ranks.device).requires_grad_(False).eval()
 
 
 def parameter_groups(c, student):
@@ -224,7 +242,7 @@ def term_weights(c):
     """Of the sum over terms and parts. The DINO terms share 1 by their number of pairs: 2 global, 2 L local ones."""
     pairs = 2 + 2 * c.n_local
     weights = dict(dino_global=2 / pairs, dino_local=2 * c.n_local / pairs * c.local_weight, ibot=c.ibot_weight,
-                   koleo=c.koleo_weight)
+                   koleo=c.koleo_weight, gram=c.gram_weight)
     return {name: weight / c.accumulate for name, weight in weights.items()}
 
 # --------------------------------------------------------------------------------
@@ -243,6 +261,10 @@ def print_plan(c, ranks, source, student):
     print(f"lr {c.lr:g} x 4 sqrt({c.batch}/1024) = {c.lr * c.lr_factor:.3g} after {c.lr_warmup} steps, to "
           f"{c.lr_end * c.lr_factor:.3g}; last layer fixed for {c.freeze_last_layer}; teacher temperature "
           f"{c.teacher_temp_start} to {c.teacher_temp} over {c.teacher_temp_warmup}")
+    if c.gram_teacher:
+        print(f"Gram teacher {c.gram_teacher}, of {c.gram_size} px; after {c.gram_warmup} steps it weighs "
+              f"{c.gram_weight:g}, local crops {c.local_weight:g} and no more {c.local_weight_start:g}; replaced by "
+              f"the teacher {c.gram_refreshes} times, every {c.gram_refresh} steps")
     print(f"uniform predictions would be at dino ln K = {math.log(c.dino_prototypes):.3f}, "
           f"ibot x {c.mask_share:g} = {c.mask_share * math.log(c.ibot_prototypes):.3f}; writing to {c.out}", flush=True)
 
@@ -256,32 +278,32 @@ def train(c, ranks, interrupt):
     stays = plan.announce(c, ranks, make_networks)
     source = open_source(c.data, c.n_shapes, c.seed)
     student, teacher = build_networks(c, ranks, stays=stays), build_networks(c, ranks)
-    if c.init and not c.resume:
-        start_from(c.init, ranks, student, teacher)
     teacher.requires_grad_(False).eval()
     optimizer = make_optimizer(c, student)
     begin_state(optimizer)
-    start = load_checkpoint(c, ranks, student, teacher, optimizer) if c.resume else 0
-    ranks.together(lambda: ranks.main and begin(c, ranks, start, source, student, teacher, optimizer))
+    gram = make_gram_teacher(c, partial(freeze, c, ranks))
+    state = student, teacher, optimizer, gram
+    start = (load_checkpoint if c.resume else first_state)(c, ranks, *state)
+    ranks.together(lambda: ranks.main and begin(c, ranks, start, source, *state))
 
-    lr = schedule(0, c.lr, c.lr_end, c.lr_warmup, c.steps) * c.lr_factor
+    lr = schedule(0, c.lr, c.lr_end, c.lr_warmup, c.steps, c.cosine_warmup) * c.lr_factor
     weight_decay = schedule(0, c.weight_decay, c.weight_decay_end, 0, c.steps)
     momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
     teacher_temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
-    weights, K = term_weights(c), c.accumulate
+    K = c.accumulate
     batches = Batches(c, source, ranks.rank * K * samples, samples, ranks.device.type == "cpu",
                       partial(draw_noise, c, samples), K)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
-    stream = loader(batches, range(start * K, c.steps * K), count_workers(c.workers),
+    stream = loader(batches, range(start * K, c.end * K), count_workers(c.workers),
                     pin_memory=ranks.device.type == "cuda")
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
-    saver = Saver(c, ranks, student, teacher, optimizer, interrupt.leave)
-    progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
+    saver = Saver(c, ranks, *state, failed=interrupt.leave)
+    progress, trace = Progress(c, ranks, start, c.end), tracer(c, ranks, c.end - start)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision != "fp32")
 
-    for step in range(start, c.steps + 1):
+    for step in range(start, c.end + 1):
         # save: at the end, once in a while, and before leaving
-        leave = step == c.steps or step == start + c.stop_after > start or verdicts.leave
+        leave = step == c.end or step == start + c.stop_after > start or verdicts.leave
         if step > start and (leave or step % c.save_every == 0):
             verdicts.settle()
             saver(step, wait=leave)
@@ -289,19 +311,24 @@ def train(c, ranks, interrupt):
         if leave:
             break
 
-        # a batch, in parts, and this step's numbers
+        # a batch, in parts, and this step's numbers; t counts the steps of the stage
         parts = [on_device(c, ranks, progress.next(stream), unreadable) for _ in range(K)]
-        set_schedules(optimizer, lr[step], weight_decay[step], step < c.freeze_last_layer)
+        t, now = step - c.began, c.at(step)
+        weights = term_weights(now)
+        set_schedules(optimizer, lr[t], weight_decay[t], t < c.freeze_last_layer)
+        if refreshes(c, step):
+            refresh(gram, teacher)
 
         # the teacher sees the global crops whole and leaves no graph
         with autocast, torch.no_grad():
-            targets = teacher_targets(teacher, parts, teacher_temp[step], ranks.group, c.sinkhorn_iterations)
+            targets = teacher_targets(teacher, parts, teacher_temp[t], ranks.group, c.sinkhorn_iterations)
 
         # forward and backward, part by part
         found = []
         for k, batch in enumerate(parts):
             with autocast:
-                terms, features = loss_terms(c, student, batch, targets[k], batch["noise"], ranks.group)
+                terms, features = loss_terms(now, student, batch, targets[k], batch["noise"], ranks.group)
+                terms |= gram_term(c, gram, batch, features)
             loss = sum(weights[name] * term for name, term in terms.items())
             share_gradients(student, k == K - 1)
             loss.backward()
@@ -313,34 +340,35 @@ def train(c, ranks, interrupt):
         optimizer.found_inf, optimizer.at = verdicts.skip, step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_ema(teacher, student, momentum[step])
+        update_ema(teacher, student, momentum[t])
         interrupt.collect(step)
 
         # log: the only lines that make the host wait for the device
         progress.bar.update()
-        if step % c.log_every == 0 or step == c.steps - 1:
+        if step % c.log_every == 0 or step == c.end - 1:
             verdicts.settle()
             row = {name: x.item() for name, x in means.items()} | health(c, targets[-1], features, batch["masks"])
             row |= progress.speed(step)
             if ranks.main:
-                progress.log(c.out, dict(step=step, **row, lr=lr[step], skipped=verdicts.skipped,
+                progress.log(c.out, dict(step=step, **row, lr=lr[t], skipped=verdicts.skipped,
                                          unreadable=len(unreadable)))
             progress.mark(step)
 
     progress.bar.close()
     report(c, ranks, step, unreadable)
-    return step == c.steps
+    return step == c.end
 
 
-def begin(c, ranks, start, source, student, teacher, optimizer):
+def begin(c, ranks, start, source, student, teacher, optimizer, gram):
     """On main, before the first step: is it the same data, is there room; what will be done; config.json."""
     digest = source.digest()
     if c.resume and saved_text(c.out).get("data_digest", digest) != digest:
         raise ValueError(f"--data {c.data} does not hold the images that {c.out} was begun with; name the same ones, "
                          "or another --out")
-    check_space(c, start, student, teacher, optimizer)
+    check_space(c, start, student, teacher, optimizer, gram)
     print_plan(c, ranks, source, student)
-    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest)
+    notes = {} if gram is None else dict(gram=asdict(gram.config))
+    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest, **notes)
 
 
 def mean_of(rows):
@@ -350,6 +378,7 @@ def mean_of(rows):
 
 def draw_noise(c, samples, step, first):
     """What is random in the student's forward of a step; no function of the device, so it is drawn with the batch."""
+    c = c.at(step)
     grids = [(side // c.patch_size) ** 2 for side in (c.global_size, c.local_size)][: 1 + bool(c.n_local)]
     noise = Noise(c.seed, step, first, samples, c.group, c.drop_path, c.rope_rescale)
     n_images = [2 * samples, c.n_local * samples][: len(grids)]
@@ -367,7 +396,7 @@ def report(c, ranks, step, unreadable):
     for name, reason in unreadable.items():
         print(f"rank {ranks.rank}: skipped unreadable {name}: {reason}")
     if ranks.main:
-        print(f"{'finished' if step == c.steps else f'stopped at step {step} of {c.steps}, --resume goes on'}: "
+        print(f"{'finished' if step == c.end else f'stopped at step {step} of {c.end}, --resume goes on'}: "
               f"{c.out}/teacher.safetensors")
 
 

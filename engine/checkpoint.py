@@ -32,13 +32,13 @@ from weights import commit, stream_backbone
 # Saving
 
 
-def training_state(student, teacher, optimizer):
-    """{name: tensor} of all that training changes, live: saving reads them, loading fills them."""
+def training_state(student, teacher, optimizer, gram=None):
+    """{name: tensor} of all that training changes, live: saving reads them, loading fills them.    gram  its teacher"""
     state = {f"student.{name}": x for name, x in student.state_dict().items()}
     state |= {f"teacher.{name}": x for name, x in teacher.state_dict().items()}
     for name, p in student.named_parameters():
         state |= {f"optimizer.state.{name}.{key}": x for key, x in optimizer.state.get(p, {}).items()}
-    return state
+    return state | {f"gram.{name}": x for name, x in (gram.state_dict() if gram is not None else {}).items()}
 
 
 def begin_state(optimizer):
@@ -83,10 +83,10 @@ def existing(path):
     return next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
 
 
-def check_space(c, start, student, teacher, optimizer):
+def check_space(c, start, student, teacher, optimizer, gram=None):
     """Raises ValueError, before the first step, if the disk will not hold the checkpoints that are to come."""
-    size, free = bytes_of(training_state(student, teacher, optimizer)), shutil.disk_usage(existing(c.out)).free
-    to_come = -(-(c.steps - start) // c.save_every)
+    size, free = bytes_of(training_state(student, teacher, optimizer, gram)), shutil.disk_usage(existing(c.out)).free
+    to_come = -(-(c.end - start) // c.save_every)
     n = min(max(c.keep + 1 - len(saved(c.out)), 1), max(to_come, 1))  # the oldest goes when the newest is there
     if n * size > free:
         raise ValueError(f"--out {c.out}: {n} checkpoints of {size:,} bytes do not fit in the {free:,} that are free; "
@@ -267,10 +267,10 @@ def fill_all(folder, state):
         fill(x, pieces[name])
 
 
-def load_checkpoint(c, ranks, student, teacher, optimizer):
+def load_checkpoint(c, ranks, student, teacher, optimizer, gram=None):
     """Fills the networks and the optimizer in place; returns the next step. Raises ValueError on all ranks."""
     step, folder = newest(c.out, ranks)
-    state = training_state(student, teacher, optimizer)
+    state = training_state(student, teacher, optimizer, gram)
     ranks.together(lambda: fill_all(folder, state))
     if ranks.main and (folder / "teacher.safetensors").exists():
         tidy(c, folder)  # it may have been killed before it had done so
@@ -280,6 +280,13 @@ def load_checkpoint(c, ranks, student, teacher, optimizer):
 def load_teacher(out, teacher):
     """Fills backbone and heads with those of a run's teacher, in place."""
     fill_all(newest(out)[1], {f"teacher.{name}": x for name, x in teacher.state_dict().items()})
+
+
+@torch.no_grad()
+def take_rows(own, whole):
+    """A tensor's rows that this rank holds, in place."""
+    rows, first = shard(own)
+    rows.copy_(whole[first : first + len(rows)])
 
 
 @torch.no_grad()
@@ -298,8 +305,7 @@ def start_from(path, ranks, *networks):
         raise ValueError(f"--init {path} does not fit these options: {len(misfit)} tensors differ, {misfit[:5]}")
     for name, x in tensors:
         for key, backbone in ((key, backbone) for key in source for backbone in own if source[key] == name):
-            rows, first = shard(backbone[key])
-            rows.copy_(x[first : first + len(rows)])
+            take_rows(backbone[key], x)
     if ranks.main:
         print(f"student and teacher start from {path}, all {len(source)} tensors of the backbone; "
               "the heads start fresh")

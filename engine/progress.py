@@ -19,7 +19,7 @@ from engine.checkpoint import last_good, replace_text
 from engine.loggers import Loggers
 from weights import commit
 
-SHOWN = "loss", "dino_global", "dino_local", "ibot", "koleo"  # beside the step, in a line for people
+SHOWN = "loss", "dino_global", "dino_local", "ibot", "koleo", "gram"  # beside the step, in a line for people
 
 
 def open_log(c, start, **notes):
@@ -48,7 +48,7 @@ class Progress:
         self.c, self.ranks, self.end = c, ranks, end
         self.terminal = ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
-        self.clock, self.logged, self.waited = time.perf_counter(), start, 0.0
+        self.clock, self.logged, self.waited, self.enlarged = time.perf_counter(), start, 0.0, 0
         self.loggers = Loggers(c)
 
     def next(self, stream):
@@ -56,12 +56,19 @@ class Progress:
         before = time.perf_counter()
         batch = next(stream)
         self.waited += time.perf_counter() - before
+        small = batch.get("enlarged", 0)
+        if small and not self.enlarged and self.ranks.main:
+            print(f"{small} of these {len(batch['indices'])} images are smaller than the Gram crops; such are "
+                  "enlarged, which adds no detail, and counted in metrics.jsonl", flush=True)
+        self.enlarged += small
         return batch
 
     def speed(self, step):
         """What to add to the row of this step, over the steps since the last one."""
         n, seconds = step + 1 - self.logged, max(time.perf_counter() - self.clock, 1e-9)
         row = dict(images_per_s=self.c.batch * n / seconds, waiting=self.waited / seconds)
+        if self.c.gram_teacher:
+            row["enlarged"] = self.enlarged  # images of this rank, in this run
         if self.ranks.device.type == "cuda":
             row["peak_memory"] = torch.cuda.max_memory_allocated(self.ranks.device)  # bytes
         self.eta = (self.end - step - 1) * seconds / n

@@ -31,8 +31,8 @@ class Saver:
     calls `failed`, by which the loop can ask for the next one soon. Where the host has no memory for the copy, made
     at the first save and kept, or where the loop has nothing else to do, it waits.
     """
-    def __init__(self, c, ranks, student, teacher, optimizer, failed=lambda: None):
-        self.c, self.failed, self.networks, self.optimizer = c, failed, (student, teacher), optimizer
+    def __init__(self, c, ranks, student, teacher, optimizer, gram=None, failed=lambda: None):
+        self.c, self.failed, self.state = c, failed, (student, teacher, optimizer, gram)
         self.copies, self.waits, self.behind, self.ranks = None, False, None, ranks
 
     @cached_property
@@ -47,14 +47,14 @@ class Saver:
     def __call__(self, step, wait=True):
         """wait: until it is whole"""
         self.settle()
-        state = training_state(*self.networks, self.optimizer)
+        state = training_state(*self.state)
         rows, ready = own_rows(self.ranks, state), None
         if not wait and not self.waits and self.copies is None:
             self.make_room(step, rows)
         wait = wait or self.waits
         if not wait:
             rows, ready = self.copy(rows)
-        config = self.networks[1]["backbone"].config
+        config = self.state[1]["backbone"].config
         work = partial(self.write, ready, self.c, self.apart, step, rows, bytes_of(state), config)
         self.behind = Behind(work, self.failed)
         if wait:

@@ -17,7 +17,7 @@ from test_train import MICRO, rows, run, torchrun
 import recipes
 import train
 from engine import checkpoint
-from engine.checkpoint import newest, saved
+from engine.checkpoint import newest, saved, start_from
 from engine.ranks import Ranks
 from model import SIZES, ViT, ViTConfig, build
 from weights import load_backbone, save_backbone
@@ -46,7 +46,7 @@ def test_init_changes_the_run_but_not_the_heads(file, tmp_path):
     c = recipes.configure(["--init", str(file), "--depth", "2", "--patch_size", "8", "--out", str(tmp_path / "run")])
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     fresh, warm = train.build_networks(c, ranks), train.build_networks(c, ranks)
-    train.start_from(c.init, ranks, warm)
+    start_from(c.init, ranks, warm)
     same = {key for key, x in fresh.state_dict().items() if torch.equal(x, warm.state_dict()[key])}
     assert all(key in same for key in fresh.state_dict() if "head." in key)
     assert not any(key.endswith("qkv.weight") for key in same)
@@ -57,7 +57,7 @@ def test_init_without_a_local_norm_takes_the_norm(tmp_path):
     with_norm, without = build(lambda: ViT(config), seed=1), build(lambda: ViT(ViTConfig(1, 64, 1, 128)), seed=2)
     torch.nn.init.normal_(without.norm.weight)
     save_backbone(without, tmp_path / "x.safetensors", "nano")
-    train.start_from(tmp_path / "x.safetensors", Ranks(0, 1, torch.device("cpu"), None), dict(backbone=with_norm))
+    start_from(tmp_path / "x.safetensors", Ranks(0, 1, torch.device("cpu"), None), dict(backbone=with_norm))
     assert torch.equal(with_norm.local_cls_norm.weight, without.norm.weight)
     assert torch.equal(with_norm.blocks[0].attn.qkv.weight, without.blocks[0].attn.qkv.weight)
 
@@ -71,7 +71,7 @@ def test_init_that_does_not_fit_is_an_error(file, tmp_path, words, said):
     c = recipes.configure(["--init", str(file), "--out", str(tmp_path / "run"), *sizes, *words])
     networks = dict(backbone=build(lambda: ViT(c.vit)))
     with pytest.raises(ValueError, match="--init") as error:
-        train.start_from(c.init, Ranks(0, 1, torch.device("cpu"), None), networks)
+        start_from(c.init, Ranks(0, 1, torch.device("cpu"), None), networks)
     assert said in str(error.value)
 
 

@@ -323,7 +323,8 @@ def test_every_option_is_read():
     from tasks import TASKS
     from visualize import VisualizeConfig
 
-    for kind, files in ((TrainConfig, ["train", "recipes", "data", "engine/checkpoint", "engine/profile"]),
+    for kind, files in ((TrainConfig, ["train", "recipes", "data", "engine/checkpoint", "engine/profile",
+                                       "engine/stages"]),
                         (VisualizeConfig, ["visualize"]),
                         (EvaluateConfig, ["evaluate", "engine/features", "engine/chunks", "sets/pairs"])):
         assert not unread([field.name for field in fields(kind)], files)

@@ -241,9 +241,12 @@ def test_a_neighbour_stands_in_for_an_unreadable_image():
 # For a Gram teacher, and of several resolutions
 
 
+GRAM = replace(CONFIG, gram_teacher="self")
+
+
 def test_the_gram_teacher_sees_the_same_crops_without_colours():
     """From one cut: the small ones are what is left of the large; normalised; in the same order."""
-    plain = replace(CONFIG, gram_size=64, jitter=0, grey=0, blur_global_1=0, blur_global_2=0, solarize=0, flip=0.5)
+    plain = replace(GRAM, gram_size=64, jitter=0, grey=0, blur_global_1=0, blur_global_2=0, solarize=0, flip=0.5)
     batch, other = (Batches(c, Noise(20), 0, 8)[3] for c in (plain, replace(plain, jitter=1, grey=1, blur_global_1=1)))
     assert batch["gram_crops"].shape == (16, 3, 64, 64) and batch["gram_crops"].dtype == torch.float32
     assert torch.equal(batch["gram_crops"], other["gram_crops"])
@@ -259,17 +262,17 @@ def test_the_gram_teacher_sees_the_same_crops_without_colours():
 
 def test_gram_crops_leave_the_rest_of_a_batch_as_it_is():
     """the same boxes and colours; of the same size, the same pixels, too"""
-    batch, equal_size, none = (Batches(replace(CONFIG, gram_size=side), Noise(20), 0, 8)[5] for side in (64, 32, 0))
+    batch, equal_size, none = (Batches(replace(GRAM, gram_size=side), Noise(20), 0, 8)[5] for side in (64, 32, 0))
     assert none.keys() == batch.keys() - {"gram_crops", "enlarged"}
     assert all(torch.equal(none[key], batch[key]) for key in ("local_crops", "masks", "indices"))
     assert torch.equal(none["global_crops"], equal_size["global_crops"])
-    smaller = Batches(replace(CONFIG, gram_size=16, jitter=0), Noise(20), 0, 8)[5]
+    smaller = Batches(replace(GRAM, gram_size=16, jitter=0), Noise(20), 0, 8)[5]
     assert torch.equal(smaller["local_crops"], Batches(replace(CONFIG, jitter=0), Noise(20), 0, 8)[5]["local_crops"])
 
 
 def test_images_smaller_than_the_gram_crop_are_counted():
     """images of Noise are 40+i x 50-i: with a short side of 40 at most, 45 at i = 5"""
-    c = replace(CONFIG, gram_size=44)
+    c = replace(GRAM, gram_size=44)
     batch = Batches(c, Noise(10), 0, 8)[0]
     assert batch["enlarged"] == sum(min(40 + i, 50 - i) < 44 for i in batch["indices"].tolist()) > 0
 
@@ -278,17 +281,17 @@ TRIPLES = "32x16x64*0.5,48x28x72*0.3,16x8x32*0.2"
 
 
 def test_resolutions_are_drawn_by_step_and_as_often_as_they_say():
-    c = replace(CONFIG, resolutions=TRIPLES)
+    c = replace(GRAM, resolutions=TRIPLES)
     drawn = [(at.global_size, at.local_size, at.gram_size) for at in map(c.at, range(2000))]
     shares = [drawn.count(sides) / 2000 for sides in ((32, 16, 64), (48, 28, 72), (16, 8, 32))]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.04)                             # 3 standard errors: 0.034
     assert drawn != [(at.global_size, at.local_size, at.gram_size) for at in map(replace(c, seed=1).at, range(2000))]
-    assert c.at(7) == c.at(7) and CONFIG.at(7) is CONFIG
+    assert c.at(7) == c.at(7) and GRAM.at(7) is GRAM
 
 
 def test_a_batch_has_the_sides_that_its_step_draws():
     """on any rank and in any part; a local crop of 28 px with patches of 8 keeps its middle 24"""
-    c = replace(CONFIG, resolutions=TRIPLES, group=4)
+    c = replace(GRAM, resolutions=TRIPLES, group=4)
     step = next(step for step in range(100) if c.at(step).local_size == 28)
     whole, *parts = (Batches(c, Noise(20), first, n, False)[step] for first, n in [(0, 8), (0, 4), (4, 4)])
     assert whole["global_crops"].shape[2:] == (48, 48) and whole["gram_crops"].shape[2:] == (72, 72)

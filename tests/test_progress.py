@@ -33,10 +33,10 @@ def test_speed_waiting_and_what_is_left(tmp_path, monkeypatch, capsys):
     def batches():
         for _ in range(10):
             now[0] += 0.5
-            yield 1
+            yield {}
     stream = batches()
     for _ in range(10):
-        assert shown.next(stream) == 1
+        assert shown.next(stream) == {}
         now[0] += 1.5
     row = shown.speed(19)
     assert row == pytest.approx(dict(images_per_s=16, waiting=0.25))

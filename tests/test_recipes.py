@@ -25,7 +25,9 @@ RELEASED = dict(  # ViT-L on ImageNet-1k, as the released code trains it
     sinkhorn_iterations=3, moments="fp32")
 OWN = {"lr_end", "out", "data", "init", "resume", "stage", "n_shapes", "seed", "device", "kernels", "precision",
        "workers", "log_every", "log", "profile", "stop_after", "checkpointing", "mean",
-       "std", "accumulate", "replicas", "compile"}  # of the run; lr_end is below
+       "std", "accumulate", "replicas", "compile",  # of the run; lr_end is below; and of stages:
+       "start", "began", "gram_teacher", "gram_size", "gram_weight", "gram_warmup", "gram_refresh", "gram_refreshes",
+       "local_weight_start", "cosine_warmup", "resolutions"}
 
 
 def test_released_vit_l_field_by_field(tmp_path):

@@ -123,7 +123,7 @@ def test_a_failure_is_told_at_once_and_raised_once(small, monkeypatch):
     def full(path, rows):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     told = []
-    save = Saver(*small, partial(told.append, "failed"))
+    save = Saver(*small, failed=partial(told.append, "failed"))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_rows", full)
         save(1, wait=False)
