@@ -116,6 +116,28 @@ class Folder:
         return hashlib.sha1("\n".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+class Drawn:
+    """Some images of a source, by their rows."""
+
+    def __init__(self, source, rows):
+        self.source, self.rows = source, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, i):
+        return self.source.load(self.rows[i])
+
+    def label(self, i):
+        return self.source.label(self.rows[i])
+
+    def name(self, i):
+        return self.source.name(self.rows[i])
+
+    def digest(self):
+        return hashlib.sha1(f"{self.source.digest()} {self.rows}".encode()).hexdigest()
+
+
 def scan(root):
     """Paths of all images below root, in a fixed order; remembered until a folder changes: restarts are quick."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"

@@ -152,15 +152,15 @@ def sweep(out):
             shutil.rmtree(left)
 
 
-def publish(folder, out):
+def publish(folder, out, name="teacher.safetensors"):
     """OUT/teacher.safetensors becomes that of a checkpoint: the same file, where the file system has links."""
-    teacher, new = Path(folder, "teacher.safetensors"), Path(out, "teacher.safetensors.new")
+    teacher, new = Path(folder, "teacher.safetensors"), Path(out, name + ".new")
     new.unlink(missing_ok=True)
     try:
         os.link(teacher, new)
     except OSError:
         shutil.copyfile(teacher, new)
-    new.replace(Path(out, "teacher.safetensors"))
+    new.replace(Path(out, name))
     new.unlink(missing_ok=True)  # two names of one file: renaming does nothing
 
 

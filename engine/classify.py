@@ -9,6 +9,7 @@ What classifications of frozen class tokens have in common.
 import numpy as np
 import torch
 
+from data import Drawn
 from engine.task import Option
 
 TRIES = 5                      # draws of --shots
@@ -66,22 +67,6 @@ def few(labels, c):
     """Rows of `shots` images of each class, five times."""
     orders = (np.random.default_rng([c.seed, k]).permutation(len(labels)) for k in range(TRIES))
     return [np.concatenate([rows[: c.shots] for rows in by_class(labels, order).values()]) for order in orders]
-
-
-class Drawn:
-    """Some images of a source, by their rows"""
-
-    def __init__(self, source, rows):
-        self.source, self.rows = source, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def load(self, i):
-        return self.source.load(self.rows[i])
-
-    def label(self, i):
-        return self.source.label(self.rows[i])
 
 
 def drawn(train, c, pick):
