@@ -6,10 +6,10 @@ Adapting released weights to other photos: what is kept of them, what is gained,
     best         which look is the best one, from the rows alone
 
 Nothing here needs a label. *Kept* is how much of the released weights' similarities of patches is left, *gained* how
-much better crops of one photo find each other; k-NN is said besides where folders name classes. best.safetensors begins
-as the released weights, and they are what a run hands back that has gained nothing.
+much more often crops of one photo find each other, recoloured as in training; k-NN is said besides where folders name
+classes. best.safetensors begins as the released weights, and they are what a run hands back that has gained nothing.
 
-No one publishes such a measure: all of it is ours, and LOG.md has how often it was right.
+No one publishes such a measure: it is ours, and LOG.md has how often it was right. Dimension letters: see model.py.
 """
 
 import json
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Drawn, cut, draw_crops
+from data import Drawn, augment, cut, draw_crops, sort_colours
 from engine.checkpoint import publish, replace_text, saved
 from engine.meters import effective_rank
 from engine.views import centre_crop
 
 HELD = 256            # photos held out, at most, and at most a tenth of all
+DRAWS = 2             # of two crops, of each of them
 NEIGHBOURS = 5        # of k-NN, each held-out photo among the others
-KEPT = 98.0           # percent of the released weights' similarities that the best step must have kept
+KEPT = 95.0           # percent of the released weights' similarities that the best step must have kept
 SURE = 2.0            # standard errors by which it must have gained
 
 
@@ -55,13 +56,10 @@ class Regression:
     """
 
     def __init__(self, c, ranks, held, released, start):
-        self.c, self.ranks, self.path = c, ranks, Path(c.out, "adapt.jsonl")
-        self.views, self.crops, self.labels = prepare(c, held)
-        self.reference = similarities(see(c, released, self.views).patches)
+        self.c, self.ranks, self.held, self.released = c, ranks, held, released.eval()
+        self.path = Path(c.out, "adapt.jsonl")
         rows = map(json.loads, self.path.read_text().splitlines()) if start and self.path.exists() else []
-        self.rows = [row for row in rows if row["step"] <= start]
-        if not self.rows:
-            self.look(start, released)
+        self.rows = [row for row in rows if row["step"] <= start] or [dict(step=0) | self.measure(released)]
 
     def look(self, step, backbone):
         self.keep()
@@ -72,41 +70,51 @@ class Regression:
 
     @torch.no_grad()
     def measure(self, backbone):
-        backbone = backbone.eval()
-        whole = see(self.c, backbone, self.views)
-        found = [F.normalize(see(self.c, backbone, crops).cls.float(), dim=-1) for crops in self.crops]
-        kept = (similarities(whole.patches) * self.reference).sum(-1).mean()
-        row = dict(kept=100 * kept.item(), retrieval=retrieval(*found), rank=effective_rank(whole.cls).item())
-        return row | (dict(knn=neighbours(whole.cls, self.labels)) if len(set(self.labels)) > 1 else {})
+        """A row: kept, retrieval and k-NN in percent, effective rank; of each photo, how many of its crops find it."""
+        wholes, crops, kept, labels = [], [], [], []
+        for views, pairs, known in held_views(self.c, self.held):
+            views, pairs = views.to(self.ranks.device), pairs.to(self.ranks.device)
+            whole = backbone(views)
+            wholes.append(whole.cls.float())
+            kept.append((similarities(whole.patches) * similarities(self.released(views).patches)).sum(-1))
+            cls = backbone(pairs.flatten(0, 1)).cls.float()
+            crops.append(F.normalize(cls, dim=-1).unflatten(0, (-1, 2 * DRAWS)))
+            labels += known
+        cls, crops = torch.cat(wholes), torch.cat(crops)                              # N D, N V D
+        hits = found(crops)
+        row = dict(kept=100 * torch.cat(kept).mean().item(), retrieval=100 * hits.mean().item())
+        row |= dict(rank=effective_rank(cls).item())
+        row |= dict(knn=neighbours(cls, labels)) if len(set(labels)) > 1 else {}
+        return row | dict(hits=[round(x, 4) for x in hits.tolist()])
 
     def keep(self):
         """best.safetensors is that of the best look, once its checkpoint is there."""
-        step = best(self.rows, len(self.views))["step"] if self.rows else 0
+        step = best(self.rows)["step"]
         folder = dict(saved(self.c.out)).get(step)
         if self.ranks.main and step and folder is not None:
             publish(folder, self.c.out, "best.safetensors")
 
     def conclude(self):
         self.keep()
-        first, found = self.rows[0], best(self.rows, len(self.views))
-        if self.ranks.main and found is first:
+        first, row = self.rows[0], best(self.rows)
+        if self.ranks.main and row is first:
             print(f"nothing was gained in {self.rows[-1]['step']:,} steps, or too little was kept: "
                   f"{self.c.out}/best.safetensors are the released weights; more steps or photos, or another --lr, may "
                   "do better", flush=True)
         elif self.ranks.main:
-            print(f"best at step {found['step']:,}, {said(first, found)}: {self.c.out}/best.safetensors", flush=True)
+            print(f"best at step {row['step']:,}, {said(first, row)}: {self.c.out}/best.safetensors", flush=True)
 
 
-def best(rows, n):
+def best(rows):
     """
-    The row with the highest retrieval among those that have kept enough and gained for sure; else the first one, which
-    is of the released weights.    n  photos held out
+    The row with the highest retrieval among those that kept enough, and gained for sure: by SURE standard errors of the
+    mean over photos; else the first one, which is of the released weights.
     """
-    p = rows[0]["retrieval"] / 100
+    first = np.array(rows[0]["hits"])
 
     def sure(row):
-        q = row["retrieval"] / 100
-        return q - p > SURE * math.sqrt((p * (1 - p) + q * (1 - q)) / n) and row["kept"] >= KEPT
+        gained = np.array(row["hits"]) - first
+        return row["kept"] >= KEPT and gained.mean() > SURE * gained.std(ddof=1) / math.sqrt(len(gained))
     return max([rows[0], *filter(sure, rows[1:])], key=lambda row: row["retrieval"])
 
 
@@ -117,34 +125,37 @@ def said(first, row):
     return f"kept {row['kept']:.1f} % of similarities; gained {', '.join(gained)}"
 
 
-def prepare(c, held):
-    """Of each photo: its middle, N C H W; two crops that show most of it, 2 of N C H W; its label, None without one."""
-    views, crops, labels = [], [], []
+def held_views(c, held, size=32):
+    """
+    The photos, `size` at a time, normalised: their middles, n C H W; crops as training cuts and colours its global
+    ones, n V C H W; labels, None without one. The same in every look. What cannot be read is left out.
+    """
     c = replace(c, n_local=0)
-    for i in range(len(held)):
-        try:
-            image = held.load(i)
-        except OSError:
-            continue  # training names what cannot be read
-        boxes, flips, _ = draw_crops(np.random.default_rng([c.seed, 10, i]), c, *image.shape[1:])
-        views += centre_crop(image, c.global_size, c.patch_size)
-        crops.append([cut(image, box, flip, c.global_size) for box, flip in zip(boxes.tolist(), flips, strict=True)])
-        try:
-            labels.append(held.label(i))
-        except ValueError:
-            labels.append(None)
-    return torch.stack(views), [torch.stack(each) for each in zip(*crops, strict=True)], labels
+    for first in range(0, len(held), size):
+        views, cuts, colours, labels = [], [], [], []
+        for i in range(first, min(first + size, len(held))):
+            try:
+                image = held.load(i)
+            except OSError:
+                continue  # training names it
+            views += centre_crop(image, c.global_size, c.patch_size)
+            for k in range(DRAWS):
+                boxes, flips, colour = draw_crops(np.random.default_rng([c.seed, 10, i, k]), c, *image.shape[1:])
+                cuts += [cut(image, *each, c.global_size) for each in zip(boxes.tolist(), flips, strict=True)]
+                colours.append(colour)
+            labels.append(label_of(held, i))
+        if views:
+            plain = torch.zeros(len(views), 12)
+            yield (augment(torch.stack(views), sort_colours(plain), c.mean, c.std),
+                   augment(torch.stack(cuts), sort_colours(torch.from_numpy(np.concatenate(colours))), c.mean,
+                           c.std).unflatten(0, (-1, 2 * DRAWS)), labels)
 
 
-def see(c, backbone, images, size=64):
-    """Features of N C H W uint8 images, `size` of them at a time."""
-    device = next(backbone.parameters()).device
-    mean, std = (torch.tensor(each, device=device)[:, None, None] for each in (c.mean, c.std))
-    with torch.no_grad():
-        parts = [backbone((part.to(device).float() / 255 - mean) / std) for part in images.split(size)]
-    cls, registers, patches = (torch.cat([getattr(part, name) for part in parts])
-                               for name in ("cls", "registers", "patches"))
-    return replace(parts[0], cls=cls, registers=registers, patches=patches)
+def label_of(held, i):
+    try:
+        return held.label(i)
+    except ValueError:  # it lies in no class folder
+        return None
 
 
 def similarities(patches):
@@ -156,11 +167,16 @@ def similarities(patches):
     return F.normalize(x.flatten(1), dim=-1)
 
 
-def retrieval(a, b):
-    """Percent of crops whose nearest among the other crops is of the same photo; both ways.    a, b  N D"""
-    cosine = a @ b.mT
-    own = torch.arange(len(a), device=a.device)
-    return 50 * sum((each.argmax(1) == own).float().mean().item() for each in (cosine, cosine.mT))
+def found(crops):
+    """
+    Retrieval@1 of each photo, N: how many of its pairs of crops are nearest, the first among all photos' second ones.
+
+    crops  N V D, of unit length
+    """
+    own = torch.arange(len(crops), device=crops.device)
+    views = crops.unbind(1)
+    hits = [((a @ b.mT).argmax(1) == own).float() for a in views for b in views if a is not b]
+    return torch.stack(hits).mean(0)
 
 
 def neighbours(cls, labels):
