@@ -271,7 +271,7 @@ class Student:
     def learn(self, teacher, batch, noise, meters=False):
         """One step; returns its numbers, 0-dim. A loss that is not finite raises ValueError, on all its ranks."""
         c, t = self.c, self.step
-        train.set_schedules(self.optimizer, self.lr[t], self.weight_decay[t], t < c.freeze_last_layer)
+        train.set_schedules(self.optimizer, self.lr[t], self.weight_decay[t], t)
         with autocast(c, batch):
             terms, weights, health = (head_terms if c.mode == "heads" else feature_terms)(self, teacher, batch, noise)
         loss = sum(weights[name] * term for name, term in terms.items())

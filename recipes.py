@@ -28,7 +28,7 @@ from weights import identify
 class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
     recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
-    stage: str = "pretrain"        # pretrain; or gram, highres, which go on from a run
+    stage: str = "pretrain"        # pretrain; gram, highres: from --start RUN; adapt: from --init WEIGHTS
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
     out: str = ""                  # folder of the run; empty = runs/SIZE
@@ -91,6 +91,8 @@ class TrainConfig(CropConfig):
     layer_decay: float = 0.9       # (0, 1]: lr of a block is that of the next one times this
     patch_embed_lr: float = 0.2    # [0, 100]: further factor on the patch embedding's lr
     freeze_last_layer: int = 10    # [0, 1e7]: first steps in which the prototypes do not move
+    backbone_lr: float = 1.0       # [0, 100]: further factor on the lr of all of the backbone
+    freeze_backbone: int = 0       # [0, 1e7]: first steps in which it does not move: the heads are fresh
     local_weight: float = 1.0      # [0, 1000]: factor on the DINO term of local crops
     local_weight_start: float = 1.0  # [0, 1000]: the same in the first step of --gram_warmup
     ibot_weight: float = 1.0       # [0, 1000]: factor on the iBOT term
@@ -224,8 +226,16 @@ STAGES = {(size, stage): changes for stage, changes in SCALED.items() for size i
         steps=150, batch=16, group=16, lr=1e-4, lr_end=1e-4, lr_warmup=50, momentum=0.99, momentum_end=0.99,
         resolutions="96x48x192*0.4,160x64x240*0.4,224x80x336*0.2"),
 }
+ADAPT = dict(
+    # differs: the paper has no such stage; measured for tiny, LOG.md; the others are not run
+    stage="adapt", steps=4000, batch=64, group=16, koleo_group=16, lr=1e-4, lr_end=1e-6, lr_warmup=100,
+    teacher_temp_start=0.04, teacher_temp=0.04, teacher_temp_warmup=0, freeze_last_layer=0, weight_decay=0.04,
+    weight_decay_end=0.04, momentum=0.99, momentum_end=0.999, layer_decay=0.9, drop_path=0.0, backbone_lr=0.1,
+    freeze_backbone=400, gram_weight=2.0, save_every=200,
+)
+TINY_ADAPT = {}
 AFTER = dict(gram=("pretrain", "gram"), highres=("pretrain", "gram", "highres"))  # stages that one may go on from
-WARMUPS = "lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "gram_warmup", "gram_refresh"
+WARMUPS = ("lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone", "gram_warmup", "gram_refresh")
 HEADS = tuple(f"{head}_{part}" for head in ("dino", "ibot") for part in ("hidden", "bottleneck", "prototypes"))
 OF_RUN = ("size", "recipe", "depth", "patch_size", *NETWORK, *HEADS, "prototype_std", "began")
 FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
@@ -243,14 +253,21 @@ def configure(argv, starts=True):
     given = values
     if values.get("start") or values.get("stage") in AFTER:
         return stage_config(values, starts)
+    adapts = values.get("stage") == "adapt"
+    if adapts and not values.get("init"):
+        raise ValueError("--stage adapt goes on from weights; name them: --init WEIGHTS")
     if values.get("init"):
         values = say_init(values["init"]) | values
     size = values.get("size") or size_for(values.get("recipe"))
     recipe = find_recipe(size, values.get("recipe", ""))
     if not values.get("out") and resumes(given, f"runs/{size}"):
         return resumed_config(given, f"runs/{size}")
+    if adapts:
+        recipe = replace(recipe, gram_teacher=values["init"], **ADAPT, **(TINY_ADAPT if size == "tiny" else {}))
     c = command_line.apply(recipe, values)
-    if c.recipe == "photos":
+    if adapts and not c.gram_size:
+        c = replace(c, gram_size=c.global_size)
+    if c.recipe == "photos" or adapts:
         K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed)), c.batch)
         c = replace(c, **{name: K for name in ("dino_prototypes", "ibot_prototypes") if name not in values})
     return settled(c, values, recipe.steps, f"runs/{size}", starts)
@@ -401,8 +418,8 @@ def saved_text(out):
 
 def check(c):
     """Raises ValueError for values that cannot be trained with."""
-    if c.stage not in ("pretrain", *AFTER):
-        raise ValueError(f"--stage {c.stage} is not known; there are: pretrain, {', '.join(AFTER)}")
+    if c.stage not in ("pretrain", "adapt", *AFTER):
+        raise ValueError(f"--stage {c.stage} is not known; there are: pretrain, adapt, {', '.join(AFTER)}")
     ops.use_kernels(c.kernels)
     check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp8", "fp32"):

@@ -5,6 +5,7 @@ Pretrain a DINOv3 ViT, and what comes after.
     python train.py --size s --data PHOTOS --out runs/s              one GPU, or patience
     python train.py --recipe photos --data PHOTOS --out runs/s       ViT-S or -B (--size b) on one GPU of 24 GB
     python train.py --size l --recipe released --data IMAGENET       ViT-L as the released code trains it from scratch
+    python train.py --stage adapt --init WEIGHTS --data PHOTOS       released weights to your photos, unbroken
     python train.py --out runs/s --resume                            go on, bit for bit; --resume auto: or begin
     torchrun --nproc-per-node 8 train.py --size 7b --data PHOTOS     FSDP2, any number of ranks and nodes
     torchrun --nproc-per-node 8 -- train.py --start RUN ...          with -- torchrun does not take --start for its own
@@ -36,6 +37,7 @@ from data import Batches, colour_batch, loader, open_source
 from engine import config as command_line
 from engine import fp8, plan
 from engine.adam import AdamW16
+from engine.adapt import Regression, apart
 from engine.checkpoint import begin_state, check_space, load_checkpoint
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.meters import health
@@ -137,15 +139,17 @@ def parameter_groups(c, student):
     AdamW's groups, of equal lr factor and equal decay.
 
     lr factor  layer_decay^(L+1-layer)    decay  none for biases, norms, LayerScale: all that is not a matrix
+    still      first steps, of the stage, in which it does not move
     """
     groups, depths = {}, getattr(c.vit, "depths", [c.vit.depth])
     for name, p in filter(lambda pair: pair[1].requires_grad, student.named_parameters()):
         stem = name.startswith(("backbone.patch_embed.", "backbone.downsample_layers.0."))
         factor = c.layer_decay ** (sum(depths) + 1 - layer_of(name, depths)) * (c.patch_embed_lr if stem else 1)
-        key = factor, p.ndim > 1, "last_layer" in name
-        groups.setdefault(key, []).append(p)
-    return [dict(params=params, lr_factor=factor, decays=decays, last_layer=last)
-            for (factor, decays, last), params in groups.items()]
+        still = c.freeze_backbone * name.startswith("backbone.") or c.freeze_last_layer * ("last_layer" in name)
+        factor *= c.backbone_lr if name.startswith("backbone.") else 1
+        groups.setdefault((factor, p.ndim > 1, still), []).append(p)
+    return [dict(params=params, lr_factor=factor, decays=decays, still=still)
+            for (factor, decays, still), params in groups.items()]
 
 
 def make_optimizer(c, student):
@@ -164,9 +168,9 @@ def layer_of(name, depths):
     return before + (int(place[part == "stages"]) + 1 if part in ("blocks", "stages") else 0)
 
 
-def set_schedules(optimizer, lr, weight_decay, freeze_last_layer):
+def set_schedules(optimizer, lr, weight_decay, step):
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if freeze_last_layer and group["last_layer"] else lr * group["lr_factor"]
+        group["lr"] = 0.0 if step < group["still"] else lr * group["lr_factor"]
         group["weight_decay"] = weight_decay * group["decays"]
 
 
@@ -276,7 +280,7 @@ def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §3.2"""
     samples = plan.samples_of_a_part(c, ranks.count)
     stays = plan.announce(c, ranks, make_networks)
-    source = open_source(c.data, c.n_shapes, c.seed)
+    source, held = apart(open_source(c.data, c.n_shapes, c.seed), c)
     student, teacher = build_networks(c, ranks, stays=stays), build_networks(c, ranks)
     teacher.requires_grad_(False).eval()
     optimizer = make_optimizer(c, student)
@@ -298,6 +302,7 @@ def train(c, ranks, interrupt):
                     pin_memory=ranks.device.type == "cuda")
     verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
     saver = Saver(c, ranks, *state, failed=interrupt.leave)
+    regression = Regression(c, ranks, held, gram, start)
     progress, trace = Progress(c, ranks, start, c.end), tracer(c, ranks, c.end - start)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=c.precision != "fp32")
 
@@ -306,6 +311,8 @@ def train(c, ranks, interrupt):
         leave = step == c.end or step == start + c.stop_after > start or verdicts.leave
         if step > start and (leave or step % c.save_every == 0):
             verdicts.settle()
+            saver.settle()
+            regression.look(step, teacher["backbone"])
             saver(step, wait=leave)
         trace(leave)
         if leave:
@@ -315,7 +322,7 @@ def train(c, ranks, interrupt):
         parts = [on_device(c, ranks, progress.next(stream), unreadable) for _ in range(K)]
         t, now = step - c.began, c.at(step)
         weights = term_weights(now)
-        set_schedules(optimizer, lr[t], weight_decay[t], t < c.freeze_last_layer)
+        set_schedules(optimizer, lr[t], weight_decay[t], t)
         if refreshes(c, step):
             refresh(gram, teacher)
 
@@ -356,6 +363,7 @@ def train(c, ranks, interrupt):
 
     progress.bar.close()
     report(c, ranks, step, unreadable)
+    regression.conclude(step == c.end)
     return step == c.end
 
 

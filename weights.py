@@ -36,7 +36,8 @@ from engine.shards import Entry, write_tensors
 from model import ViT, ViTConfig
 
 SUFFIXES = {"meta": (".pth", ".pt", ".bin"), "timm": (".safetensors",), "nano": (".safetensors",)}  # hf: a folder
-FOLDER = "teacher.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+FOLDER = ("best.safetensors", "teacher.safetensors", "model.safetensors", "model.safetensors.index.json",
+          "pytorch_model.bin")
 INSIDE = "teacher", "model_ema", "model", "state_dict"  # of a .pth: dicts that may lie around the tensors
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 KINDS = "name a run's folder, a .safetensors or .pth file, or a folder of Hugging Face or timm"

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from data import Drawn, augment, cut, draw_crops, sort_colours
 from engine.checkpoint import publish, replace_text, saved
 from engine.meters import effective_rank
+from engine.stages import normalised_for
 from engine.views import centre_crop
+from weights import load_backbone, save_backbone
 
 HELD = 256            # photos held out, at most, and at most a tenth of all
 DRAWS = 2             # of two crops, of each of them
@@ -33,13 +35,15 @@ KEPT = 95.0           # percent of the released weights' similarities that the b
 SURE = 2.0            # standard errors by which it must have gained
 
 
-def apart(source, seed):
-    """source -> the part that is trained on, the part that is held out.    raises ValueError below 20 images"""
+def apart(source, c):
+    """source -> the part that is trained on, the part that is held out; None but in stage adapt."""
+    if c.stage != "adapt":
+        return source, None
     n = min(HELD, len(source) // 10)
     if n < 2:
         raise ValueError(f"--data holds {len(source)} images; a tenth is held out, to measure what is gained, and it "
                          "takes two to tell them apart: at least 20")
-    rows = np.random.default_rng([seed, 9]).permutation(len(source))
+    rows = np.random.default_rng([c.seed, 9]).permutation(len(source))
     return Drawn(source, np.sort(rows[n:]).tolist()), Drawn(source, np.sort(rows[:n]).tolist())
 
 
@@ -52,16 +56,25 @@ class Regression:
     start     the step that this run begins at: rows of OUT/adapt.jsonl above it are of one that was cut short
 
     look(step, backbone)  a row of OUT/adapt.jsonl, and a line; what was the best so far is kept
-    conclude()            says which step that is, or that nothing was gained
+    conclude(done)        says which step that is, or that nothing was gained
     """
 
     def __init__(self, c, ranks, held, released, start):
-        self.c, self.ranks, self.held, self.released = c, ranks, held, released.eval()
+        self.c, self.ranks, self.held, self.released = c, ranks, held, released
         self.path = Path(c.out, "adapt.jsonl")
+        if held is None:
+            return
         rows = map(json.loads, self.path.read_text().splitlines()) if start and self.path.exists() else []
-        self.rows = [row for row in rows if row["step"] <= start] or [dict(step=0) | self.measure(released)]
+        self.rows = [row for row in rows if row["step"] <= start]
+        if not self.rows:
+            self.rows = [dict(step=0) | self.measure(released)]
+            if ranks.main:
+                save_backbone(load_backbone(c.init), Path(c.out, "best.safetensors"), "nano", dict(size=c.size, step=0))
+                print(f"{len(held)} photos are held out; {said(self.rows[0], self.rows[0])}", flush=True)
 
     def look(self, step, backbone):
+        if self.held is None:
+            return
         self.keep()
         self.rows.append(dict(step=step) | self.measure(backbone))
         if self.ranks.main:
@@ -71,13 +84,15 @@ class Regression:
     @torch.no_grad()
     def measure(self, backbone):
         """A row: kept, retrieval and k-NN in percent, effective rank; of each photo, how many of its crops find it."""
+        c, device = self.c, self.ranks.device
         wholes, crops, kept, labels = [], [], [], []
-        for views, pairs, known in held_views(self.c, self.held):
-            views, pairs = views.to(self.ranks.device), pairs.to(self.ranks.device)
-            whole = backbone(views)
+        for views, pairs, known in held_views(c, self.held):
+            views, pairs = views.to(device), pairs.flatten(0, 1).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=c.precision != "fp32"):
+                whole, cls = backbone(views), backbone(pairs).cls.float()
+                before = self.released(normalised_for(self.released, c, views))
             wholes.append(whole.cls.float())
-            kept.append((similarities(whole.patches) * similarities(self.released(views).patches)).sum(-1))
-            cls = backbone(pairs.flatten(0, 1)).cls.float()
+            kept.append((similarities(whole.patches) * similarities(before.patches)).sum(-1))
             crops.append(F.normalize(cls, dim=-1).unflatten(0, (-1, 2 * DRAWS)))
             labels += known
         cls, crops = torch.cat(wholes), torch.cat(crops)                              # N D, N V D
@@ -94,7 +109,9 @@ class Regression:
         if self.ranks.main and step and folder is not None:
             publish(folder, self.c.out, "best.safetensors")
 
-    def conclude(self):
+    def conclude(self, done):
+        if self.held is None or not done:
+            return
         self.keep()
         first, row = self.rows[0], best(self.rows)
         if self.ranks.main and row is first:

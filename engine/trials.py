@@ -143,7 +143,7 @@ class Step:
 
     def __call__(self):
         c, batch, group = self.c, self.batch, self.ranks.group
-        set_schedules(self.optimizer, c.lr * c.lr_factor, c.weight_decay, False)
+        set_schedules(self.optimizer, c.lr * c.lr_factor, c.weight_decay, c.freeze_last_layer)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=c.precision != "fp32"):
             with torch.no_grad():
                 targets = teacher_targets(self.teacher, [batch], c.teacher_temp, group)

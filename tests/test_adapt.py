@@ -16,6 +16,7 @@ def look(step, kept, *hits):
     return dict(step=step, kept=kept, retrieval=100 * sum(hits) / len(hits), hits=hits)
 
 
+C = replace(recipes.RECIPES["tiny"], stage="adapt", global_size=32, patch_size=16)
 FIRST = look(0, 100, 0.2, 0.4, 0.6, 0.8)
 MORE = 0.3, 0.5, 0.7, 0.8             # by .075, with a standard error of .025: 3 of them
 
@@ -38,13 +39,13 @@ def test_the_best_step_gained_for_sure_and_kept_enough(looks, step):
 
 def test_photos_are_held_out_once_for_all():
     source = Shapes(45)
-    train, held = adapt.apart(source, 0)
+    train, held = adapt.apart(source, C)
     assert len(held) == 4 and sorted(train.rows + held.rows) == list(range(45))
-    assert adapt.apart(source, 0)[1].rows == held.rows != adapt.apart(source, 1)[1].rows
+    assert adapt.apart(source, C)[1].rows == held.rows != adapt.apart(source, replace(C, seed=1))[1].rows
     assert train.digest() != held.digest() and held.name(0) == f"shapes {held.rows[0]}"
-    assert len(adapt.apart(Shapes(5000), 0)[1]) == adapt.HELD
+    assert len(adapt.apart(Shapes(5000), C)[1]) == adapt.HELD
     with pytest.raises(ValueError, match="holds 19 images; .* at least 20"):
-        adapt.apart(Shapes(19), 0)
+        adapt.apart(Shapes(19), C)
 
 
 def test_similarities_beside_float64():
@@ -74,24 +75,23 @@ def test_retrieval_is_of_each_photo_over_all_pairs_of_its_crops():
 
 
 def test_views_are_the_same_in_every_look_and_crops_are_coloured():
-    c = replace(recipes.RECIPES["tiny"], global_size=32, patch_size=16)
-    held = adapt.apart(Shapes(45), 0)[1]
-    once, again = (list(adapt.held_views(c, held, 3)) for _ in range(2))
+    held = adapt.apart(Shapes(45), C)[1]
+    once, again = (list(adapt.held_views(C, held, 3)) for _ in range(2))
     assert [len(labels) for *_, labels in once] == [3, 1]
     assert all(torch.equal(a[k], b[k]) for a, b in zip(once, again, strict=True) for k in (0, 1))
     views, crops, labels = once[0]
     assert views.shape == (3, 3, 32, 32) and crops.shape == (3, 4, 3, 32, 32)
     assert labels == [held.label(i) for i in range(3)]
     off = dict.fromkeys(("jitter", "grey", "solarize", "blur_global_1", "blur_global_2"), 0.0)
-    plain = next(adapt.held_views(replace(c, **off), held))
+    plain = next(adapt.held_views(replace(C, **off), held))
     assert torch.equal(plain[0][:3], views) and not torch.equal(plain[1][:3], crops)
 
 
 def test_what_cannot_be_read_is_left_out(monkeypatch):
-    held = adapt.apart(Shapes(45), 0)[1]
+    held = adapt.apart(Shapes(45), C)[1]
     load = held.load
     monkeypatch.setattr(held, "load", lambda i: load(i) if i != 1 else read_image("nothing.png"))
-    views, crops, labels = next(adapt.held_views(replace(recipes.RECIPES["tiny"], global_size=32, patch_size=16), held))
+    views, crops, labels = next(adapt.held_views(C, held))
     assert len(views) == len(crops) == len(labels) == 3
 
 

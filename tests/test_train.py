@@ -85,15 +85,15 @@ def test_parameter_groups(tmp_path):
     student = train.make_networks(c)
     names = {id(p): name for name, p in student.named_parameters()}
     groups = train.parameter_groups(c, student)
-    found = {names[id(p)]: (g["lr_factor"], g["decays"], g["last_layer"]) for g in groups for p in g["params"]}
+    found = {names[id(p)]: (g["lr_factor"], g["decays"], g["still"]) for g in groups for p in g["params"]}
     assert len(found) == len(names)
-    assert found["backbone.patch_embed.proj.weight"] == (0.5 ** 4 * 0.2, True, False)
-    assert found["backbone.cls_token"] == (0.5 ** 4, True, False)
-    assert found["backbone.blocks.0.attn.qkv.weight"] == (0.5 ** 3, True, False)
-    assert found["backbone.blocks.2.ls1.gamma"] == (0.5, False, False)
-    assert found["backbone.norm.weight"] == (1, False, False)
-    assert found["dino_head.mlp.0.bias"] == (1, False, False)
-    assert found["ibot_head.last_layer.weight"] == (1, True, True)
+    assert found["backbone.patch_embed.proj.weight"] == (0.5 ** 4 * 0.2, True, 0)
+    assert found["backbone.cls_token"] == (0.5 ** 4, True, 0)
+    assert found["backbone.blocks.0.attn.qkv.weight"] == (0.5 ** 3, True, 0)
+    assert found["backbone.blocks.2.ls1.gamma"] == (0.5, False, 0)
+    assert found["backbone.norm.weight"] == (1, False, 0)
+    assert found["dino_head.mlp.0.bias"] == (1, False, 0)
+    assert found["ibot_head.last_layer.weight"] == (1, True, 1250)
 
 
 def test_term_weights_follow_the_number_of_pairs():

@@ -81,7 +81,7 @@ def test_rates_decay_and_betas_of_every_group(seen):
     for groups, lr, decay, frozen in zip(seen["groups"], (0.01, 0.005), (0.5, 0.1), (True, False), strict=True):
         assert {group["lr_factor"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.125 * 0.25}
         for group in groups:
-            expected = 0 if frozen and group["last_layer"] else lr * factor * group["lr_factor"]
+            expected = 0 if frozen and group["still"] else lr * factor * group["lr_factor"]
             assert group["lr"] == pytest.approx(expected)
             assert group["weight_decay"] == pytest.approx(decay if group["decays"] else 0)
             assert tuple(group["betas"]) == (0.3, 0.5)

@@ -50,7 +50,7 @@ def step(c, batch, student, teacher, optimizer, verdicts, at=0):
     batch.pop("broken")
     batch = colour_batch(to_device({k: v for k, v in batch.items() if k != "indices"}, "cpu")
                          | dict(indices=batch["indices"]), c)
-    train.set_schedules(optimizer, 1e-3, 0.04, False)
+    train.set_schedules(optimizer, 1e-3, 0.04, c.freeze_last_layer)
     with torch.no_grad():
         targets = train.teacher_targets(teacher, [batch], 0.04, None)[0]
     terms, _ = train.loss_terms(c, student, batch, targets, batch["noise"], None)
