@@ -1,15 +1,24 @@
 """What is kept and gained, which step is the best, and that nothing is handed back that has gained nothing."""
 
+import inspect
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_train import MICRO, torchrun
 
 import recipes
+import train
+import weights
 from data import Shapes, read_image
 from engine import adapt
+from model import SIZES, ViT, build
+from weights import save_backbone
 
 
 def look(step, kept, *hits):
@@ -102,3 +111,118 @@ def test_neighbours_leave_the_photo_itself_out():
         16, 2, generator=torch.Generator().manual_seed(0)) / 100
     assert adapt.neighbours(many, [0] * 8 + [1] * 8) == 100
     assert math.isclose(adapt.neighbours(many, [0] * 7 + [1] + [1] * 8), 100 * 15 / 16)
+
+# --------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Weights of a backbone alone."""
+    path = tmp_path_factory.mktemp("weights") / "released.safetensors"
+    save_backbone(build(lambda: ViT(replace(SIZES["tiny"], depth=2, patch_size=8)), seed=3), path, "nano")
+    return path
+
+
+def go_on(released, out, *words):
+    done = train.main(["--stage", "adapt", "--init", str(released), *MICRO, "--drop_path", "0", "--lr", "0.05",
+                       "--backbone_lr", "1", "--momentum", "0.5", "--momentum_end", "0.5", "--save_every", "2",
+                       "--freeze_backbone", "3", "--out", str(out), *words])
+    return done, [json.loads(line) for line in (out / "adapt.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def adapted(released, tmp_path_factory):
+    """Six steps, without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "adapted"
+    return out, *go_on(released, out)
+
+
+def test_the_backbone_stands_still_while_the_heads_begin(released, adapted):
+    out = adapted[0]
+    start = load_file(released)
+    moved = {step: any(not torch.equal(start[name], x) for name, x in load_file(
+        out / f"checkpoints/{step}/teacher.safetensors").items()) for step in (2, 4, 6)}
+    assert moved == {2: False, 4: True, 6: True}
+
+
+def test_a_look_at_every_checkpoint_and_before_the_first_step(adapted):
+    _, done, looks = adapted
+    assert done and [look["step"] for look in looks] == [0, 2, 4, 6]
+    assert looks[0]["kept"] == pytest.approx(100) and looks[1] | dict(step=0) == looks[0] and looks[3]["kept"] < 99.9
+    assert all(len(look["hits"]) == 2 and 0 <= look["knn"] <= 100 for look in looks)
+
+
+def test_a_run_that_is_cut_looks_again_at_what_was_not_saved(released, adapted, tmp_path):
+    out, _, looks = adapted
+    done, first = go_on(released, tmp_path, "--stop_after", "4")
+    assert not done and first == looks[:3]
+    (tmp_path / "adapt.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks[:3]) + json.dumps(
+        looks[3] | dict(kept=12.0)) + "\n")   # of a run that was killed before it saved
+    train.main(["--out", str(tmp_path), "--resume"])
+    assert [json.loads(line) for line in (tmp_path / "adapt.jsonl").read_text().splitlines()] == looks
+    assert_equal_files(tmp_path / "checkpoints/6/0.safetensors", out / "checkpoints/6/0.safetensors")
+
+
+def assert_equal_files(a, b):
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_nothing_gained_hands_back_what_was_released(released, tmp_path, capsys):
+    go_on(released, tmp_path, "--steps", "2")
+    said = capsys.readouterr().out
+    assert "nothing was gained in 2 steps" in said and f"{tmp_path}/best.safetensors are the released" in said
+    assert_equal_files(tmp_path / "best.safetensors", released)
+    assert weights.find(tmp_path) == [tmp_path / "best.safetensors"]
+
+
+@pytest.mark.parametrize("keep", ["1", "3"])
+def test_the_best_step_is_kept_when_its_checkpoint_is_gone(released, tmp_path, monkeypatch, capsys, keep):
+    monkeypatch.setattr(adapt, "best", lambda rows: ([row for row in rows if row["step"] == 4] or rows)[0])
+    go_on(released, tmp_path, "--steps", "10", "--keep", keep, "--keep_every", "4")
+    own = load_file(tmp_path / "checkpoints/4/teacher.safetensors")
+    shutil.rmtree(tmp_path / "checkpoints")
+    best = load_file(tmp_path / "best.safetensors")
+    assert all(torch.equal(best[name], x) for name, x in own.items())
+    assert "best at step 4, kept" in capsys.readouterr().out
+
+
+def test_the_held_out_photos_are_not_trained_on(released, tmp_path, monkeypatch):
+    seen = set()
+    load = Shapes.load
+    monkeypatch.setattr(Shapes, "load", lambda self, i: seen.add((i, in_look())) or load(self, i))
+
+    def in_look():
+        return any(frame.function == "held_views" for frame in inspect.stack(0))
+    go_on(released, tmp_path, "--stop_after", "2")
+    held = {i for i, look in seen if look}
+    assert len(held) == 2 and not held & {i for i, look in seen if not look}
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--stage", "adapt"], "--stage adapt goes on from weights; name them: --init WEIGHTS"),
+    (["--stage", "adapt", "--init", "{released}", "--gram_weight", "0"], "wants all three"),
+    (["--stage", "adapt", "--init", "{released}", "--n_shapes", "19"], "--data holds 19 images; .* at least 20"),
+    (["--stage", "adapt", "--init", "nothing.pth"], "nothing.pth does not exist"),
+])
+def test_mistakes_are_said_in_one_line(released, tmp_path, words, says):
+    with pytest.raises(ValueError, match=says) as error:
+        train.main([*MICRO, *(word.format(released=released) for word in words), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out/checkpoints"))
+
+
+def test_prototypes_follow_the_number_of_photos(released, tmp_path):
+    words = ["--stage", "adapt", "--init", str(released), "--batch", "64", "--out", str(tmp_path)]
+    assert recipes.configure([*words, "--n_shapes", "30000"]).dino_prototypes == 1024
+    assert recipes.configure([*words, "--n_shapes", "30000", "--ibot_prototypes", "77"]).ibot_prototypes == 77
+
+
+@pytest.mark.long
+def test_two_ranks_look_alike(released, adapted, tmp_path):
+    words = ["--stage", "adapt", "--init", str(released), "--drop_path", "0", "--lr", "0.05", "--backbone_lr", "1",
+             "--momentum", "0.5", "--momentum_end", "0.5", "--save_every", "2", "--freeze_backbone", "3"]
+    torchrun(tmp_path, *words)
+    found = [json.loads(line) for line in (tmp_path / "adapt.jsonl").read_text().splitlines()]
+    for a, b in zip(found, adapted[2], strict=True):
+        assert a["kept"] == pytest.approx(b["kept"], abs=0.01) and a["step"] == b["step"]
