@@ -37,6 +37,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -45,7 +46,7 @@ import ops
 import shapes
 from data import Batches, open_source
 from engine import config as command_line
-from engine import trials, versus
+from engine import fp8, trials, versus
 from engine.features import Frozen, load
 from engine.opponents import with_kernels
 from engine.ranks import count_workers
@@ -196,8 +197,8 @@ def gpu_test(machine, report, config):
     for op in versus.CASES:
         for table, found in checked(op, report, config, apart=not config.dry or op == "sinkhorn").items():
             report.keep(table, found)
-    tests = ["--collect-only", "tests/test_house.py"] if config.dry else [
-        f"tests/test_{name}.py" for name in ("ops", "ops_attention", "ops_extension")] + ["-k", "cuda and not cpu"]
+    files = [f"tests/test_{name}.py" for name in ("ops", "ops_attention", "ops_extension", "fp8")]
+    tests = ["--collect-only", "tests/test_house.py"] if config.dry else [*files, "-k", "cuda and not cpu"]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], capture_output=True, text=True)
     report.add("tests", what="pytest", says=done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr[-200:],
                verdict="right" if done.returncode == 0 else f"WRONG: {done.returncode}")
@@ -285,7 +286,8 @@ def on_gpu(name, config):
         raise ValueError(f"{name}: no GPU here; add --dry to rehearse it on the CPU")
     report = Report(name, Path(config.out, f"{name}.json"), here, config.minutes * 60)
     report.note(f"kernels: {ops.describe(here.device)}")
-    with emulator() if config.dry and name in REHEARSED else nullcontext():
+    lent = patch.dict(fp8.PRODUCTS, cpu=fp8.emulated) if config.dry else nullcontext()
+    with lent, emulator() if config.dry and name in REHEARSED else nullcontext():
         ON_A_GPU[name](here, report, config)
     report.close()
 

@@ -1,7 +1,8 @@
 """
 The linears of transformer blocks in float8: e4m3 with a scale for each row. Heads and patch embedding stay bfloat16.
 
-    convert, check   a backbone whose blocks multiply so; whether a device can
+    convert          a backbone, whose blocks multiply so from then on
+    there, check     whether a device can
     linear           y = x W^T + b and the gradient of x in float8; that of W in bfloat16
     PRODUCTS         how each kind of device multiplies; tests and bench.py lend the CPU `emulated`
 
@@ -93,10 +94,15 @@ def convert(backbone):
             part.__class__ = OURS[type(part)]
 
 
+def there(device):
+    """Whether a device multiplies float8."""
+    return device.type in PRODUCTS and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY)
+
+
 def check(device):
     """Raises ValueError for a device that does not multiply float8."""
     found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if device.type not in PRODUCTS or found and found < CAPABILITY:
+    if not there(device):
         here = "CUDA of capability {}.{}".format(*found) if found else device.type
         raise ValueError("--precision fp8 wants CUDA of capability {}.{} or more, as an L4 or an H100 has; here is {}; "
                          "take --precision bf16".format(*CAPABILITY, here))

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches, colour_batch, loader, open_source
+from engine import fp8
 from engine.interrupt import Interrupt, Verdicts
 from engine.opponents import same, with_kernels
 from engine.ranks import start_ranks
@@ -209,7 +210,7 @@ def trainer(machine, report, config):
         train = partial(trained, folder, dry=config.dry)
         base = train("cpu", *argv, "--device", "cpu", "--precision", "fp32", "--kernels", "off")
         argv += ["--device", machine.kind]
-        for precision, most in ("fp32", 1e-3), ("bf16", 3e-2):
+        for precision, most in [("fp32", 1e-3), ("bf16", 3e-2)] + [("fp8", 5e-2)] * fp8.there(machine.device):
             for kernels in "off", "auto":
                 found = train(f"{precision}-{kernels}", *argv, "--precision", precision, "--kernels", kernels)
                 report.add("steps of tiny beside the CPU's in fp32", precision=precision, kernels=kernels,
@@ -246,7 +247,8 @@ def beside(found, base, most):
     """
     Losses beside those of the CPU. The first may differ by `most`, relative; later ones part, as rounding grows.
 
-    most  3e-2 in bf16: a rehearsal's first losses are 1.1e-3 apart; fp32 on a GPU sums in another order only
+    most  3e-2 in bf16: a rehearsal's first losses are 1.1e-3 apart, in fp8 5e-2; fp32 on a GPU sums in another order
+          only
     """
     n = min(len(found["rows"]), len(base["rows"]))  # a run that broke off has fewer, and is wrong
     pairs = [(a["loss"], b["loss"]) for a, b in zip(found["rows"][:n], base["rows"][:n], strict=True)]
@@ -320,12 +322,14 @@ def evaluated(machine, report, config, task, weights, words, name=None):
 
 ON_GPU = [  # size, options, batches to try until one fits, whether compiled too; four blocks of the 7B, and its heads
     ("s", [], (64,), True), ("l", [], (64, 32), True),
-    ("7b", ["--depth", "4", "--checkpointing", "none"], (16, 8), True), ("b", [], (64,), False),
+    ("7b", ["--depth", "4", "--checkpointing", "none"], (16, 8), True),
+    ("7b", ["--depth", "4", "--checkpointing", "none", "--precision", "fp8"], (16, 8), True), ("b", [], (64,), False),
     ("h+", [], (64, 32, 16), False)]
 
 
 def whole_steps(machine, report, config, card):
-    sizes = [("tiny", TINY, (2,), True)] if config.dry else ON_GPU
+    sizes = [("tiny", TINY, (2,), True), ("tiny", [*TINY, "--precision", "fp8"], (2,), False)] if config.dry else [
+        each for each in ON_GPU if "fp8" not in each[1] or fp8.there(machine.device)]
     for i, (size, argv, batches, compiled) in enumerate(sizes):
         for batch in batches:
             if steps_of(machine, report, card, size, [*argv, "--batch", str(batch)], compiled):
@@ -351,7 +355,7 @@ def steps_of(machine, report, card, size, argv, compiled):
             times = medians(machine, ways, rounds=7, failed=failed, graph=False)
             flops = operations(ways["off"]) if how == "eager" and "off" in times else flops
             for choice, t in times.items():
-                step_row(machine, report, card, size, how, choice, ways[choice], step.c.batch, t, flops)
+                step_row(machine, report, card, step.c, how, choice, ways[choice], t, flops)
             if size in ("l", "tiny") and how == "eager":
                 update_alone(machine, report, card, step)
         except RuntimeError as error:
@@ -366,16 +370,17 @@ def steps_of(machine, report, card, size, argv, compiled):
     return ran["eager"]
 
 
-def step_row(machine, report, card, size, how, choice, step, images, t, flops):
+def step_row(machine, report, card, c, how, choice, step, t, flops):
+    size, images, precision = c.size, c.batch, c.precision
     launched, rate = machine.launches(step), images / t.seconds
     goal = dict(goal=verdict("G13", dict(images_per_s=rate))) if (size, choice) == ("l", "auto") else {}
-    report.add("steps", size=size, images=images, blocks=how, kernels=choice, ms=t.seconds * 1e3, spread=t.spread,
-               images_per_s=rate, peak_gb=(machine.peak(step) + machine.held()) / 1e9,
+    report.add("steps", size=size, images=images, precision=precision, blocks=how, kernels=choice, ms=t.seconds * 1e3,
+               spread=t.spread, images_per_s=rate, peak_gb=(machine.peak(step) + machine.held()) / 1e9,
                launches=sum(n for n, _ in launched.values()), device_ms=sum(us for _, us in launched.values()) / 1e3,
                tflop_per_s=flops and flops / t.seconds / 1e12, mfu=flops and flops / t.seconds / 989.4e12,
                of_gemm=flops and flops / t.seconds / card["gemm"], **goal)
-    report.keep("what takes longest in a step", [dict(size=size, blocks=how, kernels=choice, what=name[:80], times=n,
-                ms=us / 1e3) for name, (n, us) in list(launched.items())[:8]])
+    report.keep("what takes longest in a step", [dict(size=size, precision=precision, blocks=how, kernels=choice,
+                what=name[:80], times=n, ms=us / 1e3) for name, (n, us) in list(launched.items())[:8]])
 
 
 def operations(step):

@@ -1,5 +1,6 @@
 """
-Plants faults in copies of train.py and runs test_train_loop.py on each: all must be caught.
+Plants faults in copies of train.py and of engine/fp8.py, and runs test_train_loop.py or the quick tests of test_fp8.py
+on each: all must be caught.
 
     python tests/mutants_train.py [NAME...]     prints the table; exit code 1 if a fault survives, or cannot be planted
 """
@@ -74,39 +75,59 @@ MUTANTS = {  # name: old text, new text; it stands there once
                                  'policy = bf16 if c.precision == "bf16" and'),
     "float8 on any device": ('    if c.precision == "fp8":\n        fp8.check(ranks.device)\n', ""),
 }
+FLOAT8 = {  # of engine/fp8.py
+    "another largest number": ("torch.finfo(torch.float8_e4m3fn).max", "240.0"),
+    "scales of columns": ("dim=1, keepdim", "dim=0, keepdim"),
+    "one scale": ("dim=1, keepdim", "dim=(0, 1), keepdim"),
+    "zeros by zero": (".clamp(min=SMALLEST)", ""),
+    "what is not finite is cut": ("return (x / scale)", "return (x / scale).nan_to_num()"),
+    "columns not in one piece": (", memory_format=torch.contiguous_format", ""),
+    "scales of one operand": (" * scale_a * scale_b.t()", " * scale_a"),
+    "sums in bfloat16": ("(a.float() @ b.float().t() *", "((a.bfloat16() @ b.bfloat16().t()).float() *"),
+    "an emulation under autocast": ("enabled=False", "enabled=True"),
+    "finer weights": ("product(x, weight.bfloat16())", "product(x, weight)"),
+    "x's gradient in bfloat16": ("product(grad, weight.bfloat16().t())", "grad @ weight.bfloat16()"),
+    "W's gradient in float8": ("grad.t() @ x", "product(grad.t(), x.t())"),
+    "no bias": ("return y if bias is None else y + bias.to(y.dtype)", "return y"),
+    "keys with a bias": ("self.bias * self.bias_mask.to(self.bias.dtype)", "self.bias"),
+    "devices that cannot": ("CAPABILITY = 8, 9", "CAPABILITY = 8, 0"),
+}
 
 
 def survivor(name, folder):
     """None if the tests fail with this fault planted; else what was found."""
-    source, (old, new) = (ROOT / "train.py").read_text(), MUTANTS.get(name, ("", ""))
-    if name in MUTANTS and source.count(old) != 1:
-        return f"train.py has {old!r} {source.count(old)} times"
-    path = folder / "train.py"
+    file = "engine/fp8.py" if name in FLOAT8 else "train.py"
+    source, (old, new) = (ROOT / file).read_text(), (MUTANTS | FLOAT8).get(name, ("", ""))
+    if old and source.count(old) != 1:
+        return f"{file} has {old!r} {source.count(old)} times"
+    path = folder / Path(file).name
     path.write_text(source.replace(old, new) if old else source)
     pid = os.fork()
     if not pid:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            os._exit(tested(path))
+            os._exit(tested(path, file))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return {pytest.ExitCode.TESTS_FAILED: None, pytest.ExitCode.OK: "NOT CAUGHT"}.get(code, f"pytest ended with {code}")
 
 
-def tested(path):
-    """pytest's exit code, with the module `train` of this file."""
-    spec = importlib.util.spec_from_file_location("train", path)
-    sys.modules["train"] = module = importlib.util.module_from_spec(spec)
+def tested(path, file):
+    """pytest's exit code, with the module `file` as it is at this path."""
+    name = file.removesuffix(".py").replace("/", ".")
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    tests = str(ROOT / "tests/test_train_loop.py")
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not long", "--rootdir", str(ROOT), tests]))
+    tests = ["test_train_loop.py"] if name == "train" else ["test_fp8.py", "-k", "not run and not ranks and not distil"]
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not long", "--rootdir", str(ROOT),
+                            str(ROOT / "tests" / tests[0]), *tests[1:]]))
 
 
 def main(names):
-    unknown = set(names) - set(MUTANTS)
+    unknown = set(names) - set(MUTANTS | FLOAT8)
     if unknown:
-        print(f"mutants_train: {sorted(unknown)} are not known; choose of {list(MUTANTS)}", file=sys.stderr)
+        print(f"mutants_train: {sorted(unknown)} are not known; choose of {[*MUTANTS, *FLOAT8]}", file=sys.stderr)
         return 2
     survivors = 0
-    for name in ["", *(names or MUTANTS)]:  # "": no fault, which must pass
+    for name in ["", *(names or MUTANTS | FLOAT8)]:  # "": no fault, which must pass
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             wrong = survivor(name, Path(folder))

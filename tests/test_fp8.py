@@ -101,7 +101,8 @@ def test_products_are_those_of_float64_rows(T, D, F, on_cpu):
     x, w, grad = draw(T, D), draw(F, D, seed=1).float(), draw(T, F, seed=2)
     w += torch.randn(F, D) * w.abs() * 1e-3                                # master weights, finer than bfloat16
     x, w = x.requires_grad_(), w.requires_grad_()
-    y = fp8.linear(x, w)
+    with torch.autocast("cpu", torch.bfloat16):                           # as in the trainer
+        y = fp8.linear(x, w)
     y.backward(grad)
     assert y.dtype == x.grad.dtype == torch.bfloat16 and w.grad.dtype == torch.float32
     a, b, g = (each.detach().bfloat16().double().numpy() for each in (x, w, grad))
@@ -145,6 +146,17 @@ def test_torch_says_the_same(on_cpu):
     fp8.product(a, b)
     (qa, qb, sa, sb), = seen
     assert qa.is_contiguous() and qb.t().stride() == (1, 64) and sa.shape == (24, 1) and sb.t().is_contiguous()
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and fp8.there(torch.device("cuda"))), reason="no such GPU")
+def test_cuda_finds_what_is_emulated():
+    """not run yet; its sums are in another order, and rounded once"""
+    x, w, grad = draw(129, 256), draw(512, 256, seed=1), draw(129, 512, seed=2)
+    for a, b in (x, w), (grad, w.t()):
+        ours = fp8.product(a.cuda(), b.cuda()).cpu().double()
+        (qa, sa), (qb, sb) = fp8.quantised(a), fp8.quantised(b)
+        exact = qa.double() @ qb.double().t() * sa * sb.t()
+        size = qa.double().abs() @ qb.double().abs().t() * sa * sb.t()
+        assert ((ours - exact).abs() <= exact.abs() * 2.0 ** -8 + size * 1e-5).all()
 
 # --------------------------------------------------------------------------------
 # Networks
