@@ -77,7 +77,8 @@ def test_what_is_written_late_is_what_was_there(tmp_path, ranks, words):
 
 
 @pytest.mark.parametrize("students, ranks", [
-    (["tiny_half", "convnext_micro"], 1), pytest.param(["tiny_half:2"], 2, marks=pytest.mark.long)])
+    (["tiny_half", "convnext_micro"], 1),
+    pytest.param(["tiny_half", "convnext_micro", "tiny"], 2, marks=pytest.mark.long)])  # more than ranks: all on both
 def test_students_save_side_by_side(tmp_path, students, ranks):
     train.main([*MICRO, "--out", str(tmp_path / "teacher"), "--stop_after", "1"])
     words = ["--teacher", str(tmp_path / "teacher"), "--students", ",".join(students), "--save_every", "1",
@@ -112,7 +113,7 @@ def test_the_next_one_waits_and_takes_the_same_memory(small, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_rows", slow)
     save = Saver(*small)
     save(1, wait=False)
-    assert not saved(out)
+    assert not saved(out) and save.behind.daemon       # or Python would wait for it after a second Ctrl-C
     save(2, wait=False)
     assert newest(out)[0] == 1
     save(3)
@@ -179,6 +180,14 @@ def test_a_full_disk_ends_all_ranks_before_the_next_save(tmp_path):
     assert "last good checkpoint is " in said[0] and "checkpoints/10" in said[0]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["10"]
     assert 20 <= len(logged(tmp_path / "run")) < 30
+
+
+def test_the_last_save_is_not_done_before_it_is_written(tmp_path, monkeypatch):
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    monkeypatch.setattr(checkpoint, "write_rows", full)
+    with pytest.raises(ValueError, match="step 1 is not saved: .*there is no checkpoint yet"):
+        train.main([*MICRO, "--out", str(tmp_path / "run"), "--stop_after", "1"])
 
 
 def stuck(rank, seconds=600):
