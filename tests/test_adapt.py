@@ -89,7 +89,7 @@ def test_views_are_the_same_in_every_look_and_crops_are_coloured():
     assert [len(labels) for *_, labels in once] == [3, 1]
     assert all(torch.equal(a[k], b[k]) for a, b in zip(once, again, strict=True) for k in (0, 1))
     views, crops, labels = once[0]
-    assert views.shape == (3, 3, 32, 32) and crops.shape == (3, 4, 3, 32, 32)
+    assert views.shape == (3, 3, 32, 32) and crops.shape == (3, 8, 3, 32, 32)
     assert labels == [held.label(i) for i in range(3)]
     off = dict.fromkeys(("jitter", "grey", "solarize", "blur_global_1", "blur_global_2"), 0.0)
     plain = next(adapt.held_views(replace(C, **off), held))
