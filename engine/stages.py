@@ -23,7 +23,7 @@ from data import read_resolutions
 from engine.checkpoint import check, fill_all, newest, saved, start_from, take_rows, training_state
 from engine.layouts import read_config, size_of
 from losses import gram_loss
-from model import shard
+from model import ViTConfig, shard
 from weights import empty, identify, stream_backbone
 
 # --------------------------------------------------------------------------------
@@ -58,10 +58,13 @@ def gram_config(c):
 
     raises  ValueError if its grid is not whole or is coarser than the student's, or if a refresh would change its shape
     """
+    if c.resume:  # its file need not be there: the run has looked at it, and has its weights
+        path = Path(c.out, "config.json")
+        return read_config(path, json.dumps(json.loads(path.read_text()).get("gram")))
     found = c.vit if c.gram_teacher == "self" else identify(weights_of(c.gram_teacher)).config
     said = f"--gram_teacher {c.gram_teacher}, {size_of(found)}"
-    if found.in_chans != 3:
-        raise ValueError(f"{said}, is for images of {found.in_chans} channels; it must be for RGB")
+    if not isinstance(found, ViTConfig) or found.in_chans != 3:
+        raise ValueError(f"{said}, is for images of {found.in_chans} channels; it must be a ViT for RGB")
     triples = [triple for triple, _ in read_resolutions(c.resolutions)] if c.resolutions else [
         (c.global_size, c.local_size, c.gram_size)]
     for side, _, large in triples:
@@ -111,9 +114,7 @@ def make_gram_teacher(c, freeze):
     """
     if not c.gram_teacher:
         return None
-    path = Path(c.out, "config.json")
-    config = read_config(path, json.dumps(json.loads(path.read_text())["gram"])) if c.resume else gram_config(c)
-    return freeze(empty(config))
+    return freeze(empty(gram_config(c)))
 
 
 def refresh(gram, teacher):
