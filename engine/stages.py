@@ -5,6 +5,7 @@ What a stage adds to pretraining: a run to go on from, and a third network, whic
     gram_config         --gram_teacher -> the configuration of that network; what does not fit is said here
     make_gram_teacher   the network, frozen: no heads, no average, no optimizer        DINOv3 §4.2
     first_state         what a run begins with: of --init, of --start, of --gram_teacher
+    describe            the stage in words
     refresh             the Gram teacher becomes the teacher of now                     DINOv3 §4.2
     gram_term           L_Gram of a part of the batch                                   DINOv3 §4.2, eq. 2; §4.3
 
@@ -101,6 +102,22 @@ def first_state(c, ranks, student, teacher, optimizer, gram):
         for name, x in stream_backbone(weights_of(c.gram_teacher))[1]:
             take_rows(own[name], x)
     return c.began
+
+
+def describe(c):
+    """Lines for people: what a stage has beyond pretraining."""
+    for (large, small, gram), share in read_resolutions(c.resolutions) if c.resolutions else ():
+        h, w = large // c.patch_size, small // c.patch_size
+        rest = f", the middle {w * c.patch_size} px of each" * (small % c.patch_size > 0)
+        yield (f"{100 * share:.3g} % of the steps: crops of {large} px ({h}x{h}) and {small} px ({w}x{w} patches{rest})"
+               + f", {gram} px for the Gram teacher" * bool(c.gram_teacher))
+    if not c.gram_teacher:
+        return
+    moves = c.gram_refresh and c.gram_refreshes
+    often = f"{c.gram_refreshes} times, every {c.gram_refresh:,} steps" if moves else "never"
+    yield (f"Gram teacher {c.gram_teacher}" + f", of crops of {c.gram_size} px" * (not c.resolutions)
+           + f": weight {c.gram_weight:g}, local crops {c.local_weight:g}, from 0 and {c.local_weight_start:g} over "
+           f"{c.gram_warmup:,} steps; replaced by the teacher: {often}")
 
 # --------------------------------------------------------------------------------
 # The Gram teacher
