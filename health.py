@@ -46,6 +46,7 @@ METERS = {  # name: what it is; what is usual: of the well runs of tests/sick_ru
     "entropy": ("targets' entropy, of ln K", "0.76 to 0.93"),
     "balance": ("entropy of their mean, of ln K", "0.99 to 1; less if the batch is small beside K"),
     "rank": ("rank of the class tokens, of the first row's", "0.95 to 1.2"),
+    "patch_rank": ("rank of the patches, of the first row's", "0.9 to 1.6"),
     "spread": ("1 - cosine of any two patches of an image, of its best", "0.85 to 1"),
     "locality": ("what neighbours share of it, of its best", "0.75 to 1"),
     "patch_cls": ("cosine of patches and class token", "0.5 to 0.65"),
@@ -66,8 +67,9 @@ SIGNS = [
     Sign("uniform", lambda m: not m["warming"] and (m["entropy"] > 0.985 or m["dino"] > 0.995 and m["entropy"] > 0.95),
          "entropy dino ibot", "sharper targets: --teacher_temp 0.04; or fewer prototypes: --dino_prototypes"),
     Sign("decaying", lambda m: not m["warming"] and (m["spread"] < 0.4 or m["locality"] < 0.4),
-         "spread locality patch_cls ibot",
-         "more of what trains patches: --ibot_weight 1, --mask_ratio 0.1,0.5; of a large ViT, the stage gram"),
+         "spread locality patch_cls patch_rank ibot",
+         "--stage gram --start RUN --gram_teacher RUN@STEP, a step of before it; or more of what trains patches: "
+         "--ibot_weight 1, --mask_ratio 0.1,0.5"),
     Sign("starved", lambda m: m["step"] >= SOON and m["waiting"] > 0.4, "waiting",
          "more processes that prepare images: --workers; or smaller files, on a disk of this machine"),
     Sign("warming", lambda m: m["warming"], "dino ibot rank", "nothing: look again after the learning rate's peak"),
@@ -104,9 +106,9 @@ def read_config(path):
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.parent}: no run to judge ({error}); name the folder of one") from error
-    least = dict(dino_prototypes=2, ibot_prototypes=2, mask_share=0, lr_warmup=0, steps=1)
+    least = dict(dino_prototypes=2, ibot_prototypes=2, mask_share=0, lr_warmup=0, steps=1, began=0)
     for name, low in least.items():
-        value = config.get(name) if isinstance(config, dict) else None
+        value = config.get(name, 0 if name == "began" else None) if isinstance(config, dict) else None
         if not is_number(value) or not low <= value < math.inf:
             raise ValueError(f"{path}: {name} is {value!r}, where a number from {low} belongs; name a folder that "
                              "train.py has written, or of a student of distill.py")
@@ -137,7 +139,7 @@ def is_number(value):
 
 
 READ = ("dino_global", "ibot", "dino_entropy", "dino_balance", "cls_rank", "patch_neighbours", "patch_others",
-        "patch_cls", "grad_norm_backbone", "skipped", "waiting")
+        "patch_cls", "patch_rank", "grad_norm_backbone", "skipped", "waiting")
 
 
 def measure(config, rows):
@@ -151,18 +153,18 @@ def measure(config, rows):
     def of_best(values):
         """Late ones over the median of the best quarter."""
         return late(values) / max(late(sorted(values)), 1e-6)
-    step = rows[-1]["step"]
-    settled = [row for row in rows if row["step"] >= config["lr_warmup"]]
+    step, began = rows[-1]["step"], config.get("began", 0)
+    settled = [row for row in rows if row["step"] - began >= config["lr_warmup"]]
     settled = settled if len(settled) >= FEWEST else rows
     others = course("patch_others", settled)
     shared = [(row["patch_neighbours"] - row["patch_others"]) / max(1 - row["patch_others"], 1e-6) for row in settled
               if {"patch_neighbours", "patch_others"} <= row.keys()]
-    ranks, gradients = course("cls_rank"), course("grad_norm_backbone")
+    ranks, patches, gradients = course("cls_rank"), course("patch_rank"), course("grad_norm_backbone")
     half = rows[len(rows) // 2]
     k, ibot = math.log(config["dino_prototypes"]), math.log(config["ibot_prototypes"]) * config["mask_share"]
     return dict(
         step=step,
-        warming=step < max(config["lr_warmup"], SOON),
+        warming=step - began < max(config["lr_warmup"], SOON),
         dino=late(course("dino_global")) / k,
         ibot=late(course("ibot")) / ibot if ibot else math.nan,
         entropy=late(course("dino_entropy")),
@@ -171,6 +173,7 @@ def measure(config, rows):
         spread=of_best([1 - x for x in others]),
         locality=of_best(shared),
         patch_cls=late(course("patch_cls")),
+        patch_rank=late(patches) / max(patches[0], 1e-6) if patches else math.nan,
         gradient=late(gradients) / max(median(gradients), 1e-12) if gradients else math.nan,
         skipped=max(rows[-1].get("skipped", math.nan) - half.get("skipped", math.nan), 0) / (step - half["step"]),
         waiting=late(course("waiting")),

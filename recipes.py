@@ -288,13 +288,13 @@ def settled(c, values, steps, out, starts):
 def stage_config(values, starts):
     """A stage of the run that --start names: its config, what STAGES changes of it, and the command line."""
     stage = values.get("stage", "pretrain")
-    if not values.get("start"):
+    if not values.get("start") and starts:
         raise ValueError(f"--stage {stage} goes on from a run; name it: --start RUN, or RUN@STEP for a kept checkpoint")
-    run, began = kept(values["start"])
+    run, began = kept(values["start"]) if values.get("start") else ("runs/none", 0)
     out = values.get("out", f"{run}-{stage}")
     if resumes(values, out):
         return resumed_config(values, out)
-    before = saved_config(run)
+    before = saved_config(run) if values.get("start") else planned(values)
     if before.stage not in AFTER.get(stage, ()) or (before.size, stage) not in STAGES:
         raise ValueError(f"--stage {stage} does not follow {run}, {before.size} {before.stage}; there are pretrain, "
                          f"then gram, then highres, of the sizes {', '.join(RECIPES)}")
@@ -310,6 +310,13 @@ def stage_config(values, starts):
         raise ValueError(f"--{(other or ['init'])[0]}: networks and heads are those of --start {run}, with its "
                          f"{before.size}; leave it out")
     return settled(c, values, base.steps, out, starts)
+
+
+def planned(values):
+    """The run that a stage would go on from, where it is only to be planned: one of its recipe."""
+    values.setdefault("gram_teacher", "self")
+    size = values.get("size") or size_for(values.get("recipe"))
+    return derive(find_recipe(size, values.get("recipe", "")))
 
 
 def find_recipe(size, name):
@@ -460,5 +467,5 @@ def check_gram(c):
     if bool(c.gram_teacher) != bool(sized) or c.gram_teacher and not c.gram_weight:
         raise ValueError(f"--gram_teacher {c.gram_teacher or '(none)'} --gram_size {c.gram_size} --gram_weight "
                          f"{c.gram_weight:g}: a Gram term wants all three; without one leave all three out")
-    if c.gram_teacher and not c.resume:
+    if c.gram_teacher:
         gram_config(c)

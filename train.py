@@ -45,7 +45,7 @@ from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
 from engine.saver import Saver
-from engine.stages import first_state, gram_term, make_gram_teacher, refresh, refreshes
+from engine.stages import describe, first_state, gram_term, make_gram_teacher, refresh, refreshes
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import Noise, ProjectionHead, ViT, initialise, to_device
 from recipes import configure, find_recipe, saved_text, size_for
@@ -265,10 +265,8 @@ def print_plan(c, ranks, source, student):
     print(f"lr {c.lr:g} x 4 sqrt({c.batch}/1024) = {c.lr * c.lr_factor:.3g} after {c.lr_warmup} steps, to "
           f"{c.lr_end * c.lr_factor:.3g}; last layer fixed for {c.freeze_last_layer}; teacher temperature "
           f"{c.teacher_temp_start} to {c.teacher_temp} over {c.teacher_temp_warmup}")
-    if c.gram_teacher:
-        print(f"Gram teacher {c.gram_teacher}, of {c.gram_size} px; after {c.gram_warmup} steps it weighs "
-              f"{c.gram_weight:g}, local crops {c.local_weight:g} and no more {c.local_weight_start:g}; replaced by "
-              f"the teacher {c.gram_refreshes} times, every {c.gram_refresh} steps")
+    for line in describe(c):
+        print(line)
     print(f"uniform predictions would be at dino ln K = {math.log(c.dino_prototypes):.3f}, "
           f"ibot x {c.mask_share:g} = {c.mask_share * math.log(c.ibot_prototypes):.3f}; writing to {c.out}", flush=True)
 

@@ -15,6 +15,7 @@ import numpy as np
 from engine.progress import step_of
 
 FIRST = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram", "dino_entropy", "prototypes_used", "cls_rank",
+         "patch_rank", "patch_neighbours", "patch_others", "patch_cls",
          "grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head", "lr")  # panels, then all others
 COLUMNS, PARTS = 4, 50  # panels in a row; a bold line is the mean over 1/PARTS of the run
 GREY = "#777777"

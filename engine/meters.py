@@ -13,6 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+PATCHES = 512  # at least: eigenvalues of so many take 0.1 s of a core
+
 
 @torch.no_grad()
 def health(c, targets, features, masks=None):
@@ -40,6 +42,7 @@ def of_features(features, masks=None):
     Of the student's global crops; masked patches are left out.
 
     cls_rank          effective rank of the class tokens (RankMe)
+    patch_rank        the same of some PATCHES of all images' patches, evenly spaced
     patch_neighbours  mean cosine of a patch and the one beside or below it
     patch_others      of any two patches of an image
     patch_cls         of a patch and the class token of its image
@@ -55,8 +58,10 @@ def of_features(features, masks=None):
     others = (x.sum(1).square().sum() - n.sum()) / (n * (n - 1)).sum()
     cls = (x.sum(1) * F.normalize(features.cls.float(), dim=-1)).sum() / n.sum()
     found = dict(patch_neighbours=near / pairs, patch_others=others, patch_cls=cls)
-    return dict(cls_rank=effective_rank(features.cls).item()) | {name: value.nan_to_num().item() for name, value
-                                                                 in found.items()}
+    some = features.patches.flatten(0, 1) if masks is None else features.patches[~masks]
+    some = some[:: max(len(some) // PATCHES, 1)]
+    ranks = dict(cls_rank=effective_rank(features.cls).item(), patch_rank=effective_rank(some).item())
+    return ranks | {name: value.nan_to_num().item() for name, value in found.items()}
 
 
 def effective_rank(x):

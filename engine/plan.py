@@ -25,10 +25,12 @@ import numpy as np
 import torch
 
 import ops
-from data import draw_masks
+from data import draw_masks, read_resolutions
 from engine import config as command_line
 from engine import fp8
 from engine.ranks import choose_precision
+from engine.stages import gram_config
+from weights import empty
 
 F32, BF16, GB = 4, 2, 1e9
 H100 = 989.4e12                # bf16 FLOP/s, dense, of the data sheet
@@ -65,6 +67,14 @@ class Where:
 # Shapes of a step
 
 
+def each_resolution(c):
+    """[(share, c with its sides alone)] of --resolutions; c, if there is no choice."""
+    if not c.resolutions:
+        return [(1.0, c)]
+    return [(share, replace(c, resolutions="", global_size=large, local_size=small, gram_size=gram))
+            for (large, small, gram), share in read_resolutions(c.resolutions)]
+
+
 @dataclass(frozen=True)
 class Crops:
     """One crop group on one rank."""
@@ -82,6 +92,13 @@ def crop_groups(c, samples):
         kept = max(int(size * (1 - c.drop_path)), 1) / size if c.drop_path else 1
         groups.append(Crops(views * samples, P, 1 + c.vit.n_registers + P, kept))
     return groups
+
+
+def gram_crops(c, samples):
+    """What the Gram teacher sees of so many samples."""
+    own = gram_config(c)
+    P = (c.gram_size // own.patch_size) ** 2
+    return Crops(2 * samples, P, 1 + own.n_registers + P, 1)
 
 
 def masked_patches(c):
@@ -109,38 +126,52 @@ def flops(c):
     """
     FLOPs of an image of the batch, by kind: matrix products, two for each multiplication with its addition. A backward
     pass is twice its forward; there is none to the images. `model` is what a MFU is reckoned by, `recomputed` what
-    checkpointing adds, `float8` what of `model` is in float8.
+    checkpointing adds, `float8` what of `model` is in float8. Of several resolutions, what they take on average.
 
     paper: at 7B, 30.17e12 in all are what its hours amount to at 0.864 s a step
     """
+    found = [(share, flops_of(now)) for share, now in each_resolution(c)]
+    return {kind: round(sum(share * counts[kind] for share, counts in found)) for kind in found[0][1]}
+
+
+def linears(v, group, share=1):
+    """Of a ViT's blocks."""
+    each = 4 * v.width ** 2 + (3 if v.ffn == "swiglu" else 2) * v.width * v.hidden
+    return group.images * share * v.depth * 2 * group.tokens * each
+
+
+def blocks(v, group, share=1):
+    return linears(v, group, share) + group.images * share * v.depth * 4 * group.tokens ** 2 * v.width
+
+
+def embedding(v, group):
+    """Of pixels to patches."""
+    return 2 * group.images * group.patches * v.in_chans * v.patch_size ** 2 * v.width
+
+
+def flops_of(c):
+    """flops() of one resolution."""
     v, groups, heads = c.vit, crop_groups(c, 1), head_rows(c, 1)
-    D, F = v.width, v.hidden
-
-    def linears(group, share):
-        each = 4 * D * D + (3 if v.ffn == "swiglu" else 2) * D * F
-        return group.images * share * v.depth * 2 * group.tokens * each
-
-    def blocks(group, share):
-        return linears(group, share) + group.images * share * v.depth * 4 * group.tokens ** 2 * D
-
-    def patches(group):
-        return 2 * group.images * group.patches * v.in_chans * v.patch_size ** 2 * D
 
     def head(name):
         H, Z, K = head_sizes(c, name)
-        return 2 * (D * H + H * H + H * Z + Z * K)
-    once = sum(blocks(group, group.kept) for group in groups)
+        return 2 * (v.width * H + H * H + H * Z + Z * K)
+    once, pixels = sum(blocks(v, group, group.kept) for group in groups), sum(embedding(v, group) for group in groups)
     found = dict(
-        student_forward=once + sum(map(patches, groups)),
-        student_backward=2 * once + sum(map(patches, groups)),
-        teacher=blocks(groups[0], 1) + patches(groups[0]),
+        student_forward=once + pixels,
+        student_backward=2 * once + pixels,
+        teacher=blocks(v, groups[0]) + embedding(v, groups[0]),
         heads=sum((teacher + 3 * student) * head(name) for name, (teacher, student) in heads.items()),
     )
+    if c.gram_teacher:  # its forward; similarities, of both networks, forward and backward, and what they are worth
+        own, large = gram_config(c), gram_crops(c, 1)
+        pairs = 2 * groups[0].images * groups[0].patches ** 2 * (3 * v.width + 2 * own.width)
+        found["gram"] = blocks(own, large) + embedding(own, large) + pairs
     again = once if c.checkpointing == "full" else 0  # selective: no product, nothing that would be counted
-    twice = 2 * sum(linears(group, group.kept) for group in groups)    # forward, and the input's gradient
-    float8 = twice + linears(groups[0], 1) if c.precision == "fp8" else 0
+    twice = 2 * sum(linears(v, group, group.kept) for group in groups)  # forward, and the input's gradient
+    float8 = twice + linears(v, groups[0]) if c.precision == "fp8" else 0
     found |= dict(model=sum(found.values()), recomputed=again, float8=float8)
-    return {kind: round(count) for kind, count in found.items()}
+    return found
 
 # --------------------------------------------------------------------------------
 # Memory
@@ -220,8 +251,13 @@ def memory(c, where, networks):
     `copy`, beside it: on the host, where it has the room, of what a checkpoint writes while steps run; see `copied`.
 
     Not in it: what the process has before its networks, processes that read images; on CUDA, the context and what the
-    allocator and NCCL keep, which nobody has measured yet.
+    allocator and NCCL keep, which nobody has measured yet. Of several resolutions, the one that takes the most.
     """
+    return max((memory_of(now, where, networks) for _, now in each_resolution(c)), key=lambda found: found["peak"])
+
+
+def memory_of(c, where, networks):
+    """memory() of one resolution."""
     parts, v, a = pieces(c, where, networks), c.vit, activation(c)
     S = where.ranks // c.replicas                                     # that share a copy of it all
     P = sum(p.numel() for p in networks.parameters())
@@ -245,14 +281,27 @@ def memory(c, where, networks):
         workspace=max(piece.work for piece in parts),
         process=PROGRAM + TOP if where.kind == "cpu" else 0,
     )
+    gram_work = 0
+    if c.gram_teacher:
+        own, large = gram_config(c), gram_crops(c, c.batch / where.ranks / c.accumulate)
+        T, gates = large.images * large.tokens, 3 if own.ffn == "swiglu" else 2
+        found["gram"] = gram_parameters(c) * (BF16 if S == 1 and c.precision != "fp32" else F32) / S
+        found["batch"] += c.accumulate * large.images * c.gram_size ** 2 * own.in_chans * F32
+        found["features"] += large.images * groups[0].patches * own.width * F32              # its maps, as resized
+        gram_work = T * (3 * own.width * F32 + max(4 * own.width, gates * own.hidden) * a)   # of one block
     held = sum(found.values()) - sum(found[kind] for kind in ("gradients", "activations", "workspace"))
-    left, peak, done = found["activations"], 0, 0
+    left, peak, done = found["activations"], held + found["activations"] + gram_work, 0
     for piece in reversed(parts):
         done += piece.parameters * F32 / S
         peak = max(peak, held + left + done + piece.work)
         left -= piece.kept
-    copy = sum(found[kind] for kind in ("weights", "adam", "teacher"))
+    copy = sum(found.get(kind, 0) for kind in ("weights", "adam", "teacher", "gram"))
     return {kind: round(size) for kind, size in (found | dict(peak=peak, copy=copy)).items()}
+
+
+def gram_parameters(c):
+    with torch.device("meta"):
+        return sum(p.numel() for p in empty(gram_config(c)).parameters())
 
 
 def largest_unit(networks):
@@ -281,6 +330,7 @@ def wire(c, where, networks):
     share, inner = (S - 1) / S, (shards - 1) / shards
     found = dict(
         gather_teacher=weights * inner * c.accumulate,
+        **(dict(gather_gram=gram_parameters(c) * weights / P * inner * c.accumulate) if c.gram_teacher else {}),
         gather_forward=weights * inner * c.accumulate,
         gather_backward=0 if where.stays else weights * inner * c.accumulate,
         reduce_gradients=P * F32 * inner,
@@ -296,7 +346,8 @@ def wire(c, where, networks):
 
 def loader(c, where, seconds):
     """Images a second, of all ranks, and cores for them: reading and cutting; colours too, where there is no GPU."""
-    pixels = sum(g.images * g.patches for g in crop_groups(c, 1)) * c.patch_size ** 2
+    pixels = sum(share * sum(g.images * g.patches for g in crop_groups(now, 1)) * c.patch_size ** 2
+                 for share, now in each_resolution(c))
     each = READ + (0 if where.kind == "cuda" else COLOUR * pixels)    # seconds of a core
     return dict(core_seconds=each, images_per_s=c.batch / seconds if seconds else None,
                 cores=c.batch / seconds * each if seconds else None)
@@ -464,7 +515,8 @@ def everything(c, where, plan, networks):
     activations = {how: memory(replace(c, checkpointing=how), where, networks)["activations"] for how in ops.RECOMPUTED}
     return dict(size=c.size, stage=c.stage, device=where.kind, ranks=where.ranks, batch=c.batch, steps=c.steps,
                 precision=c.precision, checkpointing=c.checkpointing, stays=where.stays,
-                parameters=dict(backbone=n["backbone"], heads=n["dino_head"] + n["ibot_head"]),
+                parameters=dict(backbone=n["backbone"], heads=n["dino_head"] + n["ibot_head"])
+                | (dict(gram=gram_parameters(c)) if c.gram_teacher else {}),
                 flops_image=flops(c), flops_step=sum(flops(c)[kind] for kind in ("model", "recomputed")) * c.batch,
                 bytes=memory(c, where, networks), activations=activations,
                 wire_bytes=wire(c, where, networks), loader=loader(c, where, cost["seconds"]), cost=cost)
@@ -477,7 +529,7 @@ def table(c, where, plan, found):
     devices = f"{where.ranks} x {where.kind}"
     yield (f"{c.size} {c.stage}, {c.steps:,} steps of {c.batch} images on {devices}, {c.precision}, "
            f"checkpointing {c.checkpointing}: backbone {n['backbone']:,} parameters, "
-           f"heads {n['heads']:,}")
+           f"heads {n['heads']:,}" + (f", Gram teacher {n['gram']:,}" if c.gram_teacher else ""))
     yield from rows("GFLOP an image", found["flops_image"], 1e9)
     yield from rows("MB of a rank", found["bytes"], 1e6)
     each = ", ".join(f"{how} {size / 1e6:,.1f}" for how, size in found["activations"].items())

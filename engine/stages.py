@@ -5,6 +5,7 @@ What a stage adds to pretraining: a run to go on from, and a third network, whic
     gram_config         --gram_teacher -> the configuration of that network; what does not fit is said here
     make_gram_teacher   the network, frozen: no heads, no average, no optimizer        DINOv3 §4.2
     first_state         what a run begins with: of --init, of --start, of --gram_teacher
+    describe            the stage in words
     refresh             the Gram teacher becomes the teacher of now                     DINOv3 §4.2
     gram_term           L_Gram of a part of the batch                                   DINOv3 §4.2, eq. 2; §4.3
 
@@ -23,7 +24,7 @@ from data import read_resolutions
 from engine.checkpoint import check, fill_all, newest, saved, start_from, take_rows, training_state
 from engine.layouts import read_config, size_of
 from losses import gram_loss
-from model import shard
+from model import ViTConfig, shard
 from weights import empty, identify, stream_backbone
 
 # --------------------------------------------------------------------------------
@@ -58,10 +59,13 @@ def gram_config(c):
 
     raises  ValueError if its grid is not whole or is coarser than the student's, or if a refresh would change its shape
     """
+    if c.resume:  # its file need not be there: the run has looked at it, and has its weights
+        path = Path(c.out, "config.json")
+        return read_config(path, json.dumps(json.loads(path.read_text()).get("gram")))
     found = c.vit if c.gram_teacher == "self" else identify(weights_of(c.gram_teacher)).config
     said = f"--gram_teacher {c.gram_teacher}, {size_of(found)}"
-    if found.in_chans != 3:
-        raise ValueError(f"{said}, is for images of {found.in_chans} channels; it must be for RGB")
+    if not isinstance(found, ViTConfig) or found.in_chans != 3:
+        raise ValueError(f"{said}, is for images of {found.in_chans} channels; it must be a ViT for RGB")
     triples = [triple for triple, _ in read_resolutions(c.resolutions)] if c.resolutions else [
         (c.global_size, c.local_size, c.gram_size)]
     for side, _, large in triples:
@@ -99,6 +103,22 @@ def first_state(c, ranks, student, teacher, optimizer, gram):
             take_rows(own[name], x)
     return c.began
 
+
+def describe(c):
+    """Lines for people: what a stage has beyond pretraining."""
+    for (large, small, gram), share in read_resolutions(c.resolutions) if c.resolutions else ():
+        h, w = large // c.patch_size, small // c.patch_size
+        rest = f", the middle {w * c.patch_size} px of each" * (small % c.patch_size > 0)
+        yield (f"{100 * share:.3g} % of the steps: crops of {large} px ({h}x{h}) and {small} px ({w}x{w} patches{rest})"
+               + f", {gram} px for the Gram teacher" * bool(c.gram_teacher))
+    if not c.gram_teacher:
+        return
+    moves = c.gram_refresh and c.gram_refreshes
+    often = f"{c.gram_refreshes} times, every {c.gram_refresh:,} steps" if moves else "never"
+    yield (f"Gram teacher {c.gram_teacher}" + f", of crops of {c.gram_size} px" * (not c.resolutions)
+           + f": weight {c.gram_weight:g}, local crops {c.local_weight:g}, from 0 and {c.local_weight_start:g} over "
+           f"{c.gram_warmup:,} steps; replaced by the teacher: {often}")
+
 # --------------------------------------------------------------------------------
 # The Gram teacher
 
@@ -111,9 +131,7 @@ def make_gram_teacher(c, freeze):
     """
     if not c.gram_teacher:
         return None
-    path = Path(c.out, "config.json")
-    config = read_config(path, json.dumps(json.loads(path.read_text())["gram"])) if c.resume else gram_config(c)
-    return freeze(empty(config))
+    return freeze(empty(gram_config(c)))
 
 
 def refresh(gram, teacher):

@@ -42,6 +42,7 @@ from engine.opponents import same, with_kernels
 from engine.ranks import start_ranks
 from engine.report import verdict
 from engine.saver import Saver
+from engine.stages import gram_term, make_gram_teacher, refresh
 from engine.timing import medians
 from model import SIZES, ViT
 from recipes import configure
@@ -49,6 +50,7 @@ from train import (
     build_networks,
     clip_gradients,
     draw_noise,
+    freeze,
     loss_terms,
     on_device,
     parameter_groups,
@@ -102,6 +104,9 @@ class Step:
         self.source = open_source("shapes", c.n_shapes, c.seed)
         self.student = build_networks(c, self.ranks)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # as two would start; sooner ready
+        self.gram = make_gram_teacher(c, partial(freeze, c, self.ranks))
+        if c.gram_teacher == "self":
+            refresh(self.gram, self.teacher)
         self.optimizer = torch.optim.AdamW(parameter_groups(c, self.student), betas=(c.beta1, c.beta2), fused=True)
         self.weights, self.verdicts = term_weights(c), Verdicts(self.ranks, Interrupt(), self.source.name)
         self.made, self.waiting = [], self.prepared()
@@ -148,7 +153,8 @@ class Step:
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=c.precision != "fp32"):
             with torch.no_grad():
                 targets = teacher_targets(self.teacher, [batch], c.teacher_temp, group)
-            terms, _ = loss_terms(c, self.student, batch, targets[0], batch["noise"], group)
+            terms, features = loss_terms(c, self.student, batch, targets[0], batch["noise"], group)
+            terms |= gram_term(c, self.gram, batch, features)
         loss = sum(self.weights[name] * term for name, term in terms.items())
         loss.backward()
         norms = clip_gradients(self.student, c.clip)

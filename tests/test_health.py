@@ -140,7 +140,8 @@ def test_who_is_sick_is_not_called_starved_and_meters_that_are_missing_accuse_no
 
 def test_numbers_are_medians_of_the_last_quarter_beside_the_first_row_and_the_best():
     rows = [dict(step=10 * i, dino_global=4.0, ibot=1.0, dino_entropy=0.5, dino_balance=0.9, cls_rank=20.0 + i,
-                 patch_neighbours=0.6, patch_others=0.5, patch_cls=0.3, grad_norm_backbone=2.0, skipped=0, waiting=0.1)
+                 patch_neighbours=0.6, patch_others=0.5, patch_cls=0.3, grad_norm_backbone=2.0, skipped=0, waiting=0.1,
+                 patch_rank=40.0 - i)
             for i in range(16)]
     for row in rows[-4:]:
         row |= dict(dino_global=2.0, patch_neighbours=0.91, patch_others=0.9, grad_norm_backbone=6.0, skipped=3)
@@ -148,7 +149,7 @@ def test_numbers_are_medians_of_the_last_quarter_beside_the_first_row_and_the_be
     found, k = measure(CONFIG, rows), math.log(64)
     assert found == pytest.approx(dict(
         step=150, warming=False, dino=2 / k, ibot=1 / k / 0.5, entropy=0.5, balance=0.9, rank=33.5 / 20, spread=0.2,
-        locality=0.5, patch_cls=0.3, gradient=3, skipped=3 / 70, waiting=0.1))
+        locality=0.5, patch_cls=0.3, patch_rank=26.5 / 40, gradient=3, skipped=3 / 70, waiting=0.1))
 
 
 def test_patches_are_compared_with_their_best_after_the_warm_up():
@@ -157,6 +158,15 @@ def test_patches_are_compared_with_their_best_after_the_warm_up():
     rows[0] |= dict(patch_others=-0.9, patch_neighbours=0.9)
     assert judge(measure(CONFIG, rows)).word == "healthy"
     assert judge(measure(CONFIG | dict(lr_warmup=0), rows[:1] * 3 + rows)).word == "decaying"
+
+
+def test_a_stage_counts_its_own_steps():
+    """they go on from those of the run before"""
+    rows = [row | dict(step=row["step"] + 1000) for row in recorded("healthy")]
+    found = [measure(CONFIG | dict(lr_warmup=n, began=1000), rows)["warming"] for n in (159, 160)]
+    assert found == [False, True]
+    rows[0] |= dict(patch_others=-0.9, patch_neighbours=0.9)
+    assert judge(measure(CONFIG | dict(began=1000), rows)).word == "healthy"
 
 
 def test_warming_lasts_as_long_as_the_config_says_or_fifty_steps():

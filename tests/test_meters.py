@@ -61,6 +61,16 @@ def test_patches_all_alike_and_images_of_one_patch():
     assert of_features(features(), torch.ones(3, 12, dtype=torch.bool))["patch_cls"] == 0
 
 
+def test_patches_span_what_the_seen_ones_do():
+    f, masks = features(B=2, h=20, w=30, D=8), torch.zeros(2, 600, dtype=torch.bool)
+    f.patches[:] = torch.eye(8)[torch.arange(600) % 4]
+    f.patches[:, 5::7] = 1000 * torch.eye(8)[7]
+    masks[:, 5::7] = True
+    assert of_features(f, masks)["patch_rank"] == pytest.approx(4, rel=0.02)
+    assert of_features(f)["patch_rank"] < 2  # of the long ones, above all
+    assert of_features(f, torch.ones_like(masks))["patch_rank"] == 1
+
+
 def test_effective_rank_counts_directions():
     assert effective_rank(torch.eye(6)[:, :4]) == pytest.approx(4)
     assert effective_rank(torch.eye(4, 9)) == pytest.approx(4)

@@ -25,6 +25,7 @@ from engine.trials import Step
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--size tiny --depth 2 --batch 8 --group 8 --koleo_group 8 --n_shapes 16 --precision fp32 --device cpu".split()
+GRAM = "--gram_teacher self --gram_size 192 --gram_weight 2"
 GATED = "--size s+ --batch 2 --group 2 --koleo_group 2 --ibot_prototypes 64 --dino_hidden 64 --ibot_hidden 64"  # SwiGLU
 PAPER = "--size 7b --ranks 256 --device cuda --memory 80 --seconds 0.864".split()
 
@@ -179,7 +180,8 @@ def saved_by_autograd(step, there):
 @pytest.mark.parametrize("words, all_in", [
     ("", .96), ("--kernels off", .96), ("--precision bf16", .94), ("--drop_path 0.4", .92),
     ("--checkpointing full", .9), ("--checkpointing selective", .9),
-    ("--n_local 0", .95), (f"{GATED} --dino_prototypes 4096", .91), ("--kernels off --dino_prototypes 16384", .94)])
+    (GRAM, .96), (f"{GRAM} --n_local 0 --checkpointing full", .95), ("--n_local 0", .95),
+    (f"{GATED} --dino_prototypes 4096", .91), ("--kernels off --dino_prototypes 16384", .94)])
 def test_memory_is_what_a_step_takes(words, all_in, monkeypatch):
     """What autograd keeps, to 3 %; the most at once, never more than planned, by tensors alone."""
     monkeypatch.setattr(ops, "mode", ops.mode)  # that --kernels off sets
@@ -188,18 +190,19 @@ def test_memory_is_what_a_step_takes(words, all_in, monkeypatch):
     c, where = step.c, Where("cpu")
     there = [*step.student.parameters(), *step.teacher.parameters(), *step.student.buffers(), *step.teacher.buffers(),
              *(x for state in step.optimizer.state.values() for x in state.values()),
+             *(step.gram.state_dict().values() if step.gram is not None else ()),
              *(x for x in tree_leaves(step.batch) if isinstance(x, torch.Tensor))]
     needs = plan.memory(c, where, networks(c))
     kept, terms = saved_by_autograd(step, there) if c.checkpointing != "selective" else (None, None)
     overwritten = where.fused(c, "assignment_loss") * sum(  # logits, which are no saved tensors but their own gradient
         rows * plan.head_sizes(c, name)[2] for name, (_, rows) in plan.head_rows(c, c.batch).items())
     expected = needs["activations"] + needs["features"] - overwritten * plan.activation(c)
-    if c.checkpointing != "selective":  # what it keeps are no saved tensors; they are there, below
+    if c.checkpointing != "selective" and not c.gram_teacher:  # whose products are saved by no hook; below they are
         assert kept == pytest.approx(expected, rel=0.03)
     del terms
     with Live(there) as live:
         step()
-    states = needs["weights"] + needs["teacher"] + needs["adam"] + needs["batch"] + needs["process"]
+    states = sum(needs.get(kind, 0) for kind in ("weights", "teacher", "adam", "batch", "process", "gram"))
     assert all_in < live.peak / (needs["peak"] - states) < 1.01
 
 
@@ -229,6 +232,47 @@ def test_flops_are_those_of_a_step(words):
     attention = sum(4 * g.tokens ** 2 * c.vit.width * c.depth * g.images * (3 * g.kept + (i == 0))
                     for i, g in enumerate(plan.crop_groups(c, c.batch)))
     assert linears + attention == pytest.approx(plan.flops(c)["model"] * c.batch, rel=2e-3)  # measured 0
+
+
+def test_flops_of_the_gram_term_are_those_of_a_step():
+    """what it adds: its teacher's linears and attention; of similarities two products, one a second time, one more"""
+    with_term, without = (Step(Cpu(), [*SMALL, *words.split()]) for words in (GRAM, ""))
+    counted = []
+    for step in with_term, without:
+        step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts = counter.get_flop_counts()["Global"]
+        aten = torch.ops.aten
+        counted.append([sum(counts.get(f, 0) for f in group) for group in (
+            (aten.mm, aten.addmm, aten.convolution, aten.convolution_backward), (aten.bmm,))])
+    c, (linears, pairs) = with_term.c, (a - b for a, b in zip(*counted, strict=True))
+    large, P = plan.gram_crops(c, c.batch), (c.global_size // c.patch_size) ** 2
+    assert pairs == 2 * c.batch * 3 * 2 * P * P * c.vit.width   # s s^T twice, E s; t t^T, added in place, is not seen
+    attention = large.images * c.depth * 4 * large.tokens ** 2 * c.vit.width
+    expected = linears + attention + pairs * 5 / 3
+    assert plan.flops(c)["gram"] * c.batch == pytest.approx(expected, rel=1e-9)
+    assert plan.flops(c)["model"] == plan.flops(without.c)["model"] + plan.flops(c)["gram"]
+
+
+def test_7b_stages(capsys, no_gpu):
+    """before there is a run to go on from; the Gram teacher at 512 px costs as much as all else of a step"""
+    where = "--ranks 256 --device cuda --memory 80".split()
+    found = planned(capsys, "--size", "7b", "--stage", "gram", *where)
+    N, D, F = 1 + 4 + 1024, 4096, 8192
+    teacher = 2 * 40 * (2 * N * (4 * D * D + 3 * D * F) + 4 * N * N * D)
+    assert found["flops_image"]["gram"] == pytest.approx(teacher, rel=3e-3)  # similarities and pixels: 0.2 %
+    assert found["flops_image"]["model"] == pytest.approx(30.17e12 + found["flops_image"]["gram"], rel=1e-3)
+    assert (found["parameters"]["gram"], found["steps"]) == (6_716_043_264, 200_000)
+    assert found["bytes"]["gram"] == pytest.approx(6_716_043_264 * 4 / 256, abs=1)
+    assert found["wire_bytes"]["gather_gram"] == pytest.approx(6_716_043_264 * 2 * 255 / 256, rel=1e-6)
+    high = planned(capsys, "--size", "7b", "--stage", "highres", *where)
+    c = config("--size", "7b", "--stage", "highres", *where[2:4])
+    assert (high["batch"], c.resolutions) == (2048, recipes.STAGES["7b", "highres"]["resolutions"])
+    each = [(share, plan.flops(now)["model"], plan.memory(now, Where("cuda", 256), networks(now))["peak"])
+            for share, now in plan.each_resolution(replace(c, precision="bf16"))]
+    assert len(each) == 5 and high["flops_image"]["model"] == pytest.approx(sum(a * b for a, b, _ in each), rel=1e-9)
+    assert high["bytes"]["peak"] == max(peak for *_, peak in each) == each[-1][2]
 
 
 MEASURE = """

@@ -104,6 +104,18 @@ def test_weights_of_a_step():
     assert train.term_weights(c.at(52))["gram"] == pytest.approx(1) and c.at(54) is c
 
 
+def test_what_a_stage_says():
+    said = list(stages.describe(replace(recipes.RECIPES["7b"], patch_size=16, **recipes.STAGES["7b", "highres"])))
+    assert said[2] == ("30 % of the steps: crops of 768 px (48x48) and 168 px (10x10 patches, the middle 160 px of "
+                       "each), 1152 px for the Gram teacher")
+    assert said[5] == ("Gram teacher self: weight 1.5, local crops 0.5, from 0 and 0.5 over 0 steps; replaced by the "
+                       "teacher: never") and len(said) == 6
+    c = replace(recipes.RECIPES["7b"], gram_teacher="x", gram_size=512, **recipes.STAGES["7b", "gram"])
+    assert list(stages.describe(c)) == ["Gram teacher x, of crops of 512 px: weight 2, local crops 0.5, from 0 and 1 "
+                                        "over 1,000 steps; replaced by the teacher: 3 times, every 10,000 steps"]
+    assert not list(stages.describe(recipes.RECIPES["7b"]))
+
+
 def test_a_rise_of_half_a_cosine():
     s = train.schedule(0, 1.0, 1.0, 3, 6, cosine_warmup=True)
     assert s == pytest.approx([(1 - 0.5 ** 0.5) / 2, 0.5, (1 + 0.5 ** 0.5) / 2, 1, 1, 1])
