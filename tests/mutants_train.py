@@ -80,7 +80,7 @@ FLOAT8 = {  # of engine/fp8.py
     "scales of columns": ("dim=1, keepdim", "dim=0, keepdim"),
     "one scale": ("dim=1, keepdim", "dim=(0, 1), keepdim"),
     "zeros by zero": (".clamp(min=SMALLEST)", ""),
-    "what is not finite is cut": ("return (x / scale)", "return (x / scale).nan_to_num()"),
+    "what is not finite is cut": ("(largest / LARGEST)", "(largest / LARGEST).nan_to_num()"),
     "columns not in one piece": (", memory_format=torch.contiguous_format", ""),
     "scales of one operand": (" * scale_a * scale_b.t()", " * scale_a"),
     "sums in bfloat16": ("(a.float() @ b.float().t() *", "((a.bfloat16() @ b.bfloat16().t()).float() *"),

@@ -206,9 +206,9 @@ def test_a_run_goes_on_bit_for_bit_and_however_blocks_are_kept(tmp_path, on_cpu)
     for other in rows(tmp_path / "parts"), *found:
         assert [row["loss"] for row in other] == [row["loss"] for row in whole]
     exact = run(tmp_path / "exact")
-    print(f"apart from float32: {apart(exact, whole):.1e}, the first step {apart(exact[:1], whole[:1]):.1e}")
-    assert 1e-5 < apart(exact[:1], whole[:1]) < 0.05                                     # measured .
-
+    parted = abs(whole[0]["loss"] - exact[0]["loss"]) / exact[0]["loss"]
+    print(f"the first loss apart from float32's by {parted:.1e}")
+    assert 1e-5 < parted < 0.01                                                          # measured 1.6e-3
     said = [(tmp_path / name / "config.json").read_text() for name in ("whole", "exact")]
     assert '"precision": "fp8"' in said[0] and '"precision": "fp32"' in said[1]
 
@@ -227,7 +227,9 @@ def test_ranks_agree_on_what_was_rounded(tmp_path, on_cpu):
 
 @pytest.mark.long  # a compiler at work
 @pytest.mark.parametrize("words", ["", "--checkpointing full"])
-def test_compiled_is_eager(words, tmp_path, on_cpu):
+def test_compiled_is_eager(words, tmp_path, on_cpu, monkeypatch):
+    """where torch.compile rounds between operations as eager does; else float8 is another now and then"""
+    monkeypatch.setattr("torch._inductor.config.emulate_precision_casts", True)
     words = ["--precision", "fp8", *words.split()]
     eager = run(tmp_path / "eager", *words)
     torch.compiler.reset()
@@ -235,8 +237,9 @@ def test_compiled_is_eager(words, tmp_path, on_cpu):
     run(tmp_path / "compiled", "--compile", "--stop_after", "2", *words)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = run(tmp_path / "whole", "--compile", *words)
-    print(f"apart by {apart(eager, compiled):.1e}, the first step {apart(eager[:1], compiled[:1]):.1e}")
-    assert apart(eager[:1], compiled[:1]) < 1e-3 and not torch._dynamo.utils.counters["graph_break"]
+    print(f"the first step apart by {apart(eager[:1], compiled[:1]):.1e}")
+    assert apart(eager[:1], compiled[:1]) < 1e-5                      # measured 0; without the above .012
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("capability, here", [(None, "cpu"), ((8, 0), r"CUDA of capability 8\.0"), ((8, 9), None),
