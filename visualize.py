@@ -8,12 +8,18 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py outliers dog.jpg --weights runs/s --out norms.png     by block: norms of patches, of channels
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
+    python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
+    python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
+    python visualize.py training runs/s --out training.gif     PCA and similarity over the steps that it has kept
 
     patch_features       images of any size -> maps of patches
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
+    gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
+    sizes_picture        image at several sizes -> colours in one basis, consistency       DINOv3 Fig. 4, 17
+    training_frames      a run's kept networks -> a frame for each
 
 Why does my PCA look wrong?
     coarse              a colour is a patch, 16 pixels: --resolution 1024; papers show larger inputs, not upsampling
@@ -23,7 +29,8 @@ Why does my PCA look wrong?
     all is shifted      class token and registers come first, 1 + R of them: take features.patches, not x[:, 1:]
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -34,26 +41,31 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from data import EXTENSIONS, read_image, resize
+from data import EXTENSIONS, open_source, read_image, resize
+from engine import comparisons
 from engine import config as command_line
 from engine.attention import attention_row
 from engine.curves import draw, find_runs
 from engine.explore import HEAT, page
+from losses import gram_loss
+from recipes import saved_config
 from weights import load_backbone
 
-MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png")  # of OUT
+MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
+             gram=".png", resolutions=".png", training=".gif")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    weights: str = ""          # a run's folder, or a weights file
+    weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
     out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
     layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
     point: tuple = (0.5, 0.5)  # [0, 1): similarity, attention: x,y, shares of the sides; attention without: class token
+    sizes: str = "256,512,1024,2048"  # resolutions: pixels of the short side, rising
 
 
 def find_images(words):
@@ -126,12 +138,21 @@ def patch_features(vit, images, resolution=0, layers=None):
 
 def principal_components(x):
     """x  n D -> n 3 float64 in 0..1: scores on the leading eigenvectors of the D x D covariance, largest first."""
+    return spread(*top_scores(x))
+
+
+def top_scores(x):
+    """n D -> n 3 float64, on the leading eigenvectors;  what of a range is no more than rounding"""
     x = x.double() - x.double().mean(0)
     vectors = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)                          # D 3
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # largest entry > 0: no chance
-    low, high = torch.from_numpy(np.percentile(x @ vectors, (1, 99), axis=0))  # outliers must not take the contrast
-    floor = x.abs().max().item() * 1e-6 + 1e-12  # of the range: rounding errors must not fill an empty component
-    return ((x @ vectors - low) / (high - low).clamp(min=floor)).clamp(0, 1)
+    return x @ vectors, x.abs().max().item() * 1e-6 + 1e-12
+
+
+def spread(scores, floor=1e-12):
+    """n 3 -> in 0..1, from the 1st to the 99th percentile of each: outliers must not take the contrast."""
+    low, high = torch.from_numpy(np.percentile(scores, (1, 99), axis=0))
+    return ((scores - low) / (high - low).clamp(min=floor)).clamp(0, 1)  # rounding must not fill an empty component
 
 
 def pca_picture(maps, foreground=0.0):
@@ -222,6 +243,65 @@ def ratio(norms):
     return f"median {norms.median():.3g} max {norms.max():.3g}"
 
 
+def gram_picture(maps, image, points=None):
+    """
+    Two networks' cosines to the patch under each point, as one sheet: a row of the photo, both on one scale, and the
+    second less the first: red is more alike there, blue less. Without points: where they differ most.
+
+    maps     h w D each; the second is taken to the grid of the first
+    returns  the rows, in a list;  a line to print
+    """
+    first, second = maps[0], comparisons.on_grid(maps[1], maps[0].shape[:2])
+    rows, grid = [], first.shape[:2]
+    for point in points or comparisons.most_different(first, second):
+        a, b = (comparisons.cosines(m, patch_at(point, grid)) for m in (first, second))
+        low, top = min(a.min(), b.min()), max(abs(b - a).max(), 1e-6)
+        shown = [(x - low) / max(1 - low, 1e-6) for x in (a, b)] + [comparisons.signed_colours((b - a) / top)]
+        pairs = [side_by_side(image, x) for x in shown]
+        rows.append([ringed(x, point, grid) for x in (pairs[0][0], *(colours for _, colours in pairs))])
+    loss = gram_loss(*(m.flatten(0, 1)[None] for m in (first, second))).item()
+    means = [mean_cosine(m) for m in (first, second)]
+    return rows, f"Gram loss {loss:.4g}; mean cosine of two patches {means[0]:.3f}, {means[1]:.3f}"
+
+
+def mean_cosine(map):
+    """Of two patches of a map, of all pairs."""
+    return F.normalize(map.flatten(0, 1), dim=-1).mean(0).square().sum().item()
+
+
+def sizes_picture(vit, photos, names, c):
+    """Writes the picture of mode resolutions; returns lines to print. All images and sizes have one basis."""
+    sizes = [int(size) for size in c.sizes.split(",")]
+    maps = [patch_features(vit, photos, size) for size in sizes]                    # sizes, images of h w D
+    each = list(zip(*maps, strict=True))                                                       # images, sizes
+    colours = pca_picture([m for of_image in each for m in of_image], c.foreground)
+    colours = [colours[i : i + len(sizes)] for i in range(0, len(colours), len(sizes))]
+    curves = [[comparisons.consistency(m, of_image[-1]) for m in of_image] for of_image in each]
+    shown = [photo.permute(1, 2, 0).numpy() for photo in photos]
+    comparisons.draw_sizes(c.out, [Path(name).name for name in names], sizes, shown, colours, curves)
+    return [f"{name}: consistency " + ", ".join(f"{x} px {value:.3f}" for x, value in zip(sizes, curve, strict=True))
+            for name, curve in zip(names, curves, strict=True)]
+
+
+def training_frames(run, point, n_images=4):
+    """[(words, picture)] of a run's kept steps: some of its own images, their PCA, cosines to the patch at a point."""
+    c = saved_config(run)
+    source = open_source(c.data, c.n_shapes, c.seed)
+    indices = [i * len(source) // n_images for i in range(n_images)]  # apart: neighbours are of one class
+    frames, before = [], None
+    for step, path in comparisons.kept_steps(run):
+        vit = load_backbone(path).to(command_line.choose_device("auto"))
+        photos = [cropped(source.load(i), 2 * c.global_size, vit.config.patch_size) for i in indices]
+        maps = patch_features(vit, photos)
+        scores, _ = top_scores(torch.cat([m.flatten(0, 1) for m in maps]))
+        before = scores if before is None else comparisons.turned_like(scores, before)
+        colours = spread(before).split([m.shape[:2].numel() for m in maps])
+        rows = [[*side_by_side(photo, c.view(*m.shape[:2], 3).numpy()), similarity_picture(m, photo, point)[1]]
+                for photo, m, c in zip(photos, maps, colours, strict=True)]
+        frames.append((f"step {step:,}", sheet(rows)))
+    return frames
+
+
 def side_by_side(image, colours):
     """C H W uint8, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
     if colours.ndim == 2:
@@ -244,19 +324,35 @@ def sheet(groups):
     return out
 
 
+def all_of(argv, option):
+    """Every value of an option, of which read_words keeps the last."""
+    return [word.partition("=")[2] or after for word, after in zip(argv, [*argv[1:], ""], strict=True)
+            if word.partition("=")[0] == option]
+
+
 def configure(argv):
     """The command line -> mode, its images or runs, config, layers, point. What is wrong is said before any work."""
     values, words = command_line.read_words(argv, command_line.types(VisualizeConfig()))
     c, (mode, *words) = command_line.apply(VisualizeConfig(), values), words or [""]
+    if mode == "gram":
+        c = replace(c, weights=all_of(argv, "--weights"))
+        if len(c.weights) != 2:
+            raise ValueError(f"--weights {' '.join(c.weights) or '(none)'}: gram compares two; write --weights A "
+                             "--weights B")
+    sizes = c.sizes.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
+        raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
-    if not (c.weights or mode == "curves") or Path(c.out).suffix != MODES[mode]:
+    if not (c.weights or mode in ("curves", "training")) or Path(c.out).suffix != MODES[mode]:
         raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a {MODES[mode]}")
     command_line.writable(c.out, folder=False)
     layers = c.layers.split(",") if c.layers else []
     if not all(layer.isdecimal() for layer in layers) or mode == "attention" and len(layers) > 1:
         raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; for attention only one")
-    words = find_runs(words) if mode == "curves" else find_images(words)
+    if mode == "training" and len(words) != 1:
+        raise ValueError(f"RUN {' '.join(words) or '(none)'}: training shows one run; name its folder")
+    words = find_runs(words) if mode == "curves" else words if mode == "training" else find_images(words)
     return mode, words, c, [int(layer) for layer in layers] or None, c.point if "point" in values else None
 
 
@@ -265,12 +361,22 @@ def main(argv):
         print(__doc__.strip(), command_line.describe(VisualizeConfig()), sep="\n\n")
         return
     mode, names, c, layers, point = configure(argv)
+    Path(c.out).parent.mkdir(parents=True, exist_ok=True)
     if mode == "curves":
-        Path(c.out).parent.mkdir(parents=True, exist_ok=True)
         print(f"wrote {c.out}: {len(names)} run{'s' * (len(names) > 1)}, {draw(names, c.out)} panels")
         return
-    vit = load_backbone(c.weights, c.size or None).to(command_line.choose_device("auto"))
-    photos, names = load_photos(names, c.resolution, vit.config.patch_size)
+    if mode == "training":
+        frames = training_frames(names[0], c.point)
+        comparisons.save_frames(c.out, frames)
+        print(f"wrote {c.out}: {len(frames)} steps, {frames[0][1].shape[1]}x{frames[0][1].shape[0]} pixels")
+        return
+    nets = [load_backbone(path, c.size or None).to(command_line.choose_device("auto"))
+            for path in (c.weights if mode == "gram" else [c.weights])]
+    vit = nets[0]
+    photos, names = load_photos(names, c.resolution, math.lcm(*(net.config.patch_size for net in nets)))
+    if mode == "resolutions":
+        print(*sizes_picture(vit, photos, names, c), f"wrote {c.out}", sep="\n")
+        return
     if mode == "attention":
         groups, shares = zip(*(attention_picture(vit, photo, layers, point) for photo in photos), strict=True)
         print("attention to patches, by head:", *(" ".join(f"{x:.0%}" for x in each) for each in shares), sep="\n  ")
@@ -280,9 +386,14 @@ def main(argv):
     maps = [] if mode in ("attention", "outliers") else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
+    elif mode == "gram":
+        pairs = zip(maps, patch_features(nets[1], photos, layers=layers), strict=True)
+        points = [point] if point else None
+        found = [gram_picture(pair, photo, points) for pair, photo in zip(pairs, photos, strict=True)]
+        print(*(f"{name}: {line}" for name, (_, line) in zip(names, found, strict=True)), sep="\n")
+        groups = [row for rows, _ in found for row in rows]
     elif mode == "similarity":
         groups = [similarity_picture(*each, c.point) for each in zip(maps, photos, strict=True)]
-    Path(c.out).parent.mkdir(parents=True, exist_ok=True)
     if mode == "explore":
         html, d, error = page(maps, photos, [Path(name).name for name in names])
         Path(c.out).write_text(html, encoding="utf-8")
