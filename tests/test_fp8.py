@@ -9,6 +9,7 @@ from forks import start
 from test_train import MICRO, rows, run
 from test_train_ranks import apart
 from torch import nn
+from torch._inductor import config as inductor
 
 import distill
 import train
@@ -227,9 +228,9 @@ def test_ranks_agree_on_what_was_rounded(tmp_path, on_cpu):
 
 @pytest.mark.long  # a compiler at work
 @pytest.mark.parametrize("words", ["", "--checkpointing full"])
-def test_compiled_is_eager(words, tmp_path, on_cpu, monkeypatch):
+@inductor.patch(emulate_precision_casts=True)
+def test_compiled_is_eager(words, tmp_path, on_cpu):
     """where torch.compile rounds between operations as eager does; else float8 is another now and then"""
-    monkeypatch.setattr("torch._inductor.config.emulate_precision_casts", True)
     words = ["--precision", "fp8", *words.split()]
     eager = run(tmp_path / "eager", *words)
     torch.compiler.reset()
