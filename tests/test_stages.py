@@ -217,6 +217,8 @@ def test_highres_draws_and_resumes_bit_for_bit(gram, tmp_path):
     config = recipes.saved_config(tmp_path / "whole")
     assert {config.at(step).local_size for step in range(11, 16)} == {8, 16, 28}
     assert (config.stage, config.began, config.gram_teacher, config.cosine_warmup) == ("highres", 11, "self", True)
+    rise = train.schedule(0, 1e-3, 1e-3, config.lr_warmup, 5, cosine_warmup=True) * config.lr_factor
+    assert [row["lr"] for row in rows(tmp_path / "whole")] == pytest.approx(rise, rel=1e-4) and config.lr_warmup == 2
     go_on(gram, tmp_path / "parts", *words, "--stop_after", "3", stage="highres")
     train.main(["--out", str(tmp_path / "parts"), "--resume"])
     assert equal(tensors(tmp_path / "whole", 16), tensors(tmp_path / "parts", 16))
