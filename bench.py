@@ -1,12 +1,13 @@
 """
 Every speed claim beside its baseline, in one run: interleaved, medians, on the machine at hand.
 
-    python bench.py              forward, data, attention, sinkhorn, loss: what a CPU can be asked in minutes
+    python bench.py              forward, data, attention, sinkhorn, loss, gram: what a CPU can be asked in minutes
     python bench.py forward      ViT-S, 8 images of 256 px: ours beside transformers' DINOv3ViTModel (needs extra: test)
     python bench.py data         crops of one image for training: images per second of one core
     python bench.py sinkhorn     balanced assignments: ours beside the textbook's and what torch.compile makes of it
     python bench.py loss         the same with the cross-entropy and its gradient
     python bench.py attention    RoPE and attention: ours beside what is written elsewhere, and the errors of both
+    python bench.py gram         the Gram loss and its gradient, image by image, beside the definition: time and memory
     python bench.py evaluate     frozen features of a folder of photos beside the network alone: images per second
     python bench.py steps        training steps of tiny and ViT-S: kernels off and auto, checkpointing, compiled; saves
 
@@ -48,10 +49,11 @@ from data import Batches, open_source
 from engine import config as command_line
 from engine import fp8, trials, versus
 from engine.features import Frozen, load
-from engine.opponents import with_kernels
+from engine.opponents import gram_written_out, with_gradient, with_kernels
 from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
 from engine.timing import Cpu, Rehearsal, machine, medians
+from losses import gram_loss
 from model import SIZES, ViT
 from recipes import RECIPES
 from tasks import TASKS
@@ -118,6 +120,17 @@ def evaluate(machine, report, compiled):
                    **dict(flag="SLOWER than 90 %") if share < 0.9 else {})
 
 
+def gram(machine, report, compiled):
+    for B, P, D in (64, 36, 128), (16, 256, 384), (64, 256, 384), (8, 1024, 384), (32, 1024, 384):
+        sets = [(torch.randn(B, P, D, requires_grad=True), torch.randn(B, P, D))]
+        ways = dict(definition=partial(with_gradient, gram_written_out), ours=partial(with_gradient, gram_loss))
+        times = medians(machine, ways, sets, rounds=3)
+        for name, t in times.items():
+            report.add("Gram loss, gradient", shape=f"{B} images, {P} patches, width {D}", way=name, ms=t.seconds * 1e3,
+                       spread=t.spread, base_over_this=times["definition"].seconds / t.seconds,
+                       peak_mb=machine.peak(partial(ways[name], *sets[0])) / 1e6, gradient_mb=4e-6 * B * P * D)
+
+
 def of_ops(name):
     """The benchmark of versus.py for a CPU, where a card's limits are not asked."""
     return lambda machine, report, compiled: getattr(versus, name)(machine, report, {}, compiled)
@@ -144,7 +157,7 @@ def steps(machine, report, compiled):
 
 
 ON_CPU = dict(forward=forward, data=data, evaluate=evaluate, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),
-              loss=of_ops("loss"), steps=steps)
+              loss=of_ops("loss"), gram=gram, steps=steps)
 BY_LEVEL = "attention", "sinkhorn", "loss", "steps"
 
 

@@ -254,11 +254,17 @@ def gather_pieces(paths):
     return {name: sorted(pieces) for name, pieces in found.items()}
 
 
-def fill_all(folder, state):
-    """Every tensor of the state from a checkpoint's files; a ValueError, before the first, if one is not there."""
+def fill_all(folder, state, fresh="-"):
+    """
+    Every tensor of the state from a checkpoint's files; a ValueError, before the first, if one is not there.
+
+    fresh  those whose names begin so may lack there, all of them or none: they stay as they are
+    """
     old = (folder / ".metadata").exists()
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "teacher.safetensors"]
     pieces = legacy.read_pieces(folder) if old else gather_pieces(files)
+    if not any(name.startswith(fresh) for name in pieces):
+        state = {name: x for name, x in state.items() if not name.startswith(fresh)}
     for name, x in state.items():
         shapes = {piece.shape[1:] for piece in pieces.get(name, [])}
         if shapes != {tuple(x.shape[1:])} or sum(p.rows for p in pieces[name]) != (len(x) if x.ndim else 1):

@@ -90,6 +90,17 @@ def our_dino(student, logits):
 # RoPE attention
 
 
+def gram_written_out(student, teacher):
+    """losses.gram_loss, of all images at once."""
+    s, t = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
+    return (s @ s.mT - t @ t.mT).square().mean()
+
+
+def with_gradient(loss, student, *rest):
+    """The gradient of a loss of the first tensor."""
+    return torch.autograd.grad(loss(student, *rest), student)[0]
+
+
 def attention_arguments(device, dtype, n_images, grids, heads, E):
     """qkv, a gradient of the result, and the rest of rope_attention's arguments.    grids  h, w of each crop group"""
     periods = 100 ** (torch.arange(E // 4) / (E // 4))

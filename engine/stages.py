@@ -27,6 +27,8 @@ from losses import gram_loss
 from model import ViTConfig, shard
 from weights import empty, identify, stream_backbone
 
+MASK_TOKEN = "optimizer.state.backbone.mask_token."
+
 # --------------------------------------------------------------------------------
 # What goes on from what
 
@@ -84,7 +86,8 @@ def first_state(c, ranks, student, teacher, optimizer, gram):
     """
     Fills all networks, and the optimizer, with what a run begins with; returns its first step.
 
-    --start's checkpoint is taken whole: both networks, heads, the optimizer's moments.
+    --start's checkpoint is taken whole: both networks, heads, the optimizer's moments. One of distill.py has none for
+    the mask token, which it has not trained: they begin at 0.
     """
     if c.init:
         start_from(c.init, ranks, student, teacher)
@@ -92,7 +95,7 @@ def first_state(c, ranks, student, teacher, optimizer, gram):
         run, _ = kept(c.start)
         folder = dict(saved(run)).get(c.began, Path(run, str(c.began)))
         ranks.together(partial(check, folder, ranks))
-        ranks.together(lambda: fill_all(folder, training_state(student, teacher, optimizer)))
+        ranks.together(lambda: fill_all(folder, training_state(student, teacher, optimizer), MASK_TOKEN))
         if ranks.main:
             print(f"{c.stage} goes on from {folder}: both networks, heads and optimizer, at step {c.began:,}")
     if gram is not None and c.gram_teacher == "self":

@@ -12,6 +12,7 @@ from engine.opponents import (
     both_ways,
     by_kernels,
     by_sdpa,
+    gram_written_out,
     in_calls,
     our_dino,
     our_loss,
@@ -21,9 +22,10 @@ from engine.opponents import (
     textbook_loss,
     textbook_sinkhorn,
     turned,
+    with_gradient,
     with_kernels,
 )
-from losses import sinkhorn_knopp
+from losses import gram_loss, sinkhorn_knopp
 
 
 def normal(*shape, seed=0):
@@ -36,6 +38,13 @@ def test_textbook_is_what_ours_is():
     assert relative(our_loss(y, x), textbook_loss(y.double(), x.double())) < 1e-6           # measured: 1.9e-7
     student, teacher = normal(5, 3, 40), normal(2, 3, 40, seed=1)
     assert relative(our_dino(student, teacher), textbook_dino(student.double(), teacher.double())) < 1e-6
+
+
+def test_gram_is_what_ours_is():
+    x, y = normal(3, 7, 5).requires_grad_(), normal(3, 7, 5, seed=1)
+    assert relative(gram_loss(x, y), gram_written_out(x, y)) < 1e-6
+    ours, theirs = (with_gradient(loss, x, y) for loss in (gram_loss, gram_written_out))
+    assert relative(ours, theirs) < 2e-6                                                    # measured: 3e-7
 
 
 def test_attention_is_what_ours_is():

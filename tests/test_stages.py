@@ -217,6 +217,8 @@ def test_highres_draws_and_resumes_bit_for_bit(gram, tmp_path):
     config = recipes.saved_config(tmp_path / "whole")
     assert {config.at(step).local_size for step in range(11, 16)} == {8, 16, 28}
     assert (config.stage, config.began, config.gram_teacher, config.cosine_warmup) == ("highres", 11, "self", True)
+    rise = train.schedule(0, 1e-3, 1e-3, config.lr_warmup, 5, cosine_warmup=True) * config.lr_factor
+    assert [row["lr"] for row in rows(tmp_path / "whole")] == pytest.approx(rise, rel=1e-4) and config.lr_warmup == 2
     go_on(gram, tmp_path / "parts", *words, "--stop_after", "3", stage="highres")
     train.main(["--out", str(tmp_path / "parts"), "--resume"])
     assert equal(tensors(tmp_path / "whole", 16), tensors(tmp_path / "parts", 16))
@@ -229,12 +231,20 @@ def test_highres_without_a_gram_teacher(gram, tmp_path):
     assert "gram" not in found[0]
 
 
-def test_a_run_of_stages_can_be_distilled(gram, tmp_path):
-    distill.main(["--teacher", str(gram), "--students", "tiny_half", "--data", "shapes", "--n_shapes", "24", "--steps",
+def test_a_run_of_stages_can_be_distilled_and_that_one_goes_on(gram, tmp_path):
+    """to high resolution, without a Gram teacher: paper, §5.2; its mask token, which was not trained, begins so"""
+    distill.main(["--teacher", str(gram), "--students", "tiny", "--data", "shapes", "--n_shapes", "24", "--steps",
                   "1", "--batch", "8", "--workers", "0", "--device", "cpu", "--out", str(tmp_path)])
-    assert math.isfinite(rows(tmp_path / "tiny_half")[0]["loss"])
-    config = json.loads((tmp_path / "tiny_half/config.json").read_text())
+    assert math.isfinite(rows(tmp_path / "tiny")[0]["loss"])
+    config = json.loads((tmp_path / "tiny/config.json").read_text())
     assert (config["gram_size"], config["gram_teacher"], config["resolutions"], config["began"]) == (0, "", "", 0)
+    found = go_on(tmp_path / "tiny", tmp_path / "next", "--resolutions", TRIPLES, "--batch", "8", "--group", "8",
+                  "--gram_weight", "0", "--stop_after", "1", *STILL, stage="highres")
+    a, b = tensors(tmp_path / "tiny", 1), tensors(tmp_path / "next", 2)
+    token = "optimizer.state.backbone.mask_token."
+    assert b.keys() - a.keys() == {f"{token}{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert b[f"{token}step"] == 1 and b["optimizer.state.backbone.cls_token.step"] == 2 and "gram" not in found[0]
+    assert all(torch.equal(x, b[name]) for name, x in a.items() if not name.startswith("optimizer."))
 
 # --------------------------------------------------------------------------------
 # Recipes
