@@ -7,6 +7,7 @@ dino.txt: words and images in one space. A text tower, and blocks on a frozen ba
     Towers                both, and the scale of their cosines: what training changes, under the released names
     DinoTxt               with the backbone: encode_image, encode_patches, encode_text, encode_words
     load_dinotxt          the released file, or what text.py has left -> DinoTxt;  save_towers
+    ask, best_name        classes as sentences -> vectors; scores of names -> of classes
 
 A text's vector is 2D wide: its first half meets the class token, its second the mean of the patches, so that each patch
 can be asked by the second. Dimension letters: see the top of model.py; t is the width of the text tower.
@@ -210,6 +211,31 @@ class DinoTxt(nn.Module):
             ids, _ = self.tokenizer(texts[start : start + batch], self.towers.config.context)
             found.append(self.encode_text(ids.to(device)).float())
         return torch.cat(found)
+
+
+def ask(model, names, sentences, half=slice(None)):
+    """
+    A vector for each name: the mean over sentences of unit vectors, of unit length again.
+
+    names    of each class, one or several    half  of a text's 2D: all, or the second, which asks patches
+    returns  names 2D (or D) float32, on the host;  the class of each
+    """
+    each = [name for several in names for name in several]
+    texts = model.encode_words([sentence.replace("{}", name) for name in each for sentence in sentences])
+    unit = F.normalize(texts[:, half], dim=1).unflatten(0, (len(each), len(sentences)))            # names sentences 2D
+    classes = torch.tensor([k for k, several in enumerate(names) for _ in several])
+    return F.normalize(unit.mean(1), dim=1).cpu(), classes
+
+
+def best_name(scores, classes, n):
+    """Of scores for each name those of the n classes: the best of its names'.    ... names -> ... n"""
+    out = scores.new_full((*scores.shape[:-1], n), -math.inf)
+    return out.scatter_reduce_(-1, classes.to(scores.device).expand(scores.shape), scores, "amax")
+
+
+def with_words(backbone, c):
+    """A task's network: the backbone and the towers of --text, or of the folder that --weights names"""
+    return load_dinotxt(c.text or c.weights, backbone)
 
 
 def read_config(path, shapes, vit):

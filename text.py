@@ -108,8 +108,8 @@ RECIPES = {
     "full": TextConfig(recipe="full"),
     # 2 CPU cores; measured in LOG.md
     "laptop": TextConfig(
-        steps=400, batch=128, resolution=80, augment=False, depth=3, width=128, merges=1000, drop_path=0.0, lr=2e-3,
-        lr_warmup=40, save_every=200, log_every=20,
+        steps=300, batch=128, resolution=80, augment=False, depth=3, width=128, merges=1000, drop_path=0.0, lr=2e-3,
+        lr_warmup=30, save_every=100, log_every=20,
     ),
 }
 
