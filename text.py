@@ -31,7 +31,7 @@ from data import Batches, CropConfig, cut, draw_crops, loader
 from dinotxt import FILE, TowerConfig, image_vector, load_dinotxt, new_towers, save_towers  # noqa: F401  load_dinotxt
 from engine import config as command_line
 from engine.bpe import Tokenizer, learn_merges
-from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, save_checkpoint, saved
+from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, saved
 from engine.features import describe, load
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.keys import weights_of
@@ -40,6 +40,7 @@ from engine.loggers import check_loggers
 from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import add_up, count_workers, start_ranks
+from engine.saver import Saver
 from engine.tokens import keep, split
 from engine.views import middle
 from losses import GatherRows
@@ -302,13 +303,20 @@ def tokens_of(c, ranks, backbone, source):
                 (weights_of(backbone), c.resolution))
 
 
-def begin(c, ranks, start, source, tokenizer, towers, frozen, optimizer):
-    """On main, before the first step: is it the same data, is there room; what will be done; config.json."""
-    digest, n = source.digest(), {name: sum(p.numel() for p in part.parameters())
-                                  for name, part in (("text", towers.text_model), ("head", towers.visual_model))}
-    if c.resume and saved_text(c.out).get("data_digest", digest) != digest:
+def open_same(c):
+    """The captions, and what tells them from others; raises ValueError if a resumed run was begun with others."""
+    source = open_captions(c.data, n_shapes=c.n_shapes, seed=c.seed)
+    digest = source.digest()
+    if c.resume and saved_text(c.out).get("data_digest") != digest:
         raise ValueError(f"--data {c.data} does not hold the captions that {c.out} was begun with; name the same ones, "
                          "or another --out")
+    return source, digest
+
+
+def begin(c, ranks, start, source, digest, tokenizer, towers, frozen, optimizer):
+    """On main, before the first step: is there room; what will be done; config.json."""
+    n = {name: sum(p.numel() for p in part.parameters())
+         for name, part in (("text", towers.text_model), ("head", towers.visual_model))}
     check_space(c, start, towers, frozen, optimizer)
     print(f"{c.weights}, {c.size}, frozen; text tower {n['text']:,} parameters, vision head {n['head']:,}, vocabulary "
           f"{tokenizer.size:,}; {len(source):,} images of {c.data}; {ranks}, {c.precision}")
@@ -317,17 +325,16 @@ def begin(c, ranks, start, source, tokenizer, towers, frozen, optimizer):
     open_log(c, start, parameters=asdict(towers.config), data_digest=digest)
 
 
-def save(c, ranks, step, towers, frozen, optimizer, tokenizer):
-    save_checkpoint(c, ranks, step, towers, frozen, optimizer)
-    ranks.together(lambda: ranks.main and save_towers(Path(c.out, FILE), towers, c.merges and tokenizer.merges or None,
-                                                      step=step))
+def publish(c, ranks, step, towers, tokenizer):
+    if ranks.main:
+        save_towers(Path(c.out, FILE), towers, tokenizer.merges if c.merges else None, step=step)
 
 
 def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §5.3"""
     if c.batch % (ranks.count * c.accumulate):
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks x --accumulate {c.accumulate}")
-    source = open_captions(c.data, n_shapes=c.n_shapes, seed=c.seed)
+    source, digest = open_same(c)
     tokenizer = make_tokenizer(c, source)
     backbone = load(c.out if c.resume else c.weights).to(ranks.device).requires_grad_(False)
     vit, frozen = backbone.config, nn.ModuleDict(dict(backbone=backbone))  # the checkpoint's teacher
@@ -336,7 +343,8 @@ def train(c, ranks, interrupt):
     optimizer = make_optimizer(c, towers)
     begin_state(optimizer)
     start = load_checkpoint(c, ranks, towers, frozen, optimizer) if c.resume else 0
-    ranks.together(lambda: ranks.main and begin(c, ranks, start, source, tokenizer, towers, frozen, optimizer))
+    ranks.together(lambda: ranks.main and begin(c, ranks, start, source, digest, tokenizer, towers,
+                                                 frozen, optimizer))
     c = replace(c, workers=count_workers(c.workers))
     kept = source if c.augment else tokens_of(c, ranks, backbone, source)
 
@@ -345,6 +353,7 @@ def train(c, ranks, interrupt):
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * c.accumulate, c.steps * c.accumulate), c.workers,
                     pin_memory=ranks.device.type == "cuda")
+    saver = Saver(c, ranks, towers, frozen, optimizer, interrupt.leave)
     verdicts, unreadable, n_cut = Verdicts(ranks, interrupt, source.name), {}, 0
     progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
 
@@ -353,7 +362,8 @@ def train(c, ranks, interrupt):
         leave = step == c.steps or step == start + c.stop_after > start or verdicts.leave
         if step > start and (leave or step % c.save_every == 0):
             verdicts.settle()
-            save(c, ranks, step, towers, frozen, optimizer, tokenizer)
+            saver(step, wait=leave)
+            ranks.together(partial(publish, c, ranks, step, towers, tokenizer))
         trace(leave)
         if leave:
             break
