@@ -28,9 +28,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Batches, CropConfig, cut, draw_crops, loader
-from dinotxt import FILE, TowerConfig, image_vector, load_dinotxt, new_towers, save_towers  # noqa: F401  load_dinotxt
+from dinotxt import (  # noqa: F401  load_dinotxt is what others look for here
+    FILE,
+    TowerConfig,
+    Towers,
+    image_vector,
+    load_dinotxt,
+    new_towers,
+    save_towers,
+)
+from engine import budget
 from engine import config as command_line
-from engine.bpe import Tokenizer, learn_merges
+from engine.bpe import CLIP_MERGES, Tokenizer, learn_merges
 from engine.checkpoint import begin_state, check_space, load_checkpoint, newest, saved
 from engine.features import describe, load
 from engine.interrupt import Interrupt, Peers, Verdicts
@@ -44,7 +53,7 @@ from engine.saver import Saver
 from engine.tokens import keep, split
 from engine.views import middle
 from losses import GatherRows
-from model import Noise, ViTConfig, to_device
+from model import Noise, ViT, ViTConfig, to_device
 from recipes import go_on, resumes, saved_config, saved_text
 from sets.captions import open_captions
 from train import clip_gradients, schedule, set_schedules, settle
@@ -96,6 +105,7 @@ class TextConfig:
     weight_decay: float = 1e-4     # [0, 10]: none for biases, norms, LayerScale and the scale
     beta1: float = 0.9             # [0, 1): AdamW
     beta2: float = 0.99            # [0, 1): the same
+    ranks: int = 1                 # [1, 1e6]: with --plan: devices, as torchrun would start them
 
     @property
     def head_noise(self):
@@ -414,11 +424,21 @@ def report(c, ranks, step, unreadable, n_cut):
     print(f"{'finished' if done else f'stopped at step {step} of {c.steps}, --resume goes on'}: {c.out}/{FILE}")
 
 
+def plan(c):
+    """Prints what a step needs; nothing is loaded."""
+    vit, vocabulary = describe(c.weights), 514 + (c.merges or CLIP_MERGES)
+    with torch.device("meta"):
+        budget.report(c, Towers(vit, TowerConfig(c.depth, c.width, c.context, vocabulary, c.head_blocks)), ViT(vit))
+
+
 def main(argv):
     if "--help" in argv or "-h" in argv:
         name = argv[argv.index("--recipe") + 1] if "--recipe" in argv[:-1] else "laptop"
-        print(__doc__.strip(), command_line.describe(RECIPES.get(name, RECIPES["laptop"])), sep="\n\n")
+        print(__doc__.strip(), command_line.describe(RECIPES.get(name, RECIPES["laptop"]))
+              + "\n  --plan               print what a step needs, and start nothing", sep="\n\n")
         return
+    if "--plan" in argv:
+        return plan(configure([word for word in argv if word != "--plan"]))
     c = configure(argv)
     with Interrupt() as interrupt, Peers(start_ranks(c.device)) as ranks:
         return train(settle(c, ranks), ranks, interrupt)

@@ -126,7 +126,7 @@ def test_a_digest_is_of_names_and_captions(tmp_path):
 @pytest.mark.parametrize("name, text, says", [
     ("captions.json", "[", "captions.json has no captions that are understood"),
     ("captions.json", '{"images": []}', "has no captions that are understood .KeyError"),
-    ("captions.json", '[{"image": "red.png", "words": 1}]', "has columns image, words; wanted one of caption, captions"),
+    ("captions.json", '[{"image": "red.png", "words": 1}]', "has columns image, words; wanted one of caption"),
     ("a.csv", "image,words\nred.png,x\n", "has columns image, words; wanted one of caption"),
     ("a.csv", "image,caption\n", "has no image with a caption; wanted one of the layouts"),
     ("a.csv", "image,caption\ngone.png,x\n", "has no image with a caption"),

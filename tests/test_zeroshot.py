@@ -109,9 +109,9 @@ def test_mistakes(weights, more, says, words):
         evaluate.main(["--task", "zeroshot", "--device", "cpu", "--workers", "0", "--limit", "2", "--weights", *told])
 
 
-@pytest.mark.parametrize("paths, says", [(["red/1.png"], "has 1 folders of classes; zeroshot wants"),
-                                         (["red/1.png", "blue/2.png", "3.png"], "has 2 folders of classes, and 3.png in "
-                                                                                "none; zeroshot wants")])
+@pytest.mark.parametrize("paths, says", [
+    (["red/1.png"], "has 1 folders of classes; zeroshot wants"),
+    (["red/1.png", "blue/2.png", "3.png"], "has 2 folders of classes, and 3.png in none; zeroshot wants")])
 def test_folders_name_the_classes(paths, says, speaking, tmp_path):
     for path in paths:
         photo(tmp_path / "photos" / path, "red")
