@@ -75,9 +75,9 @@ class Tokenizer:
         letters, self.mend = list(byte_characters().values()), merges is None
         self.merges = clip_merges() if self.mend else merges
         self.rank = {pair: k for k, pair in enumerate(self.merges)}
-        words = [*letters, *(letter + LAST for letter in letters), *map("".join, self.merges), START, END]
+        words = [*letters, *(letter + LAST for letter in letters), *map("".join, self.merges)]
         self.ids = {word: k for k, word in enumerate(words)}
-        self.size, self.start, self.end = len(words), len(words) - 2, len(words) - 1
+        self.start, self.end, self.size = len(words), len(words) + 1, len(words) + 2
         self.known = {START: [self.start], END: [self.end]}
 
     def __call__(self, texts, context):

@@ -10,6 +10,7 @@ import torch
 from forks import start
 from safetensors.torch import load_file
 
+import dinotxt
 import text
 from dinotxt import TowerConfig, load_dinotxt, new_towers
 from engine.ranks import Ranks
@@ -129,6 +130,12 @@ def test_a_run_leaves_what_can_be_used(whole, weights):
     assert 0 < found[0]["lr"] <= 1e-3 and found[-1]["lr"] == 0 and found[0]["cut"] == 0
 
 
+def test_the_scale_stays_below_a_hundred(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(dinotxt, "SCALE", 6.0)
+    _, found = run(weights, tmp_path / "run", "--steps", "2", "--lr", "1e-6", "--n_shapes", "8")
+    assert [row["scale"] for row in found] == pytest.approx([100, 100], rel=1e-4)
+
+
 def test_resuming_is_exact(weights, whole, tmp_path):
     out = tmp_path / "run"
     done, _ = run(weights, out, "--stop_after", "3")
@@ -185,6 +192,10 @@ def test_augmented_views_are_functions_of_seed_and_step():
         middle = text.square(index, source, 32, 16)
         assert not torch.equal(one["images"][k], other["images"][place[index]])
         assert not torch.equal(one["images"][k], middle)
+    image = source.load(0)
+    source.load = lambda i: image                                    # of one image, each sample cuts its own
+    views = text.Pairs(c, source, text.Tokenizer([]), VIT, 0, 8)[0]["images"]
+    assert len(views.flatten(1).unique(dim=0)) == 8
 
 
 def test_control_gives_images_the_captions_of_others(weights):
