@@ -108,6 +108,10 @@ class TextConfig:
     ranks: int = 1                 # [1, 1e6]: with --plan: devices, as torchrun would start them
 
     @property
+    def end(self):
+        return self.steps
+
+    @property
     def head_noise(self):
         return self.drop_path if self.head_blocks else 0.0
 
@@ -119,8 +123,8 @@ RECIPES = {
     "full": TextConfig(recipe="full"),
     # 2 CPU cores; measured in LOG.md
     "laptop": TextConfig(
-        steps=300, batch=128, resolution=80, augment=False, depth=3, width=128, merges=1000, drop_path=0.0, lr=2e-3,
-        lr_warmup=30, save_every=100, log_every=20,
+        n_shapes=4000, steps=300, batch=128, resolution=80, augment=False, depth=3, width=128, merges=1000,
+        drop_path=0.0, lr=2e-3, lr_warmup=30, save_every=100, log_every=20,
     ),
 }
 

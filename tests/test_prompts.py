@@ -1,5 +1,6 @@
 """sets/prompts.py: names of classes, CLIP's lists read without importing them, files, mistakes."""
 
+import re
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -66,11 +67,15 @@ def test_ade20k_names_the_first_of_its_synonyms(tmp_path):
 
 
 def test_shapes_are_asked_for_as_their_captions_say_it():
-    assert STRUCTURED[0] == "dotted star" and len(STRUCTURED) == len(shapes.CLASSES) and len(SCENES) == 25
+    """a red and white dotted star on paved ground before a cloudy wall: of each part every word, none else"""
+    assert STRUCTURED[0] == "dotted star" and len(STRUCTURED) == len(shapes.CLASSES)
+    form = re.compile(r"an? (\w+) and (\w+) {} on (\w+) ground before a (\w+) wall")
+    words = [form.fullmatch(sentence).groups() for sentence in SCENES]
+    for k, known in enumerate((shapes.PALETTE, shapes.PALETTE, shapes.TEXTURES, shapes.TEXTURES)):
+        assert {each[k] for each in words} == set(known)
+    assert len(words) == 33 and SCENES[3].startswith("an orange and ")
     scene = shapes.scene(4)
-    ground = scene.caption.partition(" on ")[2]
-    assert f"a {{}} on {ground}" in SCENES and STRUCTURED[scene.label] in scene.caption
-    assert sentences("shapes") == SCENES and "{}" in sentences("plain")
+    assert STRUCTURED[scene.label] in scene.caption and sentences("shapes") == SCENES and sentences("bare") == ["{}"]
 
 
 @pytest.mark.parametrize("folders, file, text, says", [
