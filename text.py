@@ -59,6 +59,7 @@ from sets.captions import open_captions
 from train import clip_gradients, schedule, set_schedules, settle
 
 LARGEST = math.log(100)        # of the cosines' scale
+NETWORKS_SEE = {"tokens", "images", "ids", "noise"}  # of a batch; the rest is for the host
 READ_FOR_MERGES = 100_000      # captions that an own tokenizer is learned from, at most
 
 # --------------------------------------------------------------------------------
@@ -294,10 +295,17 @@ def normalised(images, config):
 # The loop
 
 
+def make_networks(c, ranks, n_ids):
+    """The towers, and the frozen backbone as what a checkpoint calls its teacher; a resumed run has it there."""
+    backbone = load(c.out if c.resume else c.weights).to(ranks.device).requires_grad_(False)
+    config = TowerConfig(c.depth, c.width, c.context, n_ids, c.head_blocks)
+    return new_towers(backbone.config, config, ranks.device, c.seed), nn.ModuleDict(dict(backbone=backbone))
+
+
 def make_optimizer(c, towers):
     """No decay of what is not a matrix: biases, norms, LayerScale, the scale."""
     groups = [dict(params=[p for p in towers.parameters() if (p.ndim > 1) == decays], decays=decays, lr_factor=1.0,
-                   last_layer=False) for decays in (True, False)]
+                   still=0) for decays in (True, False)]
     return torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), fused=True)
 
 
@@ -350,11 +358,8 @@ def train(c, ranks, interrupt):
         raise ValueError(f"--batch {c.batch} is not divisible by {ranks.count} ranks x --accumulate {c.accumulate}")
     source, digest = open_same(c)
     tokenizer = make_tokenizer(c, source)
-    backbone = load(c.out if c.resume else c.weights).to(ranks.device).requires_grad_(False)
-    vit, frozen = backbone.config, nn.ModuleDict(dict(backbone=backbone))  # the checkpoint's teacher
-    towers = new_towers(vit, TowerConfig(c.depth, c.width, c.context, tokenizer.size, c.head_blocks), ranks.device,
-                        c.seed)
-    optimizer = make_optimizer(c, towers)
+    towers, frozen = make_networks(c, ranks, tokenizer.size)
+    backbone, optimizer = frozen["backbone"], make_optimizer(c, towers)
     begin_state(optimizer)
     start = load_checkpoint(c, ranks, towers, frozen, optimizer) if c.resume else 0
     ranks.together(lambda: ranks.main and begin(c, ranks, start, source, digest, tokenizer, towers,
@@ -363,7 +368,7 @@ def train(c, ranks, interrupt):
     kept = source if c.augment else tokens_of(c, ranks, backbone, source)
 
     lr, samples = schedule(0, c.lr, 0, c.lr_warmup, c.steps), c.batch // ranks.count // c.accumulate
-    batches = Pairs(c, kept, tokenizer, vit, ranks.rank * samples * c.accumulate, samples)
+    batches = Pairs(c, kept, tokenizer, backbone.config, ranks.rank * samples * c.accumulate, samples)
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * c.accumulate, c.steps * c.accumulate), c.workers,
                     pin_memory=ranks.device.type == "cuda")
@@ -384,15 +389,16 @@ def train(c, ranks, interrupt):
 
         # a batch, in parts
         parts = [progress.next(stream) for _ in range(c.accumulate)]
-        unreadable |= dict(broken for part in parts for broken in part.pop("broken"))
-        indices, n_cut = torch.cat([part.pop("indices") for part in parts]), n_cut + sum(p.pop("cut") for p in parts)
-        parts = [to_device(part, ranks.device) for part in parts]
-        set_schedules(optimizer, lr[step], c.weight_decay, False)
+        unreadable |= dict(broken for part in parts for broken in part["broken"])
+        n_cut += sum(part["cut"] for part in parts)
+        set_schedules(optimizer, lr[step], c.weight_decay, step)
 
         # every image against every text; update, unless a number is not finite
-        loss, top1 = learn(c, ranks, backbone, towers, parts)
+        loss, top1 = learn(c, ranks, backbone, towers, [
+            {name: to_device(part[name], ranks.device) for name in part.keys() & NETWORKS_SEE} for part in parts])
         norms = clip_gradients(dict(towers=towers), math.inf)
-        means = verdicts.judge(step, dict(loss=loss, top1=top1), norms, indices)
+        means = verdicts.judge(step, dict(loss=loss, top1=top1), norms,
+                               torch.cat([part["indices"] for part in parts]))
         optimizer.found_inf = verdicts.skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

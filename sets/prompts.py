@@ -3,8 +3,8 @@ What classes are called, and sentences to say it in: prompts, for a network that
 
     names_of       a class folder's names: of a file, of ImageNet's 1,000, or as the folders are called
     label_names    the same of a segmentation set's class numbers
-    sentences      --templates: imagenet, CLIP's 80; plain, a few; bare, the name alone; shapes, 33 like its captions; or
-                   a file, a line each with {} for the name
+    sentences      --templates: imagenet, CLIP's 80; plain, a few; bare, the name alone; shapes, 33 like its captions;
+                   or a file, a line each with {} for the name
     TEXT, NAMES, TEMPLATES  options of the tasks
 
 A class may have several names, "sky; wall; floor": its score is that of the best. So a background is asked for. CLIP's
@@ -108,7 +108,7 @@ def sentences(templates):
         return list(OWN[templates])
     if not Path(templates).is_file():
         raise ValueError(f"--templates {templates} is no file; write imagenet, {', '.join(OWN)}, or name one: a "
-                         "sentence a line, {{}} for the name")
+                         "sentence a line, {} for the name")
     found = lines(Path(templates), "sentences")
     if not all("{}" in line for line in found):
         raise ValueError(f"--templates {templates}: {next(line for line in found if '{}' not in line)!r} has no {{}}; "

@@ -101,10 +101,10 @@ def labelled(i, frozen, val, vectors, classes, n):
     return [slide(found, image.shape[1:], side, stride, c.resolution).argmax(0) for found in halves]
 
 
+SET = Option("set", "segmentation", f"how the folder lies, and its classes: {', '.join(labels.SETS)}", scored=False)
 TASK = Task(
     "openvocab", "as segmentation's, of val alone; --set says which", open_set, run, wants="maps", metric="miou",
     sides=(512, 160), network=Both, pictures="image, truth, and both predictions",
-    options=(TEXT, NAMES, TEMPLATES._replace(shapes="bare"), Option("set", "segmentation", "how the folder lies, and its classes: "
-                                            + ", ".join(labels.SETS), scored=False)),
+    options=(TEXT, NAMES, TEMPLATES._replace(shapes="bare"), SET),
     paper=(Paper("miou", {"l": 24.7}, 512, dict(n_val=2000, n_classes=150)),
            Paper("miou", {"l": 36.9}, 512, dict(n_val=500, n_classes=19))))
