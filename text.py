@@ -108,6 +108,8 @@ class TextConfig:
     beta2: float = 0.99            # [0, 1): the same
     ranks: int = 1                 # [1, 1e6]: with --plan: devices, as torchrun would start them
 
+    gram_teacher = ""              # no option: what is asked of every trainer's config, as its end is
+
     @property
     def end(self):
         return self.steps
@@ -372,7 +374,7 @@ def train(c, ranks, interrupt):
     batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * c.accumulate, c.steps * c.accumulate), c.workers,
                     pin_memory=ranks.device.type == "cuda")
-    saver = Saver(c, ranks, towers, frozen, optimizer, interrupt.leave)
+    saver = Saver(c, ranks, towers, frozen, optimizer, failed=interrupt.leave)
     verdicts, unreadable, n_cut = Verdicts(ranks, interrupt, source.name), {}, 0
     progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
 
