@@ -52,7 +52,8 @@ def evaluate(c):
 def network(task, c, ranks):
     """Read and put on its device by one rank of a machine after the other: the host has room for one, not for eight."""
     with turn("reading"):
-        return Frozen(load(c.weights, c.size, c.precision), task, c, ranks)
+        backbone = load(c.weights, c.size, c.precision)
+        return Frozen(task.network(backbone, c) if task.network else backbone, task, c, ranks)
 
 
 def by_block(task, data, frozen, c):

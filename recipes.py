@@ -381,7 +381,7 @@ def resumed_config(values, out):
     return c
 
 
-def go_on(before, values, out, free=()):
+def go_on(before, values, out, free=(), derive=derive):
     """The saved config with the command line's words. Raises ValueError if they would make it another run."""
     values = {name: text for name, text in values.items() if (name, text) != ("precision", "auto")}  # as it was settled
     fresh = replace(before, stop_after=0, profile=(0, 0))  # they count the steps of one run

@@ -7,6 +7,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py attention dog.jpg --weights runs/s --out heads.png        photo, mean, head 0, 1, ... by row
     python visualize.py outliers dog.jpg --weights runs/s --out norms.png     by block: norms of patches, of channels
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
+    python visualize.py text dog.jpg --weights runs/words --prompts "a dog; grass; sky" --out dog.png   or .html: a page
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -16,6 +17,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
+    text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
     sizes_picture        image at several sizes -> colours in one basis, consistency       DINOv3 Fig. 4, 17
@@ -42,17 +44,19 @@ from tqdm import tqdm
 
 import shapes
 from data import EXTENSIONS, open_source, read_image, resize
+from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
 from engine.attention import attention_row
 from engine.curves import draw, find_runs
-from engine.explore import HEAT, page
+from engine.explore import HEAT, gallery, page
+from engine.pictures import entitled, hues
 from losses import gram_loss
 from recipes import saved_config
 from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
-             gram=".png", resolutions=".png", training=".gif")  # of OUT
+             gram=".png", resolutions=".png", text=".png .html", training=".gif")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -64,6 +68,7 @@ class VisualizeConfig:
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
     layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
+    prompts: str = ""          # text: what to look for, as in "a dog; grass; sky"
     point: tuple = (0.5, 0.5)  # [0, 1): similarity, attention: x,y, shares of the sides; attention without: class token
     sizes: str = "256,512,1024,2048"  # resolutions: pixels of the short side, rising
 
@@ -302,6 +307,29 @@ def training_frames(run, point, n_images=4):
     return frames
 
 
+@torch.no_grad()
+def text_pictures(model, image, prompts):
+    """
+    Where words land: the photo, the cosine of each patch to each prompt, and which prompt is nearest. Each heat map is
+    from its least to its largest: a level is not to be compared across prompts; the colours of the last one are.
+
+    model    DinoTxt    prompts  texts, which ask the patches as they are: their vectors' second half
+    returns  H W 3 uint8 each, its title below it;  cosines, h w n
+    """
+    D, (h, w) = model.config.width, (side // model.config.patch_size for side in image.shape[1:])
+    vectors, _ = ask(model, [[prompt] for prompt in prompts], ["{}"], slice(D, None))
+    patches = model.encode_patches(network_input(model, image))[0].float().cpu()                   # P D
+    cosines = (F.normalize(patches, dim=1) @ vectors.T).view(h, w, -1)
+    low, high = cosines.amin((0, 1)), cosines.amax((0, 1))
+    levels = ((cosines - low) / (high - low).clamp(min=1e-6)).numpy()
+    nearest = hues(1 + cosines.argmax(2)).permute(1, 2, 0).numpy() / 255                           # h w 3
+    photo, best = side_by_side(image, nearest)
+    colours = hues(1 + torch.arange(len(prompts))[None])[:, 0].T.tolist()
+    heats = [entitled(side_by_side(image, levels[..., k])[1], f"{prompt}  {low[k]:.2f} to {high[k]:.2f}", colours[k])
+             for k, prompt in enumerate(prompts)]
+    return [entitled(photo, "image"), *heats, entitled(best, "nearest of them")], cosines
+
+
 def side_by_side(image, colours):
     """C H W uint8, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
     if colours.ndim == 2:
@@ -344,8 +372,11 @@ def configure(argv):
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
-    if not (c.weights or mode in ("curves", "training")) or Path(c.out).suffix != MODES[mode]:
-        raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a {MODES[mode]}")
+    if not (c.weights or mode in ("curves", "training")) or Path(c.out).suffix not in MODES[mode].split():
+        raise ValueError(f"--weights {c.weights!r} --out {c.out!r}: write both, OUT a "
+                         + " or ".join(MODES[mode].split()))
+    if (mode == "text") != bool(c.prompts.strip("; ")):
+        raise ValueError(f"--prompts {c.prompts!r}: it is for the mode text, which wants some, as in \"a dog; grass\"")
     command_line.writable(c.out, folder=False)
     layers = c.layers.split(",") if c.layers else []
     if not all(layer.isdecimal() for layer in layers) or mode == "attention" and len(layers) > 1:
@@ -372,7 +403,7 @@ def main(argv):
         return
     nets = [load_backbone(path, c.size or None).to(command_line.choose_device("auto"))
             for path in (c.weights if mode == "gram" else [c.weights])]
-    vit = nets[0]
+    vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
     photos, names = load_photos(names, c.resolution, math.lcm(*(net.config.patch_size for net in nets)))
     if mode == "resolutions":
         print(*sizes_picture(vit, photos, names, c), f"wrote {c.out}", sep="\n")
@@ -383,7 +414,10 @@ def main(argv):
     if mode == "outliers":
         groups, lines = zip(*(outliers_picture(vit, photo) for photo in photos), strict=True)
         print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
-    maps = [] if mode in ("attention", "outliers") else patch_features(vit, photos, layers=layers)
+    if mode == "text":
+        prompts = [prompt.strip() for prompt in c.prompts.split(";") if prompt.strip()]
+        groups = [text_pictures(vit, photo, prompts)[0] for photo in photos]
+    maps = [] if mode in ("attention", "outliers", "text") else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
     elif mode == "gram":
@@ -398,6 +432,9 @@ def main(argv):
         html, d, error = page(maps, photos, [Path(name).name for name in names])
         Path(c.out).write_text(html, encoding="utf-8")
         said = f"{len(html) / 1e6:.1f} MB; {maps[0].shape[2]} features kept as {d} int8, cosines within {error:.3f}"
+    elif Path(c.out).suffix == ".html":
+        Path(c.out).write_text(gallery(groups, [Path(name).name for name in names], c.prompts), encoding="utf-8")
+        said = f"{len(prompts)} prompts"
     else:
         picture = sheet(groups)
         Image.fromarray(picture).save(c.out)

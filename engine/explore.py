@@ -3,6 +3,7 @@ One page to explore frozen patch features in a browser: no server, no network; a
 
     HEAT        the colours of a cosine, here and in the pictures of visualize.py
     compress    maps -> int8 numbers whose scalar products are the cosines, up to an error that is measured
+    gallery     pictures -> HTML, for visualize.py text
     page        maps, images -> HTML; `python visualize.py explore` writes it
 
 Dimension letters: see the top of model.py; n patches lie in all images together, d numbers are kept of D.
@@ -11,6 +12,7 @@ Dimension letters: see the top of model.py; n patches lie in all images together
 import base64
 import io
 import json
+from html import escape
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,17 @@ def page(maps, images, names):
     note = f"{D} features of a patch, kept as {d} numbers of 8 bits; cosines within {error:.3f}"
     data = json.dumps(dict(images=shown, d=d, scale=scale, heat=HEAT)).replace("<", "\\u003c")  # no </script>
     return TEMPLATE.replace("NOTE", note).replace("DATA", data), d, error
+
+
+def gallery(rows, names, title):
+    """Rows of pictures, H W 3 uint8, one row for each image -> a page: HTML, no script"""
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>"
+             "<style>body { font: .9rem system-ui, sans-serif; margin: 1.5rem } img { width: 15rem; margin: 2px } "
+             "h1 { font-size: 1.2rem; font-weight: 500 }</style>", f"<h1>{escape(title)}</h1>"]
+    for name, pictures in zip(names, rows, strict=True):
+        parts += [f"<p>{escape(name)}<br>",
+                  *(f'<img src="{jpeg(torch.from_numpy(each).permute(2, 0, 1))}">' for each in pictures)]
+    return "\n".join(parts)
 
 
 def jpeg(image):

@@ -2,7 +2,8 @@
 What --out gets: rows of pictures, C H W uint8 each.
 
     hues, shades    class numbers and depths as colours        framed       boxes
-    connected       two views and what was matched             save_pictures
+    connected       two views and what was matched             entitled     a title below
+    save_pictures
 """
 
 import math
@@ -18,6 +19,7 @@ from engine.metrics import IGNORE
 from engine.views import scaled
 
 SHOWN = 8            # images that --out gets
+STRIP = 14           # pixels of a title's height
 LINES = 30           # matches that a picture shows
 MATCHED = "two views; a match is green if it is right, red if not"
 
@@ -72,6 +74,13 @@ def connected(a, b, start, end, right, side=400):
         for x, y in ends:
             pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour, outline=(0, 0, 0, 160), width=2)
     return resize(torch.from_numpy(np.array(sheet)).permute(2, 0, 1), H // 2, W)
+
+
+def entitled(picture, title, colour=(255, 255, 255)):
+    """H W 3 uint8 -> the same above a strip of this colour that has the title, cut where the picture ends"""
+    strip = Image.new("RGB", (picture.shape[1], STRIP), tuple(colour))
+    ImageDraw.Draw(strip).text((3, 1), title, "black" if sum(colour) > 300 else "white")
+    return np.concatenate([picture, np.array(strip)])
 
 
 def save_pictures(c, rows, shown="image, truth, prediction"):

@@ -27,9 +27,9 @@ def enlarged(size, side):
     return tuple(max(side, round(x * scale)) for x in size)
 
 
-def windows(image, side, stride):
-    """C H W -> square views that cover it, its short side being theirs; row by row"""
-    image = scaled(image, side)
+def windows(image, side, stride, short=0):
+    """C H W -> square views that cover it, row by row; its short side becomes `short`, 0 = theirs"""
+    image = scaled(image, short or side)
     return [image[..., y : y + side, x : x + side] for y, x in places(image.shape[1:], side, stride)]
 
 
@@ -38,12 +38,12 @@ def resized(map, size):
     return F.interpolate(map[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def slide(answers, size, side, stride):
+def slide(answers, size, side, stride, short=0):
     """
     answers  of each window of an image of H W, in the order of `windows`: C h w
     returns  C H W: each enlarged to its window, their mean where they overlap, resized to the image
     """
-    H, W = enlarged(size, side)
+    H, W = enlarged(size, short or side)
     total, visits = 0, torch.zeros(H, W, device=answers[0].device)
     for (y, x), answer in zip(places((H, W), side, stride), answers, strict=True):
         total = total + F.pad(resized(answer, (side, side)), (x, W - side - x, y, H - side - y))

@@ -90,6 +90,7 @@ class Task:
     view: Callable = fitted    # what the network sees: see views.py
     wide: Callable = None      # the same from 512 pixels on, if the paper has another than the released code at 224
     sides: tuple = (224, 80)   # --resolution on photos, on shapes, in whole patches; 0 = as large as they are
+    network: Callable = None   # (backbone, c) -> what stands in its place, as a head on it; None = itself
     options: tuple = ()        # Option: read beside the common ones; all others are refused
     decoders: tuple = ()       # names in decoders/; the first is the default
     control: str = "truth"     # what --control shuffles: truth, patches
@@ -100,7 +101,7 @@ class Task:
 
     def all_options(self):
         """Those of the record, and those that follow from it."""
-        own = self.options + ((LAYERS,) if self.wants == "maps" else ())
+        own = self.options + ((LAYERS,) if self.wants == "maps" and not self.network else ())
         if self.decoders:
             own += (Option("decoder", self.decoders[0], "one of " + ", ".join(self.decoders)), HEAD)
         left = [f"a picture: {self.pictures}"] * bool(self.pictures) + ["head.safetensors"] * (HEAD in own)

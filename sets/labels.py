@@ -87,6 +87,16 @@ def open_segmentation(c):
     return train, val, labels.n_classes or 1 + int(np.flatnonzero(in_train).max())
 
 
+def open_val(c, kind):
+    """Images to measure on with their truths, of one of SETS; and the largest label of any. Raises ValueError."""
+    layout = dict(cityscapes=cityscapes_pairs, voc=voc_pairs).get(kind, label_pairs)
+    val = Pairs(layout(c, "validation", "val"), partial(read_labels, labels=SETS[kind]))
+    seen = np.flatnonzero(np.any(verified(c, val, seen_classes), 0)[:IGNORE])
+    if not len(seen):
+        raise ValueError(f"--data: all labels of {c.data} are ignored; wanted class numbers")
+    return val, int(seen.max())
+
+
 def label_pairs(c, *split):
     """images/training/NAME.jpg, annotations/training/NAME.png; train and val are understood too"""
     roots = [folders(c, *[f"{kind}/{name}" for name in split]) for kind in ("images", "annotations")]

@@ -4,6 +4,7 @@ on. Adding a task is a file, and a line here. See engine/task.py.
 """
 
 from tasks import (
+    captions,
     correspondence,
     depth,
     discovery,
@@ -12,11 +13,13 @@ from tasks import (
     linear,
     logreg,
     met,
+    openvocab,
     retrieval,
     segmentation,
     tracking,
     video,
     voc07,
+    zeroshot,
 )
 
 TASKS = {task.name: task for task in (
@@ -33,4 +36,7 @@ TASKS = {task.name: task for task in (
     *keypoints.TASKS,
     *correspondence.TASKS,
     *video.TASKS,
+    zeroshot.TASK,
+    captions.TASK,
+    openvocab.TASK,
 )}

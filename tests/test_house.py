@@ -61,7 +61,7 @@ def test_imports_run_one_way():
     assert graph["ops"] <= {"engine.proof"} and not graph["data"] & {"model", "convnext", "losses"}
     for name, own in graph.items():
         wing, _, file = name.partition(".")
-        may = name in ("train", "distill", "demo", "bench", "engine.trials")
+        may = name in ("train", "distill", "text", "demo", "bench", "engine.trials")
         assert may or "train" not in own, f"{name} imports train"
         others = {"engine": ("sets", "tasks", "decoders", "evaluate"), "decoders": ("sets", "tasks", "evaluate"),
                   "sets": ("tasks", "decoders", "evaluate"), "tasks": ("evaluate", "tasks")}.get(wing, ())

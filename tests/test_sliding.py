@@ -35,6 +35,17 @@ def test_slide_averages_windows(H, W, stride):
     torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+def test_windows_smaller_than_the_short_side():
+    """dino.txt's: a short side of 512, windows of 384, 192 apart"""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 512, 700), dtype=np.uint8))
+    views, places = sliding.windows(image, 384, 192, 512), [(y, x) for y in (0, 128) for x in (0, 192, 316)]
+    assert len(views) == 6
+    for view, (y, x) in zip(views, places, strict=True):
+        assert torch.equal(view, image[:, y : y + 384, x : x + 384])
+    found = sliding.slide([view.float() for view in views], (512, 700), 384, 192, 512)
+    torch.testing.assert_close(found, image.float())
+
+
 def test_windows_are_the_image_where_they_lie():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 32, 70), dtype=np.uint8))
     views = sliding.windows(image, 32, 21)

@@ -59,6 +59,11 @@ def test_skipped_is_named_and_counted_once(capsys):
     assert sum(SKIPPED.values()) == 4 and capsys.readouterr().out.count("skipped 3 photos; the first: a.jpg\n") == 2
 
 
+def test_a_network_of_the_tasks_own_has_no_blocks_to_choose():
+    own = replace(TASK, network=lambda backbone, c: backbone)
+    assert hasattr(TASK.config(), "layers") and not hasattr(own.config(), "layers")
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_records_are_whole(name):
     """What --help prints is there, options are of one type everywhere, views and decoders exist."""

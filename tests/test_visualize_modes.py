@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from speaking import Colours, photo
 
 from convnext import ConvNeXt, ConvNeXtConfig
 from engine.attention import attention_row
+from engine.pictures import STRIP, hues
 from model import ViT, ViTConfig, build
-from visualize import GUTTER, HEAT, attention_picture, main, network_input, outliers, patch_features
+from visualize import (
+    GUTTER,
+    HEAT,
+    attention_picture,
+    main,
+    network_input,
+    outliers,
+    patch_features,
+    text_pictures,
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +143,43 @@ def test_a_thousand_pixels_non_square_several_at_once(folder, monkeypatch, mode)
             assert picture.size == (2 * 1696 + GUTTER, 2 * 1792 + GUTTER)
 
 # --------------------------------------------------------------------------------
+# Words
+
+
+def stripes(folder):
+    photo(folder / "stripes.png", "red", "green", "blue", size=(16, 48))
+    return torch.from_numpy(np.array(Image.open(folder / "stripes.png"))).permute(2, 0, 1)
+
+
+def test_words_land_where_they_are_meant(tmp_path):
+    """Of a stripe of each colour: brightest there for its word, and the nearest word is its own"""
+    pictures, cosines = text_pictures(Colours(), stripes(tmp_path), ["blue", "a red one"])
+    assert cosines.shape == (2, 6, 2) and len(pictures) == 4
+    assert cosines[..., 0].argmax(1).tolist() == [4, 4] and cosines[..., 1].argmax(1).tolist() == [0, 0]
+    assert all(picture.shape == (16 + STRIP, 48, 3) for picture in pictures)
+    heat, nearest = pictures[1], pictures[3]
+    assert heat[8, 40].tolist() == list(HEAT[-1]) and heat[8, 4].tolist() == list(HEAT[0])
+    blue, red = (hues(torch.tensor([[k]]))[:, 0, 0].tolist() for k in (1, 2))
+    assert nearest[8, 40].tolist() == pytest.approx(blue, abs=1) and nearest[8, 4].tolist() == pytest.approx(red, abs=1)
+    assert heat[-1, -1].tolist() == blue and pictures[2][-1, -1].tolist() == red               # of the strip below
+
+
+@pytest.mark.parametrize("out", ["text.png", "text.html"])
+def test_text_command(out, tmp_path, monkeypatch, vit, capsys):
+    stripes(tmp_path)
+    monkeypatch.setattr("visualize.load_dinotxt", lambda path, backbone: Colours())
+    monkeypatch.setattr("visualize.load_backbone", lambda path, size: vit)
+    main(["text", str(tmp_path / "stripes.png"), "--weights", "x", "--prompts", "red; <b>blue</b>;", "--out",
+          str(tmp_path / out)])
+    assert f"wrote {tmp_path / out}: 1 image, " in capsys.readouterr().out
+    if out.endswith("png"):
+        with Image.open(tmp_path / out) as picture:
+            assert picture.size == (4 * 48 + 3 * GUTTER, 16 + STRIP)
+    else:
+        html = (tmp_path / out).read_text()
+        assert html.count("<img src=") == 4 and "&lt;b&gt;blue" in html and "stripes.png" in html and "<b>" not in html
+
+# --------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -142,6 +190,11 @@ def test_a_thousand_pixels_non_square_several_at_once(folder, monkeypatch, mode)
     ("pca 0.png --out a.png --layers 0,12", "no block 12"),
     ("pca 0.png --out a.png --layers -1", "--layers -1: write blocks, 0-based, as in 3,5"),
     ("pca 0.png --out a.png --layers 1,,2", "write blocks"),
+    ("text 0.png --out a.png", "--prompts '': it is for the mode text, which wants some, as in"),
+    ("text 0.png --out a.png --prompts ;", "--prompts ';': it is for the mode text, which wants some"),
+    ("pca 0.png --out a.png --prompts dog", "--prompts 'dog': it is for the mode text"),
+    ("text 0.png --out a.jpg --prompts dog", "OUT a .png or .html"),
+    ("text 0.png --out a.png --prompts dog", "text.safetensors|weights.safetensors does not exist; name the folder"),
     ("explore 0.png --out a.png", "OUT a .html"), ("similarity 0.png --out a.html", "OUT a .png"),
     ("explor 0.png --out a.html", "did you mean explore"), ("atention 0.png --out a.png", "did you mean attention")])
 def test_mistakes_are_named(folder, monkeypatch, vit, words, message):
