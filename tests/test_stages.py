@@ -231,6 +231,12 @@ def test_highres_without_a_gram_teacher(gram, tmp_path):
     assert "gram" not in found[0]
 
 
+def test_a_stage_without_a_gram_term_refreshes_nothing(before, tmp_path):
+    """the control of every figure of the stage: --gram_refresh of its recipe has no teacher to replace"""
+    assert len(go_on(before, tmp_path, "--gram_weight", "0")) == 5
+    assert json.loads((tmp_path / "config.json").read_text())["gram_refreshes"] == 0
+
+
 def test_a_run_of_stages_can_be_distilled_and_that_one_goes_on(gram, tmp_path):
     """to high resolution, without a Gram teacher: paper, §5.2; its mask token, which was not trained, begins so"""
     distill.main(["--teacher", str(gram), "--students", "tiny", "--data", "shapes", "--n_shapes", "24", "--steps",
