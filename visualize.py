@@ -325,8 +325,7 @@ def text_pictures(model, image, prompts):
     nearest = hues(1 + cosines.argmax(2)).permute(1, 2, 0).numpy() / 255                           # h w 3
     photo, best = side_by_side(image, nearest)
     colours = hues(1 + torch.arange(len(prompts))[None])[:, 0].T.tolist()
-    heats = [entitled(side_by_side(image, levels[..., k])[1], f"{prompt}  {low[k]:.2f} to {high[k]:.2f}", colours[k])
-             for k, prompt in enumerate(prompts)]
+    heats = [entitled(side_by_side(image, levels[..., k])[1], prompt, colours[k]) for k, prompt in enumerate(prompts)]
     return [entitled(photo, "image"), *heats, entitled(best, "nearest of them")], cosines
 
 
@@ -416,7 +415,10 @@ def main(argv):
         print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
     if mode == "text":
         prompts = [prompt.strip() for prompt in c.prompts.split(";") if prompt.strip()]
-        groups = [text_pictures(vit, photo, prompts)[0] for photo in photos]
+        groups, cosines = zip(*(text_pictures(vit, photo, prompts) for photo in photos), strict=True)
+        print("cosines, from the least to the largest:", *(f"{name}, {prompt}: {x.min():.2f} to {x.max():.2f}"
+              for name, each in zip(names, cosines, strict=True)
+              for prompt, x in zip(prompts, each.unbind(2), strict=True)), sep="\n  ")
     maps = [] if mode in ("attention", "outliers", "text") else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]

@@ -3,8 +3,8 @@ What classes are called, and sentences to say it in: prompts, for a network that
 
     names_of       a class folder's names: of a file, of ImageNet's 1,000, or as the folders are called
     label_names    the same of a segmentation set's class numbers
-    sentences      --templates: imagenet, CLIP's 80; plain, a few; bare, the name alone; shapes, 33 like its captions;
-                   or a file, a line each with {} for the name
+    sentences      --templates: imagenet, CLIP's 80; plain, a few; shapes, 33 like its captions; or a file, a
+                   line each with {} for the name
     TEXT, NAMES, TEMPLATES  options of the tasks
 
 A class may have several names, "sky; wall; floor": its score is that of the best. So a background is asked for. CLIP's
@@ -26,14 +26,14 @@ from sets.pairs import lines
 TEXT = Option("text", "", "file of the towers, as released; empty = text.safetensors in the folder --weights",
               scored=False)
 NAMES = Option("names", "", "file of names: a class a line in the order of the classes, or JSON {folder: name}")
-TEMPLATES = Option("templates", "imagenet", "imagenet, plain, bare, shapes, or a file: a line each, {} for the name",
+TEMPLATES = Option("templates", "imagenet", "imagenet, plain, shapes, or a file: a line each, {} for the name",
                    shapes="shapes")
 PLAIN = "a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}"
 STRUCTURED = [f"{structure} {kind}" for (structure, *_), kind in zip(shapes.STRUCTURES, shapes.CLASSES, strict=True)]
 SURFACES = [*product(shapes.TEXTURES, repeat=2)]
 SCENES = [f"{shapes.article(a)} and {b} {{}} on {SURFACES[k % 25][0]} ground before a {SURFACES[k % 25][1]} wall"
           for k, (a, b) in enumerate(permutations(shapes.PALETTE, 2)) if k % 4 == 0]  # as captions are: LOG.md
-OWN = dict(plain=PLAIN, bare=("{}",), shapes=SCENES)
+OWN = dict(plain=PLAIN, shapes=SCENES)
 BACKGROUND = [f"{texture} {part}" for texture in shapes.TEXTURES for part in ("ground", "wall")]
 LABELS = dict(  # in the order of class numbers
     cityscapes=("road; street", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",

@@ -90,7 +90,7 @@ def confusions(i, frozen, val, vectors, classes, n):
 def labelled(i, frozen, val, vectors, classes, n):
     """The classes of an image's pixels, H W, by the head's patches, by the backbone's"""
     image, patch, c = val.image(i), frozen.model.config.patch_size, frozen.c
-    side = c.resolution * 3 // 4 // patch * patch or patch                                     # of 512: 384, and 192
+    side = max(round(c.resolution * 3 / 4 / patch), 1) * patch                                 # of 512: 384, and 192
     stride, halves = side // 2, ([], [])
     views = windows(image, side, stride, c.resolution)
     for start in range(0, len(views), c.batch):
@@ -104,7 +104,7 @@ def labelled(i, frozen, val, vectors, classes, n):
 SET = Option("set", "segmentation", f"how the folder lies, and its classes: {', '.join(labels.SETS)}", scored=False)
 TASK = Task(
     "openvocab", "as segmentation's, of val alone; --set says which", open_set, run, wants="maps", metric="miou",
-    sides=(512, 160), network=Both, pictures="image, truth, and both predictions",
-    options=(TEXT, NAMES, TEMPLATES._replace(shapes="bare"), SET),
+    sides=(512, 80), network=Both, pictures="image, truth, and both predictions",
+    options=(TEXT, NAMES, TEMPLATES, SET),
     paper=(Paper("miou", {"l": 24.7}, 512, dict(n_val=2000, n_classes=150)),
            Paper("miou", {"l": 36.9}, 512, dict(n_val=500, n_classes=19))))

@@ -99,7 +99,7 @@ MUTANTS = [  # module, what tests it, old text, which stands there once, and new
     ("engine.metrics", "test_metrics -k segmentation", "IGNORE = 255 ", "IGNORE = 254 ", "IGNORE = 0 "),
     ("tasks.captions", "test_captions -k loops", "RANKS = 1, 5, 10", "RANKS = 1, 5, 11", "RANKS = 2, 5, 10"),
     ("tasks.captions", "test_captions -k papers", "n_captions=25000", "n_captions=25010"),
-    ("tasks.openvocab", "test_openvocab -k half_their_side", "* 3 // 4 //", "* 2 // 3 //"),
+    ("tasks.openvocab", "test_openvocab -k half_their_side", "* 3 / 4 /", "* 2 / 3 /"),
     ("tasks.openvocab", "test_openvocab -k half_their_side", "side // 2, ", "side // 3, "),
     ("tasks.openvocab", "test_openvocab -k finds", "map.chunk(2, 2)", "map.chunk(2, 2)[::-1]"),
     ("tasks.zeroshot", "test_zeroshot -k ranking", "scores.topk(min(5, ", "scores.topk(min(2, "),

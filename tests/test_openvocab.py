@@ -45,14 +45,14 @@ def test_who_knows_the_words_finds_the_stripes(folder, capsys):
 
 
 def test_windows_lie_half_their_side_apart(folder, monkeypatch):
-    """512: windows of 384, 192 apart; 32 in patches of 8: 24, 12"""
+    """512: windows of 384, 192 apart; 32 and 80 in patches of 8: 24, 12 and 64, 32, as half a patch is rounded up"""
     seen = []
     monkeypatch.setattr(openvocab, "windows", lambda image, *how: seen.append(how) or 1 / 0)
-    for side in 512, 32:
+    for side in 512, 32, 80:
         with pytest.raises(ZeroDivisionError):
             evaluate.main([*map(str, WORDS[:5]), str(side), "--templates", "plain", "--device", "cpu", "--workers", "0",
                            "--data", str(folder / "set"), "--names", str(folder / "names.txt")])
-    assert seen == [(384, 192, 512), (24, 12, 32)]
+    assert seen == [(384, 192, 512), (24, 12, 32), (64, 32, 80)]
 
 
 def test_val_alone_is_read(folder):

@@ -101,7 +101,7 @@ def test_the_towers_may_lie_elsewhere(words, tmp_path, capsys):
     ("untrained:tiny", [], "untrained:tiny does not exist; name the folder of a run of text.py, or the released file"),
     ("untrained:s", ["--text", "WORDS"], "text.safetensors is for a ViT of width 128, the weights are 384 wide; name"),
     ("WORDS", ["--names", "x"], "--tests, --names: zeroshot on shapes has no use for them"),
-    ("WORDS", ["--templates", "x"], "--templates x is no file; write imagenet, plain, bare, shapes, or name one"),
+    ("WORDS", ["--templates", "x"], "--templates x is no file; write imagenet, plain, shapes, or name one"),
     ("WORDS", ["--layers", "0"], "--layers: zeroshot does not read it")])
 def test_mistakes(weights, more, says, words):
     told = [str(words) if word == "WORDS" else word for word in (weights, *more)]
