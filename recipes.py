@@ -304,7 +304,7 @@ def stage_config(values, starts):
     base = replace(fresh, **changes)
     c = command_line.apply(base, values)
     if not c.gram_weight:
-        c = replace(c, gram_teacher="", gram_size=0)
+        c = replace(c, gram_teacher="", gram_size=0, gram_refreshes=0)
     other = [name for name in OF_RUN if name in values and getattr(c, name) != getattr(base, name)]
     if other or c.init:
         raise ValueError(f"--{(other or ['init'])[0]}: networks and heads are those of --start {run}, with its "

@@ -229,6 +229,12 @@ def test_highres_without_a_gram_teacher(gram, tmp_path):
     assert "gram" not in found[0]
 
 
+def test_gram_without_a_gram_teacher_passes_its_refresh(before, tmp_path):
+    """the same run without the term, to compare with"""
+    found = go_on(before, tmp_path, "--gram_weight", "0", "--stop_after", "3")
+    assert [row["step"] for row in found] == [6, 7, 8] and "gram" not in found[0]
+
+
 def test_a_run_of_stages_can_be_distilled(gram, tmp_path):
     distill.main(["--teacher", str(gram), "--students", "tiny_half", "--data", "shapes", "--n_shapes", "24", "--steps",
                   "1", "--batch", "8", "--workers", "0", "--device", "cpu", "--out", str(tmp_path)])
