@@ -226,14 +226,18 @@ STAGES = {(size, stage): changes for stage, changes in SCALED.items() for size i
         steps=150, batch=16, group=16, lr=1e-4, lr_end=1e-4, lr_warmup=50, momentum=0.99, momentum_end=0.99,
         resolutions="96x48x192*0.4,160x64x240*0.4,224x80x336*0.2"),
 }
+# differs: the paper has no such stage. The heads are fresh, so the backbone waits a tenth of the time; then a low rate, and
+#   the Gram term to the released weights, at the resolution of the student; not run
 ADAPT = dict(
-    # differs: the paper has no such stage; measured for tiny, LOG.md; the others are not run
     stage="adapt", steps=4000, batch=64, group=16, koleo_group=16, lr=1e-4, lr_end=1e-6, lr_warmup=100,
     teacher_temp_start=0.04, teacher_temp=0.04, teacher_temp_warmup=0, freeze_last_layer=0, weight_decay=0.04,
     weight_decay_end=0.04, momentum=0.99, momentum_end=0.999, layer_decay=0.9, drop_path=0.0, backbone_lr=0.1,
     freeze_backbone=400, gram_weight=2.0, save_every=200,
 )
-TINY_ADAPT = {}
+TINY_ADAPT = dict(  # measured, LOG.md
+    steps=120, batch=16, n_local=2, lr=3e-3, lr_warmup=3, momentum=0.98, momentum_end=0.98, layer_decay=1.0,
+    backbone_lr=1.0, freeze_backbone=24, save_every=60,
+)
 AFTER = dict(gram=("pretrain", "gram"), highres=("pretrain", "gram", "highres"))  # stages that one may go on from
 WARMUPS = ("lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone", "gram_warmup", "gram_refresh")
 HEADS = tuple(f"{head}_{part}" for head in ("dino", "ibot") for part in ("hidden", "bottleneck", "prototypes"))
@@ -263,7 +267,7 @@ def configure(argv, starts=True):
     if not values.get("out") and resumes(given, f"runs/{size}"):
         return resumed_config(given, f"runs/{size}")
     if adapts:
-        recipe = replace(recipe, gram_teacher=values["init"], **ADAPT, **(TINY_ADAPT if size == "tiny" else {}))
+        recipe = replace(recipe, gram_teacher=values["init"], **(ADAPT | TINY_ADAPT if size == "tiny" else ADAPT))
     c = command_line.apply(recipe, values)
     if adapts and not c.gram_size:
         c = replace(c, gram_size=c.global_size)
