@@ -226,8 +226,8 @@ STAGES = {(size, stage): changes for stage, changes in SCALED.items() for size i
         steps=150, batch=16, group=16, lr=1e-4, lr_end=1e-4, lr_warmup=50, momentum=0.99, momentum_end=0.99,
         resolutions="96x48x192*0.4,160x64x240*0.4,224x80x336*0.2"),
 }
-# differs: the paper has no such stage. The heads are fresh, so the backbone waits a tenth of the time; then low rates and
-#   the Gram term to the released weights, at the resolution of the student; not run
+# differs: the paper has no such stage. The heads are fresh, so the backbone waits a tenth of the time; then low rates
+#   and the Gram term to the released weights, at the resolution of the student; not run
 ADAPT = dict(
     stage="adapt", steps=4000, batch=64, group=16, koleo_group=16, lr=1e-4, lr_end=1e-6, lr_warmup=100,
     teacher_temp_start=0.04, teacher_temp=0.04, teacher_temp_warmup=0, freeze_last_layer=0, weight_decay=0.04,

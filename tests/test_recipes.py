@@ -21,8 +21,8 @@ RELEASED = dict(  # ViT-L on ImageNet-1k, as the released code trains it
     ibot_prototypes=65_536, prototype_std=0.02, lr=1e-3, lr_warmup=12_500, weight_decay=0.04, weight_decay_end=0.4,
     momentum=0.992, momentum_end=1.0, teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup=37_500,
     student_temp=0.1, beta1=0.9, beta2=0.999, clip=3.0, layer_decay=0.9, patch_embed_lr=0.2, freeze_last_layer=1250,
-    backbone_lr=1.0, freeze_backbone=0, local_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, save_every=3750, keep=3, keep_every=0,
-    sinkhorn_iterations=3, moments="fp32")
+    backbone_lr=1.0, freeze_backbone=0, local_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, save_every=3750,
+    keep=3, keep_every=0, sinkhorn_iterations=3, moments="fp32")
 OWN = {"lr_end", "out", "data", "init", "resume", "stage", "n_shapes", "seed", "device", "kernels", "precision",
        "workers", "log_every", "log", "profile", "stop_after", "checkpointing", "mean",
        "std", "accumulate", "replicas", "compile",  # of the run; lr_end is below; and of stages:
