@@ -46,7 +46,7 @@ METERS = {  # name: what it is; what is usual: of the well runs of tests/sick_ru
     "entropy": ("targets' entropy, of ln K", "0.76 to 0.93"),
     "balance": ("entropy of their mean, of ln K", "0.99 to 1; less if the batch is small beside K"),
     "rank": ("rank of the class tokens, of the first row's", "0.95 to 1.2"),
-    "patch_rank": ("rank of the patches, of the first row's", "0.9 to 1.6"),
+    "patch_rank": ("rank of the patches, of the first row's", "0.8, in one run"),
     "spread": ("1 - cosine of any two patches of an image, of its best", "0.85 to 1"),
     "locality": ("what neighbours share of it, of its best", "0.75 to 1"),
     "patch_cls": ("cosine of patches and class token", "0.5 to 0.65"),

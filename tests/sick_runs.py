@@ -14,7 +14,7 @@ from collections import Counter
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def verdict(name, seed, out):
     """The word for one run, and the numbers it rests on."""
     words = [*BASE, "--out", str(out), "--seed", str(seed), *RUNS[name][1].split()]
     with ExitStack() as stack:
-        nothing = train, "Saver", lambda *_: lambda step, wait: None
+        nothing = train, "Saver", MagicMock()
         for fault in (nothing, *([FAULTS[name]] if name in FAULTS else [])):
             stack.enter_context(patch.object(*fault))
         train.main(words)

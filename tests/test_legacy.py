@@ -5,6 +5,7 @@ import os
 import pickle
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from weights import save_backbone
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def as_of_old(c, ranks, student, teacher, optimizer, failed, step, wait):
+def as_of_old(c, ranks, student, teacher, optimizer, gram, step, wait):
     """What a save did when it left the writing to torch."""
     out = Path(c.out)
     student, optimizer = get_state_dict(student, optimizer)
@@ -37,7 +38,7 @@ def as_of_old(c, ranks, student, teacher, optimizer, failed, step, wait):
 def old(tmp_path, monkeypatch):
     """A run of two steps, saved as of old."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Saver", lambda *args: partial(as_of_old, *args))
+        patch.setattr(train, "Saver", lambda *args, failed: MagicMock(side_effect=partial(as_of_old, *args)))
         run(tmp_path / "old", "--stop_after", "2")
     return tmp_path / "old"
 

@@ -62,6 +62,9 @@ def test_all_of_the_checkpoint_goes_on(before, tmp_path):
     assert a.keys() == b.keys() - {name for name in b if name.startswith("gram.")}
     moved = {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
     assert moved == {"optimizer"}  # moments go on, weights stay
+    own = {name.removeprefix("gram."): x for name, x in b.items() if name.startswith("gram.")}
+    assert own and all(torch.equal(x, a[f"teacher.backbone.{name}"]) for name, x in own.items())  # self: the teacher
+    assert not torch.equal(own["norm.weight"], a["student.backbone.norm.weight"])
     assert {b[name].item() - a[name].item() for name in a if name.endswith(".step")} == {1}
     assert [row["step"] for row in rows(tmp_path)] == [6] and json.loads(
         (tmp_path / "checkpoints/7/step.json").read_text())["step"] == 7
