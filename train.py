@@ -128,8 +128,9 @@ def freeze(c, ranks, network, parts=None):
     is bfloat16 where autocast rounds it.    parts  None = its blocks, then itself
     """
     shard_parts(c, ranks, [*network.blocks, network] if parts is None else parts)
-    for part in network.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)) and c.precision != "fp32" and not isinstance(part.weight, DTensor):
+    rounded = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    for part in rounded if c.precision in ("bf16", "fp8") else ():
+        if not isinstance(part.weight, DTensor):
             part.bfloat16()
     return network.to_empty(device=ranks.device).requires_grad_(False).eval()
 
