@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-PATCHES = 512  # at least: eigenvalues of so many take 0.1 s of a core
+PATCHES = 512  # at least: eigenvalues of 1,000 take 0.2 s of a core, of 520 0.02
 
 
 @torch.no_grad()

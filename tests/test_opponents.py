@@ -44,7 +44,7 @@ def test_gram_is_what_ours_is():
     x, y = normal(3, 7, 5).requires_grad_(), normal(3, 7, 5, seed=1)
     assert relative(gram_loss(x, y), gram_written_out(x, y)) < 1e-6
     ours, theirs = (with_gradient(loss, x, y) for loss in (gram_loss, gram_written_out))
-    assert relative(ours, theirs) < 2e-6                                                    # measured: 3e-7
+    assert relative(ours, theirs) < 2e-6                                                    # measured: 8.9e-8
 
 
 def test_attention_is_what_ours_is():
