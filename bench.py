@@ -3,6 +3,8 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
 
     python bench.py              forward, data, attention, sinkhorn, loss, gram: what a CPU can be asked in minutes
     python bench.py forward      ViT-S, 8 images of 256 px: ours beside transformers' DINOv3ViTModel (needs extra: test)
+    python bench.py augment      photos to training crops on one core, beside Pillow and torchvision, and part by part
+    python bench.py loader       batches of photos from 1 and 2 workers: images per second
     python bench.py data         crops of one image for training: images per second of one core
     python bench.py sinkhorn     balanced assignments: ours beside the textbook's and what torch.compile makes of it
     python bench.py loss         the same with the cross-entropy and its gradient
@@ -11,8 +13,8 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py evaluate     frozen features of a folder of photos beside the network alone: images per second
     python bench.py steps        training steps of tiny and ViT-S: kernels off and auto, checkpointing, compiled; saves
 
-sinkhorn, loss, attention and steps run once for each level of the CPU kernels that this processor has, or at the one
-that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, one call each, in this order
+sinkhorn, loss, attention, augment and steps run once for each level of the CPU kernels that this processor has, or at
+the one that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, one call each, in this order
 (make gpu-NAME):
 
     python bench.py gpu-build    builds csrc/ there: NANODINO_ARCHS=90a for an H100 saves a minute
@@ -34,22 +36,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from PIL import Image
 
+import data as training_data
 import ops
 import shapes
-from data import Batches, open_source
+from data import Batches, draw_crops, open_source
 from engine import config as command_line
 from engine import fp8, trials, versus
 from engine.features import Frozen, load
-from engine.opponents import gram_written_out, with_gradient, with_kernels
+from engine.opponents import crops_by_pillow, gram_written_out, with_gradient, with_kernels
 from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
 from engine.timing import Cpu, Rehearsal, machine, medians
@@ -64,7 +69,7 @@ class BenchConfig:
     json: str = ""             # forward to steps: a file to write the rows to, and NAME.md beside it
     out: str = "build/gpu"     # gpu-: folder of what is written
     minutes: float = 7.5       # [0, inf): gpu-: no row is begun later, so that a call ends within 8; gpu-5: of it all
-    data: str = "shapes"       # gpu-4, gpu-5: photos, a folder as train.py takes it; shapes = generated
+    data: str = "shapes"       # augment, loader, gpu-4, -5: photos, a folder as train.py takes it; shapes = generated
     size: str = "s"            # gpu-5: what is trained
     largest: int = 0           # [0, inf): check-OP: elements of the largest shape; 0 = all
     dry: bool = False          # gpu-, steps: on a CPU, on tiny shapes: every line runs, no number means anything
@@ -94,6 +99,78 @@ def data(machine, report, compiled):
         batches = Batches(c, source, 0, 64)
         t = medians(machine, dict(batch=lambda b=batches: b[0]), rounds=5)["batch"]
         report.add("crops", recipe=name, images_per_s=64 / t.seconds, spread=t.spread)
+
+
+@contextmanager
+def photos(path, batch):
+    """The recipe of ViT-L's crops, and batches of a folder of photos, or of generated ones of 500 x 375; one thread."""
+    c, threads = replace(RECIPES["l"], batch=batch, group=batch), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(path if path != "shapes" else trials.jpegs(Path(folder), 64))
+        yield Batches(replace(c, patch_size=c.vit.patch_size), source, 0, batch)
+    torch.set_num_threads(threads)
+
+
+def augment(machine, report, path):
+    """Of the same photos and the same crops; a batch is one photo, without masks, which the others do not draw."""
+    with photos(path, 1) as batches:
+        batches.masks = lambda *_: {}
+        c, source, n = batches.config, batches.source, 2 if machine.shapes == "dry" else 32
+        order = [next(training_data.place(c.seed, len(source), i)) for i in range(n)]
+        drawn = [draw_crops(np.random.default_rng([c.seed, 3, i]), c, *source.load(at).shape[1:])
+                 for i, at in enumerate(order)]
+        sizes = [c.global_size] * 2 + [c.local_size] * c.n_local
+
+        def theirs(i):
+            return crops_by_pillow(source.name(order[i]), *drawn[i], sizes, c.mean, c.std)
+        ways = {"Pillow and torchvision": theirs, "ours": batches.__getitem__,
+                "ours, colours by the definition": partial(with_kernels, "off", batches.__getitem__)}
+        times = medians(machine, ways, [(i,) for i in range(n)], rounds=5)
+        base = times["Pillow and torchvision"].seconds
+        for name, t in times.items():
+            slow = name == "ours" and base < 6 * t.seconds
+            report.add("photo to crops", way=name, ms=t.seconds * 1e3, spread=t.spread, images_per_s=1 / t.seconds,
+                       base_over_this=base / t.seconds, **dict(flag="SLOWER than 6x") if slow else {})
+        parts = parts_of(lambda: [batches[i] for i in range(n)], ("read_image", "draw_crops", "cut", "augment"))
+    for name, seconds in parts.items():
+        report.add("parts of ours", part=name, ms=seconds / n * 1e3, share=seconds / sum(parts.values()))
+
+
+def parts_of(run, names):
+    """Seconds that functions of data.py take in run(), and the rest of it."""
+    before, seconds = {name: getattr(training_data, name) for name in names}, dict.fromkeys(names, 0.0)
+
+    def timed(name, function, *arguments):
+        start = time.perf_counter()
+        found = function(*arguments)
+        seconds[name] += time.perf_counter() - start
+        return found
+    try:
+        for name, function in before.items():
+            setattr(training_data, name, partial(timed, name, function))
+        start = time.perf_counter()
+        run()
+        return seconds | dict(rest=time.perf_counter() - start - sum(seconds.values()))
+    finally:
+        for name, function in before.items():
+            setattr(training_data, name, function)
+
+
+def loader(machine, report, path):
+    """As the trainer asks for them; the first batches, while workers start, are not counted."""
+    more = 1 if machine.shapes == "dry" else 8
+    with photos(path, 16) as batches:
+        alone = medians(machine, dict(batch=batches.__getitem__), [(0,)], rounds=5)["batch"].seconds
+        report.add("batches of photos", workers=0, images_per_s=16 / alone, share_of_cores=1.0)
+        for workers in 1, 2:
+            stream = training_data.loader(batches, range(4 + more * workers), workers)
+            for _ in range(4):
+                next(stream)
+            start, n = time.perf_counter(), sum(1 for _ in stream)
+            rate = 16 * n / (time.perf_counter() - start)
+            report.add("batches of photos", workers=workers, images_per_s=rate,
+                       share_of_cores=rate * alone / 16 / workers)
 
 
 def evaluate(machine, report, compiled):
@@ -156,9 +233,10 @@ def steps(machine, report, compiled):
         trials.saves(machine, report, size, step, min(rounds, 3))
 
 
-ON_CPU = dict(forward=forward, data=data, evaluate=evaluate, attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"),
-              loss=of_ops("loss"), gram=gram, steps=steps)
-BY_LEVEL = "attention", "sinkhorn", "loss", "steps"
+ON_CPU = dict(forward=forward, augment=augment, loader=loader, data=data, evaluate=evaluate,
+              attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"), loss=of_ops("loss"), gram=gram, steps=steps)
+ON_PHOTOS = "augment", "loader"  # of --data
+BY_LEVEL = "attention", "sinkhorn", "loss", "augment", "steps"
 
 
 def rehearsal():
@@ -172,13 +250,14 @@ def on_cpu(names, config):
     for name in names:
         if name not in BY_LEVEL or forced or not ops.BUILT:
             print(f"{name}: {here.describe()['device']}; kernels: {ops.describe(here.device)}", flush=True)
-            ON_CPU[name](here, report, forced in (None, best))  # what torch.compile makes: once
+            compiled = forced in (None, best)  # what torch.compile makes: once
+            ON_CPU[name](here, report, config.data if name in ON_PHOTOS else compiled)
             continue
         for level in reversed(ops.LEVELS):
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder, "rows.json")
-                subprocess.run([sys.executable, __file__, name, "--json", rows, "--dry", str(config.dry)], check=True,
-                               env=os.environ | dict(NANODINO_CPU=level))
+                subprocess.run([sys.executable, __file__, name, "--json", rows, "--dry", str(config.dry), "--data",
+                                config.data], check=True, env=os.environ | dict(NANODINO_CPU=level))
                 for table, found in json.loads(rows.read_text())["tables"].items():
                     report.keep(table, [dict(level=level) | row for row in found])
     report.close()
@@ -267,7 +346,7 @@ ON_A_GPU = {f"check-{op}": partial(check, op) for op in versus.CASES} | {
 # whose rehearsal runs the CUDA kernels; those of attention read no float32, which the trainer's first runs are in
 REHEARSED = {"gpu-2", "gpu-3", "gpu-4", *(f"check-{op}" for op in versus.CASES)}
 EMULATED = ("sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "assignment_loss_", "rope_attention",
-            "rope_attention_backward")
+            "rope_attention_backward", "colours")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ ranks and workers.
     open_source      a folder of photos, or the generated `shapes`                 --data PATH
     CropConfig       every number of the augmentation                              DINOv3 App. C; DINOv2 §B.1
     draw_crops       where to cut, and how to recolour: plain numbers, drawn on the host
-    augment          recolours uint8 crops, all at once, on any device
+    cut, augment     crops of uint8, and their colours, all at once, on any device
     draw_masks       which patches the student does not see, exact in number       iBOT; DINOv2 §B.1
     Batches          step -> batch
 
@@ -30,7 +30,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import ops
 import shapes
+from engine.colours import (
+    APPLY,
+    BRIGHTNESS,
+    CONTRAST,
+    GREY,
+    HUE,
+    OPERATIONS,
+    ORDER,
+    SATURATION,
+    SIGMA,
+    SOLARIZE,
+)
 
 UPRIGHT = {i + 2: turn for i, turn in enumerate(Image.Transpose[name] for name in (  # EXIF orientations 2 to 8
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))}
@@ -178,18 +191,19 @@ def read_image(path):
     Raises OSError for a file that is broken or cut short.
     """
     try:
-        with Image.open(path) as file:
-            file.load()
-            turn = UPRIGHT.get(file.getexif().get(0x0112))  # the EXIF tag Orientation
-            image = file.transpose(turn) if turn else file.copy()
-        if image.mode.startswith(("I", "F")):  # 16-bit greys: 65535 is white; float ones: the brightest value is
-            grey = np.asarray(image, dtype=np.float32)
-            top = 65535 if image.mode.startswith("I") else max(float(grey.max()), 1e-8)
-            image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(path) as image:
+            image.load()
+            turn = UPRIGHT.get(image.getexif().get(0x0112))  # the EXIF tag Orientation
+            image = image.transpose(turn) if turn else image
+            if image.mode.startswith(("I", "F")):  # 16-bit greys: 65535 is white; float ones: the brightest value is
+                grey = np.asarray(image, dtype=np.float32)
+                top = 65535 if image.mode.startswith("I") else max(float(grey.max()), 1e-8)
+                image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders fail in many ways on foreign bytes; all mean: unreadable
         raise OSError(f"{path}: {error}") from error
 
@@ -255,16 +269,12 @@ def read_resolutions(text):
     return [(tuple(map(int, sides)), float(share) / total) for *sides, share in found]
 
 
-# columns of the table of colours, one row for each crop; an entry of 0 in APPLY, GREY, SIGMA, SOLARIZE means off
-APPLY, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE = 0, 1, 2, 3, 4, slice(5, 9), 9, 10, 11
-
-
 def draw_crops(rng, config, height, width):
     """
     What happens to one image, for all its crops: the two global ones, then the local ones.
 
     returns  boxes   G+L 4, int: top, left, height, width in the image;  flips  G+L, bool
-             colours  G+L 12, float32: see the columns above
+             colours  G+L 12, float32: see the columns of engine/colours.py
     """
     n = 2 + config.n_local
     scales = np.array([config.global_scale] * 2 + [config.local_scale] * config.n_local)
@@ -301,6 +311,8 @@ def largest_box(height, width, ratio):
 
 def cut(image, box, flip, size):
     """C H W uint8 -> C size size uint8"""
+    if image.stride()[::2] == (1, 3) and ops.path("cut", image, 0) == "kernel":
+        return torch.ops.nanodino.cut(image, box, bool(flip), size)
     top, left, height, width = box
     crop = resize(image[:, top : top + height, left : left + width], size, size)
     return crop.flip(-1) if flip else crop
@@ -323,97 +335,40 @@ def cut_all(image, boxes, flips, config):
     return seen + local + views
 
 # --------------------------------------------------------------------------------
-# Colours: every crop of a batch at once
+# Colours: every crop of a batch at once, in levels of 0 to 255 that each operation rounds as Pillow does
 
 
 def augment(crops, colours, mean, std):
     """
-    Colour jitter, grey, blur, solarize, then normalisation.
+    Colour jitter, grey, blur, solarize, then normalisation: the bytes of Pillow and torchvision, on any device.
 
-    crops    n 3 H W, uint8    colours  what `sort_colours` made of the n rows of a table, its tensors on any device
+    crops    n 3 H W, uint8    colours  n 12, float32, on the host: rows of the table of draw_crops
     returns  n 3 H W, float32, normalised
 
-    differs: the released pipeline rounds to uint8 after every operation; this one keeps float32 in between
+    differs: a blur in two passes of 9 taps, not one of 81, is off by one level in 1.2e-5 of the values
     """
-    x, counts = crops.float() / 255, colours["counts"]
-    rows, amounts = (colours[name].to(x.device, non_blocking=True).split(counts) for name in ("rows", "amounts"))
-    for operation, chosen, amount in zip(4 * JITTER + (to_grey, blur, solarize), rows, amounts, strict=True):
-        if len(chosen):
-            x[chosen] = operation(x[chosen], amount[:, None, None, None])
+    if min(crops.shape[2:]) > 4 and ops.path("colours", crops, 0) == "kernel":
+        table = colours.to(crops.device, non_blocking=True)
+        return torch.ops.nanodino.colours(crops.contiguous(), table, mean, std)
+    x, table = crops.float(), colours.numpy()
+    steps = [((table[:, APPLY] > 0) & (table[:, ORDER][:, turn] == which), 1 + which)
+             for turn in range(4) for which in range(4)]
+    for chosen, column in steps + [(table[:, column] > 0, column) for column in (GREY, SIGMA, SOLARIZE)]:
+        if chosen.any():  # known to the host: it waits for no device
+            operation, amounts = OPERATIONS[column]
+            rows = send(np.flatnonzero(chosen), torch.int64, x.device)
+            amounts = send(amounts(table[chosen, column]), torch.float32, x.device)
+            x[rows] = operation(x[rows], amounts[..., None, None, None])
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to the device
-        x[:, channel].sub_(m).div_(s)
+        x[:, channel].mul_(1 / (255 * s)).add_(-m / s)
     return x
 
 
-def sort_colours(colours):
-    """
-    Which crops each operation works on, in the order of `augment`: how many is known to the host, before any device is.
-
-    colours  n 12, one row for each crop
-    returns  counts  crops of each of the 4 x 4 turns of the jitter, of grey, blur, solarize;  rows, amounts  of all
-    """
-    rows, amounts = [], []
-    jittered = colours[:, APPLY].nonzero()[:, 0]
-    for turn in range(4):
-        order = colours[jittered, 5 + turn]
-        for which, column in enumerate((BRIGHTNESS, CONTRAST, SATURATION, HUE)):
-            rows.append(jittered[order == which])
-            amounts.append(colours[rows[-1], column])
-    for column in GREY, SIGMA, SOLARIZE:
-        rows.append(colours[:, column].nonzero()[:, 0])
-        amounts.append(colours[rows[-1], column])
-    return dict(counts=[len(chosen) for chosen in rows], rows=torch.cat(rows), amounts=torch.cat(amounts))
-
-
-def luma(x):
-    """n 3 H W -> n 1 H W, ITU-R 601"""
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
-
-def adjust_brightness(x, factor):
-    return (x * factor).clamp(0, 1)
-
-
-def adjust_contrast(x, factor):
-    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
-
-
-def adjust_saturation(x, factor):
-    return torch.lerp(luma(x), x, factor).clamp(0, 1)
-
-
-def adjust_hue(x, shift):
-    """Turns the hue by `shift` of the full circle, keeping HSV's value and saturation."""
-    top, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)       # n 1 H W
-    chroma = top - low
-    r, g, b = x.split(1, dim=1)
-    sector = torch.where(top == r, (g - b) / (chroma + 1e-12),
-                         torch.where(top == g, 2 + (b - r) / (chroma + 1e-12), 4 + (r - g) / (chroma + 1e-12)))
-    k = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + sector + 6 * shift            # n 3 H W
-    k = k % 6
-    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def to_grey(x, _):
-    return luma(x).expand_as(x)
-
-
-def blur(x, sigma):
-    """9-tap Gaussian, each crop its own sigma in pixels, edges mirrored."""
-    taps = torch.arange(-4, 5, device=x.device)
-    weight = (-0.5 * (taps / sigma.view(-1, 1)) ** 2).exp()
-    weight = (weight / weight.sum(1, keepdim=True)).repeat_interleave(3, 0)                  # (n 3) 9
-    n, _, H, W = x.shape
-    x = F.pad(x, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]                           # 1 (n 3) H+8 W+8
-    x = F.conv2d(x, weight[:, None, None], groups=3 * n)
-    return F.conv2d(x, weight[:, None, :, None], groups=3 * n).view(n, 3, H, W)
-
-
-def solarize(x, _):
-    return torch.where(x >= 128 / 255, 1 - x, x)
-
-
-JITTER = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+def send(values, dtype, device):
+    """An array on a device: by way of pinned memory, for which the host does not wait."""
+    here = torch.empty(values.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    here.numpy()[...] = values
+    return here.to(device, non_blocking=True)
 
 # --------------------------------------------------------------------------------
 # Masks
@@ -501,15 +456,16 @@ class Batches(Dataset):
             colours.append(colour)
             enlarged += min(image.shape[1:]) < c.gram_size
             indices.append(index)
-        crops = [torch.stack(views) for views in zip(*cuts, strict=True)]                     # G+L (+G) of B C H W
+        crops, n = [crop for views in zip(*cuts, strict=True) for crop in views], 2 * self.samples
+        end = n + c.n_local * self.samples
         colours = torch.from_numpy(np.stack(colours, axis=1)).split([2, c.n_local])           # G, L of B 12
-        batch = dict(global_crops=torch.cat(crops[:2]), indices=torch.tensor(indices), broken=broken)
-        crops = crops[2:]
-        batch["local_crops"] = torch.cat(crops[: c.n_local]) if c.n_local else torch.zeros(0, 3, *[c.local_size] * 2)
-        batch["colours"] = [sort_colours(rows.flatten(0, 1)) for rows in colours]
+        batch = dict(global_crops=torch.stack(crops[:n]), indices=torch.tensor(indices), broken=broken)
+        none = crops[0].new_empty(0, 3, c.local_size, c.local_size)
+        batch["local_crops"] = torch.stack(crops[n:end]) if c.n_local else none
+        batch["colours"] = [rows.flatten(0, 1) for rows in colours]
         if c.gram_size:
-            batch |= dict(gram_crops=torch.cat(crops[c.n_local :]), enlarged=enlarged)
-            batch["colours"].append(sort_colours(torch.zeros(2 * self.samples, 12)))           # none
+            batch |= dict(gram_crops=torch.stack(crops[end:]), enlarged=enlarged)
+            batch["colours"].append(torch.zeros(n, 12))                                        # they have none
         batch |= self.masks(step, first)
         if self.noise:
             batch["noise"] = self.noise(step, first)

@@ -32,9 +32,10 @@ if BUILT:
         import nanodino_C  # noqa: F401  registers torch.ops.nanodino.*
     except ImportError as error:  # built, but for another torch: fail here and now
         raise ImportError(f"ops: csrc is built but broken ({error}); python setup.py build_ext --inplace") from error
-OPS = "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_attention"
+OPS = "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_attention", "cut", "colours"
 KERNELS = {(op, key.lower()) for op in OPS for key in ("CPU", "CUDA")  # asked once: torch.compile cannot
-           if BUILT and torch._C._dispatch_has_kernel_for_dispatch_key(f"nanodino::{op}", key)}
+           if BUILT and hasattr(torch.ops.nanodino, op)  # else built before it was there
+           and torch._C._dispatch_has_kernel_for_dispatch_key(f"nanodino::{op}", key)}
 BACKENDS = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 CPU_BF16 = torch.cpu._is_avx512_bf16_supported()
 *LEVELS, LEVEL = torch.ops.nanodino.cpu_levels() if BUILT else [""]  # of this processor; the one that runs
@@ -50,10 +51,13 @@ CHOICES = {
     ("sinkhorn_targets", "cpu"): [(inf, "kernel")],
     ("assignment_loss", "cpu"): [(inf, "kernel")],
     ("rope_attention", "cpu"): [(inf, "kernel")],
+    ("cut", "cpu"): [(inf, "kernel")],
+    ("colours", "cpu"): [(inf, "kernel")],
     # H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-2` and -3 print what to put here
     ("sinkhorn_pass", "cuda"): [(inf, "kernel")],
     ("sinkhorn_targets", "cuda"): [(inf, "kernel")],
     ("assignment_loss", "cuda"): [(inf, "kernel")],
+    ("colours", "cuda"): [(inf, "kernel")],
     ("rope_attention", "cuda"): [(64, "kernel"), (320, "flash"), (inf, "cudnn")],
 }
 if LEVEL == "baseline" and platform.machine() in ("x86_64", "AMD64"):  # each fused multiply-add by way of double:

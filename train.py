@@ -395,7 +395,8 @@ def draw_noise(c, samples, step, first):
 def on_device(c, ranks, batch, unreadable):
     """The batch on this rank's device, coloured; adds the images that could not be read. Indices stay on the host."""
     unreadable |= dict(batch.pop("broken"))
-    batch = to_device({k: v for k, v in batch.items() if k != "indices"}, ranks.device) | dict(indices=batch["indices"])
+    stays = {k: batch.pop(k) for k in ("indices", "colours") if k in batch}
+    batch = to_device(batch, ranks.device) | stays
     return batch if ranks.device.type == "cpu" else colour_batch(batch, c)
 
 

@@ -192,9 +192,6 @@ static Tensor rope_attention_backward(const Tensor& dout, const Tensor& qkv, con
     return dqkv;
 }
 
-// --------------------------------------------------------------------------------
-// Sinkhorn-Knopp and the cross-entropies of its assignments
-
 // On the CPU large new tensors ask for pages of 2 MB: handing out 4 KB pages takes longer than filling them does.
 static Tensor large_pages(Tensor x) {
 #ifdef __linux__
@@ -205,6 +202,9 @@ static Tensor large_pages(Tensor x) {
 #endif
     return x;
 }
+
+// --------------------------------------------------------------------------------
+// Sinkhorn-Knopp and the cross-entropies of its assignments
 
 static int threads_for(const Tensor& x) { return x.numel() < 1 << 15 ? 1 : at::get_num_threads(); }
 
@@ -309,6 +309,54 @@ static Tensor assignment_loss_(Tensor& student, const Tensor& teacher, const Ten
 }
 
 // --------------------------------------------------------------------------------
+// Training crops, and their colours
+
+static Tensor cut(const Tensor& image, at::IntArrayRef box, bool flip, int64_t size) {
+    const char* who = "cut";
+    TORCH_CHECK(image.dim() == 3 && image.size(0) == 3 && image.scalar_type() == at::kByte && image.stride(0) == 1 &&
+                image.stride(2) == 3, who, ": image is ", image.scalar_type(), " of ", image.sizes(), ", strides ",
+                image.strides(), "; wanted bytes, 3 H W, a pixel's side by side; let the definition do it");
+    TORCH_CHECK(box.size() == 4 && box[0] >= 0 && box[1] >= 0 && box[2] > 0 && box[3] > 0 && size > 0 &&
+                box[0] + box[2] <= image.size(1) && box[1] + box[3] <= image.size(2), who, ": box ", box, " of ",
+                image.sizes(), " at ", size, " pixels; wanted top, left, height, width inside it; draw another");
+    Tensor out = at::empty({3, size, size}, image.options());
+    Tensor scratch = at::empty({AT_LEVEL(cut_scratch_cpu(box[2], box[3], size))}, image.options());
+    const uint8_t* first = image.const_data_ptr<uint8_t>() + box[0] * image.stride(1) + box[1] * 3;
+    AT_LEVEL(cut_cpu(out.mutable_data_ptr<uint8_t>(), first, image.stride(1), box[2], box[3], size, flip,
+                     scratch.mutable_data_ptr<uint8_t>()));
+    return out;
+}
+
+static Tensor colours(const Tensor& crops, const Tensor& table, at::ArrayRef<double> mean, at::ArrayRef<double> std) {
+    const char* who = "colours";
+    check(who, "crops", crops, {-1, 3, -1, -1}, crops, at::kByte);
+    check(who, "table", table, {crops.size(0), 12}, crops, at::kFloat);
+    const int64_t n = crops.size(0), H = crops.size(2), width = crops.size(3);
+    TORCH_CHECK(H > 4 && width > 4 && H * width <= 1 << 24, who, ": crops of ", H, " x ", width,
+                " pixels; wanted sides from 5, and 2^24 pixels at most; let the definition do it");
+    TORCH_CHECK(mean.size() == 3 && std.size() == 3, who, ": got ", mean.size(), " means and ", std.size(),
+                " deviations; wanted 3 each; one for each channel");
+    float scale[3], shift[3];
+    for (int c = 0; c < 3; c++) scale[c] = 1 / (255 * std[c]), shift[c] = -mean[c] / std[c];
+    Tensor out = large_pages(at::empty(crops.sizes(), table.options()));
+#ifdef WITH_CUDA
+    if (crops.is_cuda()) {
+        const c10::cuda::CUDAGuard guard(crops.device());
+        Tensor scratch = at::empty({colours_scratch_cuda(n, H, width)}, crops.options());
+        C10_CUDA_CHECK(colours_cuda(out.mutable_data_ptr<float>(), crops.const_data_ptr<uint8_t>(),
+                                    table.const_data_ptr<float>(), scratch.mutable_data_ptr<uint8_t>(), n, H, width,
+                                    scale, shift, c10::cuda::getCurrentCUDAStream()));
+        return out;
+    }
+#endif
+    const int threads = std::min<int64_t>(threads_for(crops), std::max<int64_t>(n, 1));
+    Tensor scratch = at::empty({AT_LEVEL(colours_scratch_cpu(H, width, threads))}, crops.options());
+    AT_LEVEL(colours_cpu(out.mutable_data_ptr<float>(), crops.const_data_ptr<uint8_t>(), table.const_data_ptr<float>(),
+                         scratch.mutable_data_ptr<uint8_t>(), n, H, width, scale, shift, threads));
+    return out;
+}
+
+// --------------------------------------------------------------------------------
 // Registration; fake tensors, autograd and fallbacks: ops.py
 
 TORCH_LIBRARY(nanodino, m) {
@@ -323,6 +371,8 @@ TORCH_LIBRARY(nanodino, m) {
     m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads) -> (Tensor, Tensor)");
     m.def("rope_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor[] tables, int[] n_images, "
           "int heads) -> Tensor");
+    m.def("cut(Tensor image, int[] box, bool flip, int size) -> Tensor");
+    m.def("colours(Tensor crops, Tensor table, float[] mean, float[] std) -> Tensor");
 }
 
 static void implement(torch::Library& m) {  // each looks at its tensors' device itself
@@ -332,9 +382,13 @@ static void implement(torch::Library& m) {  // each looks at its tensors' device
     m.impl("assignment_loss_", assignment_loss_);
     m.impl("rope_attention", rope_attention);
     m.impl("rope_attention_backward", rope_attention_backward);
+    m.impl("colours", colours);
 }
 
-TORCH_LIBRARY_IMPL(nanodino, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(nanodino, CPU, m) {
+    implement(m);
+    m.impl("cut", cut);
+}
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(nanodino, CUDA, m) { implement(m); }
 #endif

@@ -40,4 +40,10 @@ cudaError_t rope_attention_backward_cuda(void* dqkv, float* delta, const void* d
                                          const float* lse, const RopeGroup* groups, int n_groups, int64_t T, int A,
                                          int E, Dtype dtype, cudaStream_t stream);
 
+// csrc/colours.cu    scratch: so many bytes, of any content; H, width from 5, 2^24 pixels at most; scale, shift  3, on
+// the host
+int64_t colours_scratch_cuda(int64_t n, int64_t H, int64_t width);
+cudaError_t colours_cuda(float* out, const uint8_t* crops, const float* table, uint8_t* scratch, int64_t n, int64_t H,
+                         int64_t width, const float* scale, const float* shift, cudaStream_t stream);
+
 #endif

@@ -25,4 +25,15 @@ void rope_attention_backward_cpu(void* dqkv, const void* dout, const void* qkv, 
                                  const RopeGroup* groups, int n_groups, int64_t T, int A, int E, Dtype dtype,
                                  int threads);
 
+// csrc/colours_cpu.cpp    scratch: so many bytes, of any content, on a multiple of 4; H, width from 5; scale, shift  3
+int64_t colours_scratch_cpu(int64_t H, int64_t width, int threads);
+void colours_cpu(float* out, const uint8_t* crops, const float* table, uint8_t* scratch, int64_t n, int64_t H,
+                 int64_t width, const float* scale, const float* shift, int threads);
+
+// csrc/cut_cpu.cpp    image: the box's first byte, rows `stride` bytes apart; scratch: so many bytes, on a multiple of
+// 8
+int64_t cut_scratch_cpu(int64_t height, int64_t width, int64_t size);
+void cut_cpu(uint8_t* out, const uint8_t* image, int64_t stride, int64_t height, int64_t width, int64_t size, bool flip,
+             uint8_t* scratch);
+
 }  // namespace LEVEL

@@ -91,6 +91,37 @@ static inline void store(bf16* p, reg v) {  // to nearest, ties to even; finite 
 #endif
 }
 
+// whole numbers from 0 to 255
+#if defined(__AVX512F__)
+static inline void load_into(reg& v, const uint8_t* p) {
+    v = (reg)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+static inline void store(uint8_t* p, reg v) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32((__m512)v)));
+}
+#elif defined(__AVX2__)
+static inline void load_into(reg& v, const uint8_t* p) {
+    v = (reg)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+static inline void store(uint8_t* p, reg v) {
+    const __m256i i = _mm256_cvttps_epi32((__m256)v);
+    const __m128i both = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(both, both));
+}
+#else
+static inline void load_into(reg& v, const uint8_t* p) {
+    for (int i = 0; i < W; i++) v[i] = p[i];
+}
+static inline void store(uint8_t* p, reg v) {
+    const ireg whole = __builtin_convertvector(v, ireg);
+    for (int i = 0; i < W; i++) p[i] = (uint8_t)whole[i];
+}
+#endif
+static inline reg whole(reg v) {  // without what follows the point
+    return __builtin_convertvector(__builtin_convertvector(v, ireg), reg);
+}
+static inline reg magnitude(reg v) { return (reg)((ireg)v & 0x7fffffff); }
+
 // the second where one is NaN
 #if defined(__AVX512F__)
 static inline reg max(reg a, reg b) { return (reg)_mm512_max_ps((__m512)a, (__m512)b); }

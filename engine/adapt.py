@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Drawn, augment, cut, draw_crops, sort_colours
+from data import Drawn, augment, cut, draw_crops
 from engine.checkpoint import publish, replace_text, saved
 from engine.meters import effective_rank
 from engine.stages import normalised_for
@@ -163,8 +163,8 @@ def held_views(c, held, size=32):
             labels.append(label_of(held, i))
         if views:
             plain = torch.zeros(len(views), 12)
-            yield (augment(torch.stack(views), sort_colours(plain), c.mean, c.std),
-                   augment(torch.stack(cuts), sort_colours(torch.from_numpy(np.concatenate(colours))), c.mean,
+            yield (augment(torch.stack(views), plain, c.mean, c.std),
+                   augment(torch.stack(cuts), torch.from_numpy(np.concatenate(colours)), c.mean,
                            c.std).unflatten(0, (-1, 2 * DRAWS)), labels)
 
 

@@ -4,11 +4,13 @@ What the ops are measured beside, and the arguments of both: the same mathematic
     textbook_sinkhorn, textbook_loss    exp, then divisions of the whole matrix; log-softmax
     attention_written_out               q and k turned by cat and rotate-half in float32, transposes, SDPA
     turned, by_sdpa                     the same in two halves, so that either may be compiled, or take another backend
+    crops_by_pillow                     a photo's crops, one after another, each operation on bytes
     with_kernels, by_kernels            one call under another choice of kernels, or by them in any case
 """
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import ops
 from losses import assignments, dino_losses, ibot_loss
@@ -150,3 +152,24 @@ def attention_errors(functions, device, dtype, n_images, *shape):
     exact = both_ways(attention_written_out, qkv.double(), grad.double(), *rest)
     return {name: max(map(relative, both_ways(function, qkv, grad, *rest), exact))
             for name, function in functions.items()}
+
+# --------------------------------------------------------------------------------
+# Crops
+
+
+def crops_by_pillow(path, boxes, flips, colours, sizes, mean, std):
+    """A file's crops as torchvision makes them of Pillow's images, of what draw_crops has drawn.  -> [3 H W]"""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as tv
+    jitter = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
+    image, found = Image.open(path).convert("RGB"), []
+    for box, flip, row, size in zip(boxes.tolist(), flips, colours.tolist(), sizes, strict=True):
+        x = tv.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
+        x = tv.hflip(x) if flip else x
+        for turn in row[5:9] if row[0] else ():
+            x = jitter[int(turn)](x, row[1 + int(turn)])
+        x = tv.rgb_to_grayscale(x, 3) if row[9] else x
+        x = tv.gaussian_blur(x, 9, row[10]) if row[10] else x
+        x = tv.solarize(x, 128) if row[11] else x
+        found.append(tv.normalize(tv.to_tensor(x), mean, std))
+    return found

@@ -8,6 +8,7 @@ top of model.py.
 """
 
 import math
+from zlib import crc32
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -15,6 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # of the largest value; about five roundings
 SHAPES = (5, 67, 1), (130, 264, 0)  # n, K, elements off a multiple of 16 bytes: with vector loads and without
 TEMPERATURES = 0.1, 0.06            # of student, teacher
+COLOURS = [                         # rows of data.py's table: in three orders, grey, blurred, solarised alone
+    [1, 0.75, 1.5, 1.25, 0.1, 0, 1, 2, 3, 0, 0, 0], [1, 1.2, 0.7, 0.9, -0.1, 3, 2, 1, 0, 0, 0.7, 1],
+    [1, 1.4, 1.2, 1.1, 0.3, 2, 0, 3, 1, 1, 2.0, 0], [0] * 9 + [1, 0.9, 1], [0] * 10 + [0.3, 0], [0.0] * 11 + [1]]
+NORMAL = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)  # mean, std
+CHECKSUMS = {(13, 21): 1081116042, (12, 20): 2394616413}  # H, W: of Pillow's levels, as int16
 
 
 def failure(op, dtype, E, device):
@@ -116,5 +122,31 @@ def rope_attention(dtype, E, place):
     yield dqkv, torch.autograd.grad(exact, x, dout.double())[0]
 
 
+def cut(dtype, _, place):
+    """Beside PyTorch's own, at sizes that 16 does not divide and ones that it does; shrunk, and made larger."""
+    image = (torch.arange(70 * 90 * 3, device=place) ** 2 // 7 % 256).to(torch.uint8).view(70, 90, 3).permute(2, 0, 1)
+    for (top, left, h, w), size, flip in ((0, 0, 70, 90), 32, False), ((33, 5, 37, 11), 45, True):
+        stale(place, 3 * size * size)
+        ours = torch.ops.nanodino.cut(image, (top, left, h, w), flip, size)
+        exact = torch.nn.functional.interpolate(image[None, :, top : top + h, left : left + w], (size, size),
+                                                mode="bicubic", antialias=True)[0]
+        yield ours, (exact.flip(-1) if flip else exact).double()
+
+
+def colours(dtype, _, place):
+    """Bytes, normalised: a checksum tells them from all others. Each operation, by whole vectors and beside them."""
+    table = torch.tensor(COLOURS, device=place)
+    mean, std = (torch.tensor(x, dtype=torch.float64, device=place).view(3, 1, 1) for x in NORMAL)
+    for (H, W), checksum in CHECKSUMS.items():
+        place_of = torch.arange(len(COLOURS) * 3 * H * W, device=place)
+        crops = (place_of ** 2 // 7 % 256).to(torch.uint8).view(-1, 3, H, W)
+        stale(place, 4 * crops.numel())
+        ours = torch.ops.nanodino.colours(crops, table, *NORMAL)
+        levels = (ours.double() * std + mean).mul(255).round()
+        yield ours, (levels / 255 - mean) / std
+        found = crc32(levels.clamp(-1, 256).short().cpu().numpy().tobytes())
+        yield torch.tensor(float(found == checksum)), torch.tensor(1.0)
+
+
 CHECKS = dict(sinkhorn_pass=sinkhorn_pass, sinkhorn_targets=sinkhorn_targets, assignment_loss=assignment_loss,
-              rope_attention=rope_attention)
+              rope_attention=rope_attention, cut=cut, colours=colours)

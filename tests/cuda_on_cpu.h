@@ -43,6 +43,10 @@ struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 template <typename A, typename B> std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
 
 // --------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ template <typename T> const T* show(T mine) {
     return all + threadIdx.x / 32 * 32;
 }
 
-inline float __shfl_xor_sync(uint32_t, float v, int mask) { return show(v)[(threadIdx.x % 32) ^ mask]; }
+template <typename T> T __shfl_xor_sync(uint32_t, T v, int mask) { return show(v)[(threadIdx.x % 32) ^ mask]; }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
     const void* const* rows = show(row);

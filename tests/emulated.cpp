@@ -49,4 +49,12 @@ int rope_attention_backward(void* dqkv, const void* dout, const void* qkv, const
     return worse(status, cudaFree(delta));
 }
 
+int colours(float* out, const uint8_t* crops, const float* table, int64_t n, int64_t H, int64_t width,
+            const float* scale, const float* shift) {
+    uint8_t* scratch;
+    cudaMalloc(&scratch, colours_scratch_cuda(n, H, width));
+    const cudaError_t status = colours_cuda(out, crops, table, scratch, n, H, width, scale, shift, 0);
+    return worse(status, cudaFree(scratch));
+}
+
 }

@@ -1,7 +1,7 @@
 """
 The CUDA kernels on a CPU: torch.ops.nanodino.* of csrc/*.cu, built by g++ with cuda_on_cpu.h in place of CUDA.
 
-    sinkhorn_pass sinkhorn_targets assignment_loss assignment_loss_ rope_attention rope_attention_backward
+    sinkhorn_pass sinkhorn_targets assignment_loss assignment_loss_ rope_attention rope_attention_backward colours
                         the operators' arguments and results, of CPU tensors;  RuntimeError where a kernel leaves its
                         memory, or a launcher refuses
     order(which)        of blocks, warps and lanes: 0 as numbered, 1 backwards, else drawn;  no bit may differ
@@ -25,8 +25,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = sys.platform == "linux" and shutil.which("g++") is not None
-SOURCES = "sinkhorn.cu", "assignment_loss.cu", "rope_attention_forward.cu", "rope_attention_backward.cu"
-FLAGS = """-std=c++20 -O1 -w -fPIC -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE -DWITH_CUDA
+SOURCES = "sinkhorn.cu", "assignment_loss.cu", "rope_attention_forward.cu", "rope_attention_backward.cu", "colours.cu"
+FLAGS = """-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE -DWITH_CUDA
            -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error""".split()
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 library = None
@@ -203,3 +203,12 @@ def rope_attention_backward(dout, qkv, out, lse, tables, n_images, heads):
         device.call("rope_attention_backward", dqkv, *given, rope_groups(device, tables, n_images), len(n_images), T,
                     heads, D // heads, DTYPES[qkv.dtype])
         return device.take(dqkv)
+
+
+def colours(crops, table, mean, std):
+    numbers = ctypes.c_float * 3
+    scale, shift = numbers(*(1 / (255 * s) for s in std)), numbers(*(-m / s for m, s in zip(mean, std, strict=True)))
+    with Device() as device:
+        out = device.new(torch.empty(crops.shape))
+        device.call("colours", out, device.give(crops), device.give(table), len(crops), *crops.shape[2:], scale, shift)
+        return device.take(out)

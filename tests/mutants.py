@@ -23,11 +23,12 @@ import test_ops_cuda  # noqa: E402
 
 SINKHORN, LOSS, ROWS, COMMON = "sinkhorn.cu", "assignment_loss.cu", "row_sums.cuh", "common.cuh"
 FORWARD, BACKWARD, ROPE = "rope_attention_forward.cu", "rope_attention_backward.cu", "rope_attention.cuh"
-MMA = "mma.cuh"
+MMA, COLOURS, PIXELS = "mma.cuh", "colours.cu", "colours.h"
 USED = {SINKHORN: ([SINKHORN], ["sinkhorn", "targets"]), LOSS: ([LOSS], ["loss"]),  # by which sources, which checks
         ROWS: ([SINKHORN], ["sinkhorn"]), COMMON: ([SINKHORN], ["targets", "sinkhorn"]),
         FORWARD: ([FORWARD], ["attention"]), BACKWARD: ([BACKWARD], ["attention"]),
-        ROPE: ([FORWARD, BACKWARD], ["attention"]), MMA: ([], ["assembly"])}
+        ROPE: ([FORWARD, BACKWARD], ["attention"]), MMA: ([], ["assembly"]),
+        COLOURS: ([COLOURS], ["colours"]), PIXELS: ([COLOURS], ["colours"])}
 BARRIER, INNER = "    __syncthreads();\n", "        __syncthreads();\n"
 
 MUTANTS = {  # name: file, old text, new text; every place of the old text
@@ -94,6 +95,28 @@ MUTANTS = {  # name: file, old text, new text; every place of the old text
     "warp: half of it": (COMMON, "lane = 16; lane; lane /= 2) v += ", "lane = 8; lane; lane /= 2) v += "),
     "loss: gradient in log2 units": (LOSS, "weight * student_scale * LN2;", "weight * student_scale;"),
     "loss: mass of one crop": (LOSS, "mass += pair;", "mass = pair;"),
+    # colours
+    "colours: before the warps' sums": (COLOURS, "= v;\n    __syncthreads();", "= v;"),
+    "colours: before the blur": (COLOURS, BARRIER + "    float taps[5];", "    float taps[5];"),
+    "colours: before rows are blurred across": (COLOURS, INNER + "        for (int y = t", "        for (int y = t"),
+    "colours: before the ring is filled again": (COLOURS, INNER + "    }\n}", "    }\n}"),
+    "colours: another row of the ring": (COLOURS, "(y + EDGE + t) % rows", "(y + EDGE + t + 1) % rows"),
+    "colours: rows that the last band left": (COLOURS, "top ? top + EDGE : -EDGE", "top ? top + EDGE + 1 : -EDGE"),
+    "colours: another crop": (COLOURS, "table + (int64_t)blockIdx.x * 12", "table"),
+    "colours: half the ring": (COLOURS, "HEAD + 4 * beside * width", "HEAD + 2 * beside * width"),
+    "colours: scratch of one crop": (COLOURS, "? 0 : n * 3", "? 0 : 3"),
+    "colours: by four wherever rows start": (COLOURS, "(uintptr_t)crops % 4 == 0", "true"),
+    "colours: what came before contrast": (COLOURS, "if (INSIDE || done) x = copy;", ""),
+    "colours: not solarised without a blur": (COLOURS, "recipe.solarize && j < N", "false && j < N"),
+    "colours: edges mirrored with themselves": (PIXELS, "2 * n - 2 - i", "2 * n - 1 - i"),
+    "colours: mean cut, not rounded": (PIXELS, "(2 * sum + n) / (2 * n)", "sum / n"),
+    "colours: luma cut, not rounded": (PIXELS, " + 32768.f", ""),
+    "colours: blend rounded": (PIXELS, "(to - from) * factor, V{}", "(to - from) * factor + 0.5f, V{}"),
+    "colours: hue not around the circle": (PIXELS, "hue >= V{} + 256.f ? hue - 256.f : hue", "hue"),
+    "colours: lowest channel of another": (PIXELS, "red ? p.g : green ? p.b : p.r", "red ? p.b : green ? p.r : p.g"),
+    "colours: saturation rounded": (PIXELS, "max(top, one) * 255.f)", "max(top, one) * 255.f + 0.5f)"),
+    "colours: solarised a level off": (PIXELS, "min(v, V{} + 255.f - v)", "min(v, V{} + 256.f - v)"),
+    "colours: taps not normalised": (PIXELS, "t ? 2 * weights[t]", "t ? weights[t]"),
     # what is never executed
     "assembly: products of float16": (MMA, 'MMA("f16")', 'MMA("bf16")'),
     "assembly: not transposed": (MMA, ".x4.trans.", ".x4."),

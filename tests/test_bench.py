@@ -74,6 +74,16 @@ def test_steps_rehearsed(tmp_path, monkeypatch):
     assert saves[0]["copy_mb"] > 1 and saves[0]["waits_ms"] > 0 < saves[0]["copies_ms"]
 
 
+@pytest.mark.parametrize("name, table", [("augment", "photo to crops"), ("loader", "batches of photos")])
+def test_photos(name, table, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANODINO_CPU", bench.ops.LEVEL)
+    bench.main([name, "--dry", "--json", str(tmp_path / "cpu.json")])
+    found = json.loads((tmp_path / "cpu.json").read_text())["tables"]
+    assert all(row["images_per_s"] > 0 for row in found[table]) and len(found[table]) == 3
+    if name == "augment":
+        assert sum(row["share"] for row in found["parts of ours"]) == pytest.approx(1)
+
+
 def test_help_names_everything(capsys):
     bench.main(["--help"])
     said = capsys.readouterr().out

@@ -1,6 +1,6 @@
 """
-data.py: colours against torchvision, draws against the recipe's numbers, batches that ranks do not change. Its sources:
-test_data_sources.py.
+data.py: crops against torchvision, draws against the recipe's numbers, batches that ranks do not
+change. Its sources: test_data_sources.py.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 import data
+import ops
 from data import Batches, CropConfig, draw_crops, draw_masks
 from recipes import TrainConfig
 
@@ -35,63 +36,6 @@ class Noise:
 
     def name(self, i):
         return f"noise {i}"
-
-# --------------------------------------------------------------------------------
-# Colours
-
-
-def crops(n, side=24):
-    """n 3 side side, uint8: noise, with grey, black and white areas."""
-    x = np.random.default_rng(0).integers(0, 256, (n, 3, side, side), dtype=np.uint8)
-    x[..., :4, :4], x[..., 4:8, :4], x[..., 8:12, :4] = 77, 0, 255
-    return torch.from_numpy(x)
-
-
-OPERATIONS = {  # ours, torchvision's, amounts to try
-    "brightness": (data.adjust_brightness, tv.adjust_brightness, [0.6, 1, 1.4]),
-    "contrast": (data.adjust_contrast, tv.adjust_contrast, [0.6, 1, 1.4]),
-    "saturation": (data.adjust_saturation, tv.adjust_saturation, [0.8, 1, 1.2]),
-    "hue": (data.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0, 0.1, 0.37]),
-    "grey": (data.to_grey, lambda x, _: tv.rgb_to_grayscale(x, 3), [1]),
-    "blur": (data.blur, lambda x, sigma: tv.gaussian_blur(x, [9, 9], [sigma, sigma]), [0.1, 0.7, 2]),
-    "solarize": (data.solarize, lambda x, _: tv.solarize(x, 128 / 255), [1]),
-}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_is_torchvisions(name):
-    """Each crop of a batch with its own amount."""
-    ours, theirs, amounts = OPERATIONS[name]
-    x, amount = crops(len(amounts)).float() / 255, torch.tensor(amounts)
-    before = x.clone()
-    exact = torch.stack([theirs(image, a) for image, a in zip(x, amounts, strict=True)])
-    found = ours(x, amount if name == "blur" else amount[:, None, None, None])
-    atol = 2e-4 if name in ("contrast", "saturation", "grey") else 2e-6  # luma: 0.299 of red here, 0.2989 there
-    torch.testing.assert_close(found, exact, rtol=0, atol=atol)
-    assert torch.equal(x, before)
-
-
-def one_by_one(crop, row, mean, std):
-    """One crop through torchvision, in the order that its row of colours says."""
-    jitter = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
-    x = crop.float() / 255
-    for turn in row[5:9] if row[0] else ():
-        x = jitter[int(turn)](x, row[1 + int(turn)])
-    x = tv.rgb_to_grayscale(x, 3) if row[9] else x
-    x = tv.gaussian_blur(x, [9, 9], [row[10]] * 2) if row[10] else x
-    return tv.normalize(tv.solarize(x, 128 / 255) if row[11] else x, mean, std)
-
-
-def test_augment_is_torchvision_one_by_one():
-    c = replace(CONFIG, n_local=18, jitter=0.7, grey=0.3, solarize=1.0, blur_global_2=1.0)
-    images, colours = crops(20), torch.from_numpy(draw_crops(np.random.default_rng(5), c, 40, 50)[2])
-    before = images.clone(), colours.clone()
-    ours = data.augment(images, data.sort_colours(colours), c.mean, c.std)
-    exact = torch.stack([one_by_one(*each, c.mean, c.std) for each in zip(images, colours.tolist(), strict=True)])
-    apart = (ours - exact).abs() > 1e-3  # solarize jumps: luma's last digit may move a value across its threshold
-    assert apart.float().mean() < 1e-3 and not apart[colours[:, 11] == 0].any()
-    assert torch.equal(images, before[0]) and torch.equal(colours, before[1])
-    assert data.augment(images[:0], data.sort_colours(colours[:0]), c.mean, c.std).shape == (0, 3, 24, 24)
 
 # --------------------------------------------------------------------------------
 # Crops
@@ -124,6 +68,22 @@ def test_extreme_images_are_cut_too(height, width, largest):
     assert 0 < (h * w).min() and (h * w).max() <= largest
     image = torch.full((3, height, width), 9, dtype=torch.uint8)
     assert torch.equal(data.cut(image, boxes[0, 0], True, 32), torch.full((3, 32, 32), 9, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not ops.BUILT, reason="csrc is not built")
+def test_kernel_of_cut_and_definition_are_the_same_bytes():
+    """Photos of every size, to crops of every size; what is not stored pixel by pixel the definition cuts."""
+    rng = np.random.default_rng(2)
+    for size in 1, 5, 16, 37, 64, 224:
+        for H, W in (1, 1), (3, 200), (150, 2), (64, 64), *rng.integers(10, 130, (8, 2)):
+            image = torch.from_numpy(rng.integers(0, 256, (H, W, 3), dtype=np.uint8)).permute(2, 0, 1)
+            h, w = int(rng.integers(1, H + 1)), int(rng.integers(1, W + 1))
+            box, flip = (int(rng.integers(0, H - h + 1)), int(rng.integers(0, W - w + 1)), h, w), bool(h % 2)
+            ours = data.cut(image, box, flip, size)
+            assert torch.equal(data.cut(image.contiguous(), box, flip, size), ours)
+            ops.use_kernels("off")
+            assert torch.equal(data.cut(image, box, flip, size), ours)
+            ops.use_kernels("auto")
 
 
 def test_cut_is_torchvisions_resized_crop():

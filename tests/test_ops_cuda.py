@@ -15,8 +15,13 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from test_colours import crops as noise
 from test_ops import exact_loss, exact_pass, loss_arguments, normal
 from test_ops_attention import by_hand, error, make, value_and_grad
+
+import ops
+from data import augment
+from engine.proof import COLOURS
 
 ROOT = Path(__file__).parents[1]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -113,6 +118,16 @@ def check_refusal(off):
             emulated.rope_attention(given["qkv"], tables, *rest[1:])
 
 
+def check_colours(H, W, shift=lambda x: x):
+    """Byte for byte: the definition, normalised."""
+    ops.use_kernels("off")
+    crops, table, normal = shift(noise(len(COLOURS), H, W)), torch.tensor(COLOURS), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    exact = augment(crops, table, *normal)
+    ops.use_kernels("auto")
+    ours, = same_in_both_orders(lambda: [emulated.colours(crops, table, *normal)])
+    assert torch.equal(ours, exact)
+
+
 CHECKS = {  # name: check and its arguments; the smallest that reach each branch
     "sinkhorn, scalar, f32": (check_sinkhorn, 37, 1003, F32),
     "sinkhorn, scalar, bf16": (check_sinkhorn, 5, 271, BF16),
@@ -137,6 +152,11 @@ CHECKS = {  # name: check and its arguments; the smallest that reach each branch
     **{f"attention, misaligned {name}": (check_refusal, name) for name in ("dout", "qkv", "out", "cos")},
     "attention, two blocks, 64, f16": (check_attention, [1], [(12, 12)], 1, 64, F16),
     "attention, two blocks, 128, bf16": (check_attention, [1], [(16, 16)], 1, 128, BF16),
+    "colours, by four": (check_colours, 44, 36),                        # two bands of the blur
+    "colours, by one": (check_colours, 23, 37),
+    "colours, off by one": (check_colours, 12, 16, off_by_one),
+    "colours, narrower than the blur": (check_colours, 5, 6),
+    "colours, too large to share": (check_colours, 280, 276),
 }
 
 
@@ -160,7 +180,7 @@ def test_kernels_started_in_a_pass(n, K, first, next_):
 
 
 @needs_compiler
-@pytest.mark.parametrize("names", [["sinkhorn"], ["assignment_loss"],
+@pytest.mark.parametrize("names", [["sinkhorn"], ["assignment_loss"], ["colours"],
                                    ["rope_attention_forward", "rope_attention_backward"]], ids=str)
 def test_kernels_pass_their_own_checks(names, tmp_path):
     """The mains that need no torch, for nvcc on a machine with a GPU."""
@@ -239,7 +259,7 @@ def test_assembly_becomes_the_instructions_it_names(arch, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.parametrize("name", ["sinkhorn_cpu", "assignment_loss_cpu"])
+@pytest.mark.parametrize("name", ["sinkhorn_cpu", "assignment_loss_cpu", "colours_cpu", "cut_cpu"])
 def test_cpu_kernel_passes_its_own_check(name, tmp_path):
     """Without -march=native: with the vectors of the oldest machine, not only this one's."""
     source = str(ROOT / f"csrc/{name}.cpp")

@@ -43,6 +43,12 @@ for dtype in torch.float32, torch.bfloat16:
         out, lse = torch.ops.nanodino.rope_attention(qkv, [angles.cos(), angles.sin()], [2], A)
         out.backward(normal(2 * N, A * E, seed=2).to(dtype))
         add(out, lse, qkv.grad)
+from engine.proof import COLOURS
+for H, W in (16, 64), (13, 37):
+    crops = torch.randint(0, 256, (len(COLOURS), 3, H, W), generator=torch.Generator().manual_seed(3)).byte()
+    add(torch.ops.nanodino.colours(crops, torch.tensor(COLOURS), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+image = torch.randint(0, 256, (90, 70, 3), generator=torch.Generator().manual_seed(4)).byte().permute(2, 0, 1)
+add(*(torch.ops.nanodino.cut(image, (3, 5, 80, 61), True, size) for size in (17, 64, 100)))
 print(ops.LEVEL, found.hexdigest())
 """
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ops
-from engine.proof import failure
+from data import augment, cut
+from engine.proof import COLOURS, failure
 
 pytestmark = pytest.mark.skipif(not ops.BUILT, reason="csrc is not built")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -19,7 +20,9 @@ CALLS = dict(  # an op of each kind, on something small
     sinkhorn_pass=lambda: ops.sinkhorn_pass(X, 0.1, LOG_U),
     sinkhorn_targets=lambda: ops.sinkhorn_targets(X, 0.1, LOG_U),
     assignment_loss=lambda: ops.assignment_loss(X[None], X[None], LOG_U, X[:, 0], torch.ones(1, 1), 0.1, 0.1),
-    rope_attention=lambda: ops.rope_attention(X[:6, :24].repeat(1, 4), [1], ROPE, 2))
+    rope_attention=lambda: ops.rope_attention(X[:6, :24].repeat(1, 4), [1], ROPE, 2),
+    cut=lambda: cut(X.view(12, 10, 3).mul(60).byte().permute(2, 0, 1), (1, 2, 9, 7), False, 6).float(),
+    colours=lambda: augment((X.view(1, 3, 10, 12) * 60 + 128).byte(), torch.tensor(COLOURS[:1]), [0.4] * 3, [0.2] * 3))
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,7 @@ def break_kernel(monkeypatch, op, how):
 
     def wrong(*arguments):
         out = right(*arguments)
+        out = out.float() if isinstance(out, torch.Tensor) else out         # bytes have no room for mistakes
         return how(out) if isinstance(out, torch.Tensor) else (how(out[0]), *out[1:])
     monkeypatch.setattr(torch.ops.nanodino, op, wrong)
 

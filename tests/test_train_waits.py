@@ -48,8 +48,8 @@ def prepare(words, tmp_path):
 def step(c, batch, student, teacher, optimizer, verdicts, at=0):
     """The lines of train.train, without those of logging; as on a GPU the crops come without their colours."""
     batch.pop("broken")
-    batch = colour_batch(to_device({k: v for k, v in batch.items() if k != "indices"}, "cpu")
-                         | dict(indices=batch["indices"]), c)
+    stays = {k: batch.pop(k) for k in ("indices", "colours")}
+    batch = colour_batch(to_device(batch, "cpu") | stays, c)
     train.set_schedules(optimizer, 1e-3, 0.04, c.freeze_last_layer)
     with torch.no_grad():
         targets = train.teacher_targets(teacher, [batch], 0.04, None)[0]
