@@ -92,7 +92,7 @@ def test_help_names_everything(capsys):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["sinkhorn", "losses"], "unknown benchmark 'losses'; choose from forward, data"),
+    (["sinkhorn", "losses"], "unknown benchmark 'losses'; choose from forward, augment, loader, data"),
     (["gpu-2"], "gpu-2: no GPU here; add --dry to rehearse it"),
     (["gpu-2", "--minute", "3"], "did you mean --minutes"), (["gpu-2", "--minutes", "x"], "--minutes wants float"),
 ])

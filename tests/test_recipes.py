@@ -27,7 +27,7 @@ OWN = {"lr_end", "out", "data", "init", "resume", "stage", "n_shapes", "seed", "
        "workers", "log_every", "log", "profile", "stop_after", "checkpointing", "mean",
        "std", "accumulate", "replicas", "compile",  # of the run; lr_end is below; and of stages:
        "start", "began", "gram_teacher", "gram_size", "gram_weight", "gram_warmup", "gram_refresh", "gram_refreshes",
-       "local_weight_start", "cosine_warmup", "resolutions", "freeze_backbone", "backbone_lr"}
+       "local_weight_start", "cosine_warmup", "resolutions"}
 
 
 def test_released_vit_l_field_by_field(tmp_path):
