@@ -72,7 +72,7 @@ class File(NamedTuple):
 def find(path):
     """The files that hold the tensors: one, or shards."""
     if path.is_dir():
-        path = next((path / name for name in FOLDER if (path / name).is_file()), path / FOLDER[0])
+        path = next((path / name for name in FOLDER if (path / name).is_file()), path / FOLDER[1])
     files = [path]
     if path.name.endswith(".index.json") and path.is_file():
         shards = read_json(path).get("weight_map")
