@@ -5,6 +5,7 @@ Runs of train.py in processes that are forked, not started: a second less for ea
     Group    what became of them
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -73,6 +74,7 @@ def start(out, *words, ranks=1, prepare=lambda rank: None, base=MICRO, main=trai
                 sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
                 sys.argv = ["train.py", *base, "--out", str(out), *words]
                 checkpoint.commit = progress.commit = lambda: "one"  # of all runs, whoever edits a file meanwhile
+                faulthandler.dump_traceback_later(100)  # into the log: where it stands, if it hangs
                 torch.set_num_threads(1)  # the pool of threads did not survive the fork
                 if ranks > 1:
                     here = env | dict(RANK=rank, LOCAL_RANK=rank)
