@@ -202,8 +202,8 @@ GRAM = dict(
     gram_weight=2.0, gram_warmup=1000, gram_refresh=10_000, gram_refreshes=3,
 )
 HIGHRES = GRAM | dict(
-    # paper: §5.1: global crops of 512 and 768 px, local ones of 112 to 336, a pair a batch; 10k steps; the Gram teacher
-    #   is the teacher that the stage begins with
+    # paper: §5.1: global crops of 512 and 768 px, local ones of 112 to 336, a pair a batch; 10k steps; the Gram
+    #   teacher is the teacher that the stage begins with
     # differs: 30k steps as released, the first 10k of them the warm-up; triples, their shares, weight and rate are the
     #   released recipe's, as the paper gives none; 8 images a GPU as there, on the 256 GPUs of the pretraining
     steps=30_000, batch=2048, group=8, koleo_group=16, lr=1.25e-5, lr_end=1.25e-5, lr_warmup=10_000, cosine_warmup=True,

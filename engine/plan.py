@@ -35,7 +35,7 @@ from weights import empty
 F32, BF16, GB = 4, 2, 1e9
 H100 = 989.4e12                # bf16 FLOP/s, dense, of the data sheet
 READ = 5.0e-3                  # seconds of a core for an image: read a JPEG of 500x375, cut 10 crops; LOG.md
-COLOUR = 88e-9                 # the same for a pixel of the crops, where the host colours them: without a GPU
+COLOUR = 7e-9                  # the same for a pixel of the crops, where the host colours them: without a GPU
 PROGRAM = 33e6                 # what the code of libraries takes once their functions run: a CPU's; LOG.md
 TOP = 64 * 2 ** 20             # what glibc's malloc keeps at most for later: twice its largest mmap threshold
 PUE, CO2 = 1.1, 0.385          # paper: §9: of the data centre; kg for a kWh, average of the USA

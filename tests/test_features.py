@@ -62,25 +62,11 @@ class Echo(torch.nn.Module):
         return SimpleNamespace(cls=value, patches=torch.stack([0 * value, 2 * value], 1))
 
 
-class Picked:
-    def __init__(self, source, rows):
-        self.source, self.rows = source, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def load(self, i):
-        return self.source.load(self.rows[i])
-
-    def label(self, i):
-        return self.source.label(self.rows[i])
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tokens_keep_the_order_and_skip_the_unreadable(workers, capsys):
     model, chosen = Echo(), [9, 0, 1, 3, 2, 5, 4, 8, 7, 6]
     c = TASKS["knn"].config(batch=4, resolution=16, workers=workers)
-    found = Frozen(model, TASKS["knn"], c).tokens("val", Picked(Plain(10, {3}), chosen))
+    found = Frozen(model, TASKS["knn"], c).tokens("val", Drawn(Plain(10, {3}), chosen))
     chosen.remove(3)
     exact = (torch.tensor(chosen).float()[:, None] / 255 - 0.5) / 0.25
     torch.testing.assert_close(found.cls, exact)

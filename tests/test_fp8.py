@@ -114,7 +114,7 @@ def test_products_are_those_of_float64_rows(T, D, F, on_cpu):
         apart = (np.abs(found - expected) / (np.abs(expected) * 2.0 ** -8 + size * 1e-6)).max()
         print(f"{name}: {apart:.3f} of what rounding to bfloat16 and sums in float32 may change")
         assert apart <= 1                                                                # measured .985
-    for name, found, exact, size in zip(("y", "x.grad"), ours, (a @ b.T, g @ b), sizes, strict=False):
+    for name, found, exact, size in zip(("y", "x.grad"), ours[:2], (a @ b.T, g @ b), sizes[:2], strict=True):
         worst, typical = (np.abs(found - exact) / size).max(), (found - exact).std() / exact.std()
         print(f"{name}: error {worst:.3f} of the sum of sizes at most, {typical:.3f} of the deviation")
         assert worst < 2 * 2.0 ** -4 + 2.0 ** -8 and typical < 0.08                      # measured .038, .058
