@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from convnext import ConvNeXt, ConvNeXtConfig
+from data import Drawn
 from engine import features
 from engine.features import Frozen, Pixels, chosen_layers, whole_patches
 from engine.views import centre_crop, fitted, mirrored
