@@ -50,13 +50,14 @@ from PIL import Image
 import data as training_data
 import ops
 import shapes
-from data import Batches, draw_crops, open_source
+from data import Batches, draw_crops
 from engine import config as command_line
-from engine import fp8, trials, versus
+from engine import fp8, sources, trials, versus
 from engine.features import Frozen, load
 from engine.opponents import crops_by_pillow, gram_written_out, with_gradient, with_kernels
 from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
+from engine.sources import open_source
 from engine.timing import Cpu, Rehearsal, machine, medians
 from losses import gram_loss
 from model import SIZES, ViT
@@ -132,14 +133,15 @@ def augment(machine, report, path):
             slow = name == "ours" and base < 6 * t.seconds
             report.add("photo to crops", way=name, ms=t.seconds * 1e3, spread=t.spread, images_per_s=1 / t.seconds,
                        base_over_this=base / t.seconds, **dict(flag="SLOWER than 6x") if slow else {})
-        parts = parts_of(lambda: [batches[i] for i in range(n)], ("read_image", "draw_crops", "cut", "augment"))
+        functions = [(sources, "read_image")] + [(training_data, name) for name in ("draw_crops", "cut", "augment")]
+        parts = parts_of(lambda: [batches[i] for i in range(n)], functions)
     for name, seconds in parts.items():
         report.add("parts of ours", part=name, ms=seconds / n * 1e3, share=seconds / sum(parts.values()))
 
 
-def parts_of(run, names):
-    """Seconds that functions of data.py take in run(), and the rest of it."""
-    before, seconds = {name: getattr(training_data, name) for name in names}, dict.fromkeys(names, 0.0)
+def parts_of(run, functions):
+    """Seconds that functions, each a module and a name in it, take in run(), and the rest of it."""
+    before, seconds = [(*at, getattr(*at)) for at in functions], {name: 0.0 for _, name in functions}
 
     def timed(name, function, *arguments):
         start = time.perf_counter()
@@ -147,14 +149,14 @@ def parts_of(run, names):
         seconds[name] += time.perf_counter() - start
         return found
     try:
-        for name, function in before.items():
-            setattr(training_data, name, partial(timed, name, function))
+        for module, name, function in before:
+            setattr(module, name, partial(timed, name, function))
         start = time.perf_counter()
         run()
         return seconds | dict(rest=time.perf_counter() - start - sum(seconds.values()))
     finally:
-        for name, function in before.items():
-            setattr(training_data, name, function)
+        for module, name, function in before:
+            setattr(module, name, function)
 
 
 def loader(machine, report, path):

@@ -2,7 +2,6 @@
 Images in, training batches out. A batch is a function of (seed, step): resumable, and the same for any number of
 ranks and workers.
 
-    open_source      a folder of photos, or the generated `shapes`                 --data PATH
     CropConfig       every number of the augmentation                              DINOv3 App. C; DINOv2 §B.1
     draw_crops       where to cut, and how to recolour: plain numbers, drawn on the host
     cut, augment     crops of uint8, and their colours, all at once, on any device
@@ -12,8 +11,6 @@ ranks and workers.
 Dimension letters: see the top of model.py.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -21,17 +18,12 @@ import signal
 import threading
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import ops
-import shapes
 from engine.colours import (
     APPLY,
     BRIGHTNESS,
@@ -44,175 +36,9 @@ from engine.colours import (
     SIGMA,
     SOLARIZE,
 )
+from engine.images import resize
 
-UPRIGHT = {i + 2: turn for i, turn in enumerate(Image.Transpose[name] for name in (  # EXIF orientations 2 to 8
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))}
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-
-# --------------------------------------------------------------------------------
-# Sources: len(source), source.load(i) -> C H W uint8, source.name(i), source.classes and source.labels for probes
-
-
-def open_source(path, n_shapes=4096, seed=0):
-    """
-    path      "shapes", or a folder of images, searched recursively
-    n_shapes  images of `shapes`; another seed gives other images
-    raises    ValueError: not a folder, or no image in it
-    """
-    if str(path) == "shapes":
-        return Shapes(n_shapes, seed)
-    return Folder(path)
-
-
-class Shapes:
-    """The generated images of shapes.py, each rendered once: memory that all workers share keeps them."""
-    SIDE = 96  # pixels
-
-    def __init__(self, n, seed=0):
-        self.seed, self.classes = seed, list(shapes.CLASSES)
-        self.images = torch.zeros(n, self.SIDE, self.SIDE, 3, dtype=torch.uint8).share_memory_()
-        self.labels = torch.full((n,), -1).share_memory_()  # -1: not yet rendered
-
-    def __len__(self):
-        return len(self.images)
-
-    def load(self, i):
-        if self.labels[i] < 0:
-            scene = shapes.scene(int(i), self.SIDE, self.seed)
-            self.images[i] = torch.from_numpy(scene.image)
-            self.labels[i] = scene.label  # last: the image is there when the label is
-        return self.images[i].permute(2, 0, 1)
-
-    def label(self, i):
-        self.load(i)
-        return int(self.labels[i])
-
-    def name(self, i):
-        return f"shapes {i}"
-
-    def digest(self):
-        return f"shapes {len(self)} {self.seed}"
-
-
-class Folder:
-    """All images below a folder; the first folder below it names the class."""
-
-    def __init__(self, root):
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            what = "is a file" if self.root.exists() else "does not exist"
-            raise ValueError(f"--data: {root} {what}; name a folder of images, or write shapes for the generated set")
-        self.paths = scan(self.root)
-        if not self.paths:
-            raise ValueError(f"--data: no image in {root} or below it; looked for {' '.join(sorted(EXTENSIONS))}")
-        self.classes = sorted({path.split("/")[0] for path in self.paths if "/" in path})
-
-    def __len__(self):
-        return len(self.paths)
-
-    def load(self, i):
-        return read_image(self.root / self.paths[i])
-
-    def label(self, i):
-        """Raises ValueError for an image that lies in no class folder."""
-        folder, slash, _ = self.paths[i].partition("/")
-        if not slash:
-            raise ValueError(f"--data: {self.root / folder} lies in no class folder; folders name the classes")
-        return self.classes.index(folder)
-
-    def name(self, i):
-        return str(self.root / self.paths[i])
-
-    def digest(self):
-        """Of the images' names and order, not of their pixels: the folder may move."""
-        return hashlib.sha1("\n".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-class Drawn:
-    """Some images of a source, by their rows."""
-
-    def __init__(self, source, rows):
-        self.source, self.rows = source, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def load(self, i):
-        return self.source.load(self.rows[i])
-
-    def label(self, i):
-        return self.source.label(self.rows[i])
-
-    def name(self, i):
-        return self.source.name(self.rows[i])
-
-    def digest(self):
-        return hashlib.sha1(f"{self.source.digest()} {self.rows}".encode()).hexdigest()
-
-
-def scan(root):
-    """Paths of all images below root, in a fixed order; remembered until a folder changes: restarts are quick."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
-    cache /= hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:16] + ".json"
-    try:
-        index = json.loads(cache.read_text())
-        if all(os.stat(root / folder).st_mtime_ns == time for folder, time in index["folders"].items()):
-            return index["paths"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no index yet, or a stale or damaged one: look again
-    folders, paths, seen = {}, [], set()
-    with tqdm(desc=f"scanning {root}", unit=" images", leave=False, disable=None) as bar:
-        for folder, below, files in os.walk(root, followlinks=True):
-            below.sort()
-            stat = os.stat(folder)
-            if (stat.st_dev, stat.st_ino) in seen:
-                below.clear()  # a link to a folder above it
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            folders[os.path.relpath(folder, root)] = stat.st_mtime_ns
-            images = [file for file in sorted(files) if Path(file).suffix.lower() in EXTENSIONS]
-            paths += [os.path.relpath(os.path.join(folder, image), root).replace(os.sep, "/") for image in images]
-            bar.update(len(images))
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        new = cache.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(dict(folders=folders, paths=paths)))
-        new.replace(cache)
-    except OSError:
-        pass  # nowhere to remember it: the next run scans again
-    return paths
-
-
-def read_image(path):
-    """
-    C H W uint8 RGB of any file that Pillow opens: upright by its EXIF tag, 16-bit scaled down, transparency on white.
-
-    Raises OSError for a file that is broken or cut short.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            turn = UPRIGHT.get(image.getexif().get(0x0112))  # the EXIF tag Orientation
-            image = image.transpose(turn) if turn else image
-            if image.mode.startswith(("I", "F")):  # 16-bit greys: 65535 is white; float ones: the brightest value is
-                grey = np.asarray(image, dtype=np.float32)
-                top = 65535 if image.mode.startswith("I") else max(float(grey.max()), 1e-8)
-                image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except Exception as error:  # Pillow's decoders fail in many ways on foreign bytes; all mean: unreadable
-        raise OSError(f"{path}: {error}") from error
-
-
-def resize(image, height, width):
-    """Bicubic with antialiasing, uint8 in and out; of the same size, the image.    image  C H W"""
-    if image.shape[1:] == (height, width):
-        return image
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 # --------------------------------------------------------------------------------
 # Crops

@@ -28,7 +28,7 @@ from torch import nn
 import recipes
 import train
 from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
-from data import Batches, CropConfig, loader, open_source
+from data import Batches, CropConfig, loader
 from engine import config as command_line
 from engine.cache import Cached, folder_of
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, saved, take_rows
@@ -39,6 +39,7 @@ from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import count_workers, start_ranks
 from engine.saver import Saver
+from engine.sources import open_source
 from losses import assignments
 from model import SIZES, Noise, ViTConfig, set_std
 from recipes import TrainConfig

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ops
-from data import CropConfig, open_source, read_resolutions
+from data import CropConfig, read_resolutions
 from engine import config as command_line
 from engine.checkpoint import newest, saved
 from engine.layouts import size_of
 from engine.loggers import check_loggers
+from engine.sources import open_source
 from engine.stages import gram_config, kept
 from model import SIZES, ViTConfig
 from weights import identify

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 import ops
 from convnext import ConvNeXt, ConvNeXtConfig
-from data import Batches, colour_batch, loader, open_source
+from data import Batches, colour_batch, loader
 from engine import config as command_line
 from engine import fp8, plan
 from engine.adam import AdamW16
@@ -45,6 +45,7 @@ from engine.profile import tracer
 from engine.progress import Progress, open_log
 from engine.ranks import choose_precision, count_workers, start_ranks
 from engine.saver import Saver
+from engine.sources import open_source
 from engine.stages import describe, first_state, gram_term, make_gram_teacher, refresh, refreshes
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import Noise, ProjectionHead, ViT, initialise, to_device

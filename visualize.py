@@ -43,14 +43,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from data import EXTENSIONS, open_source, read_image, resize
 from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
 from engine.attention import attention_row
 from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
+from engine.images import EXTENSIONS, read_image, resize
 from engine.pictures import entitled, hues
+from engine.sources import open_source
 from losses import gram_loss
 from recipes import saved_config
 from weights import load_backbone

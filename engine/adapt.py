@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Drawn, augment, cut, draw_crops
+from data import augment, cut, draw_crops
 from engine.checkpoint import publish, replace_text, saved
 from engine.meters import effective_rank
+from engine.sources import Drawn
 from engine.stages import normalised_for
 from engine.views import centre_crop
 from weights import load_backbone, save_backbone

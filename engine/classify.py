@@ -9,7 +9,7 @@ What classifications of frozen class tokens have in common.
 import numpy as np
 import torch
 
-from data import Drawn
+from engine.sources import Drawn
 from engine.task import Option
 
 TRIES = 5                      # draws of --shots

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import resize
+from engine.images import resize
 from engine.metrics import IGNORE
 from engine.views import scaled
 

@@ -35,13 +35,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batches, colour_batch, loader, open_source
+from data import Batches, colour_batch, loader
 from engine import fp8
 from engine.interrupt import Interrupt, Verdicts
 from engine.opponents import same, with_kernels
 from engine.ranks import start_ranks
 from engine.report import verdict
 from engine.saver import Saver
+from engine.sources import open_source
 from engine.stages import gram_term, make_gram_teacher, refresh
 from engine.timing import medians
 from model import SIZES, ViT

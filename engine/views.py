@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import resize
+from engine.images import resize
 
 GREY = 124, 116, 104   # 0 once it is normalised, to 1/120, for networks that saw photos; those of satellites: to 0.8
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 import shapes
-from data import EXTENSIONS, Shapes, read_image
+from engine.images import EXTENSIONS, read_image
+from engine.sources import Shapes
 from engine.task import skip
 from sets.pairs import evenly
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import open_source, read_image
+from engine.images import read_image
+from engine.sources import open_source
 from sets import finegrained
 from sets.pairs import evenly, lines
 

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 import shapes
-from data import CropConfig, cut, draw_crops, loader, read_image, resize
+from data import CropConfig, cut, draw_crops, loader
 from engine.chunks import Computed
+from engine.images import read_image, resize
 from engine.task import skip
 from sets.pairs import GENERATED, evenly, folders, images_below, lines
 

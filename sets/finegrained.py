@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
-from data import open_source
+from engine.sources import open_source
 from sets.pairs import there
 
 TORCHVISION = dict(  # the class; the arguments of what to train on, and of what to score

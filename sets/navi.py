@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import read_image, resize
+from engine.images import read_image, resize
 from engine.task import skip
 from engine.views import nearest
 from sets.pairs import evenly

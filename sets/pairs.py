@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from data import EXTENSIONS, loader, read_image
+from data import loader
 from engine.chunks import Computed
+from engine.images import EXTENSIONS, read_image
 from engine.task import skip
 
 GENERATED = 400, 100    # shapes: scenes to train on, scenes to measure on

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import read_image
+from engine.images import read_image
 from sets.pairs import evenly
 
 

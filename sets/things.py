@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from data import read_image
+from engine.images import read_image
 from sets.pairs import evenly, folders, there
 from sets.videos import moving
 

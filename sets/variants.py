@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from data import open_source
 from engine.metrics import ALEXNET, corruption_error
+from engine.sources import open_source
 from sets.classes import Chosen
 
 OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json", "pytorch_to_imagenet_2012_id.json",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import shapes
-from data import read_image
+from engine.images import read_image
 from engine.metrics import IGNORE
 from sets.pairs import evenly, folders, images_below, upright
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import open_source
 from engine.metrics import LEVELS, average_precision
+from engine.sources import open_source
 from engine.task import Task
 from engine.views import centre_crop, letterbox
 from sets import rankings

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import open_source
 from dinotxt import ask, best_name, with_words
+from engine.sources import open_source
 from engine.task import Option, Paper, Task
 from engine.views import middle
 from sets import variants

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-import data  # noqa: E402
 import health  # noqa: E402
 import train  # noqa: E402
+from engine.sources import Shapes  # noqa: E402
 
 # 50 s each beside other work: a tiny network of two blocks that learns the generated images' crops in 160 steps
 BASE = """--depth 2 --patch_size 8 --n_registers 0 --n_shapes 256 --batch 32 --steps 160 --global_size 40
@@ -46,7 +46,7 @@ STEPS = count()  # that the decaying run has done
 WELL, DRIFT = 60, 3.0  # of the decaying run: steps before it begins, and how much it weighs beside iBOT
 
 
-def slow(source, i, load=data.Shapes.load):
+def slow(source, i, load=Shapes.load):
     time.sleep(SLOW)
     return load(source, i)
 
@@ -64,7 +64,7 @@ def drifting(c, student, batch, *rest, terms=train.loss_terms):
 
 
 FAULTS = {  # name: what is patched, and with what
-    "starved loader": (data.Shapes, "load", slow),
+    "starved loader": (Shapes, "load", slow),
     "decaying patches": (train, "loss_terms", drifting),
 }
 

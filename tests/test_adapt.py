@@ -14,8 +14,9 @@ from test_train import MICRO, torchrun
 import recipes
 import train
 import weights
-from data import Shapes, read_image
 from engine import adapt
+from engine.images import read_image
+from engine.sources import Shapes
 from model import SIZES, ViT, build
 from weights import save_backbone
 

@@ -16,9 +16,10 @@ from test_train import MICRO, rows
 import distill
 import recipes
 import train
-from data import Batches, open_source
+from data import Batches
 from engine.cache import Cached, folder_of
 from engine.ranks import Ranks
+from engine.sources import open_source
 from model import SIZES
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from data import open_source
+from engine.sources import open_source
 from sets.classes import Chosen, Files, limited, open_splits
 from tasks import TASKS
 

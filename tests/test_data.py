@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 import data
 import ops
 from data import Batches, CropConfig, draw_crops, draw_masks
+from engine.images import resize
 from recipes import TrainConfig
 
 CONFIG = TrainConfig(global_size=32, local_size=16, n_local=3, batch=8, group=8, patch_size=8, seed=0,
@@ -213,7 +214,7 @@ def test_the_gram_teacher_sees_the_same_crops_without_colours():
     assert not torch.equal(batch["global_crops"], other["global_crops"])
     mean, std = (torch.tensor(v)[:, None, None] for v in (CONFIG.mean, CONFIG.std))
     pixels = ((batch["gram_crops"] * std + mean) * 255).round().to(torch.uint8)
-    small = torch.stack([data.resize(crop, 32, 32) for crop in pixels])
+    small = torch.stack([resize(crop, 32, 32) for crop in pixels])
     assert torch.allclose((small / 255 - mean) / std, batch["global_crops"], atol=1e-6)   # measured: 0
     late = Batches(plain, Noise(20), 0, 8, colour_here=False)[3]
     assert torch.equal(late["gram_crops"], pixels)

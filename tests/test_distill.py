@@ -18,8 +18,9 @@ from test_train import MICRO, rows
 import distill
 import train
 from convnext import ConvNeXt
-from data import Batches, open_source
+from data import Batches
 from engine.ranks import Ranks, start_ranks
+from engine.sources import open_source
 from model import SIZES, Noise, ViT, ViTConfig, build, shard
 from weights import load_backbone, save_backbone
 

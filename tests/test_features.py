@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from data import Drawn
 from engine import features
 from engine.features import Frozen, Pixels, chosen_layers, whole_patches
+from engine.sources import Drawn
 from engine.views import centre_crop, fitted, mirrored
 from model import SIZES, ViT, initialise
 from tasks import TASKS

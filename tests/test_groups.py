@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data import Batches, open_source
+from data import Batches
 from engine import groups
 from engine.groups import assign, describe, fit, kept_by, make_group, make_plan, share
 from engine.ranks import Ranks
+from engine.sources import open_source
 from recipes import TrainConfig
 
 CONFIG = TrainConfig(batch=12, group=3, global_size=32, local_size=16, n_local=2, patch_size=8, precision="fp32")

@@ -23,7 +23,7 @@ def test_the_root_is_what_people_type_and_what_the_paper_says():
 
 
 def test_every_file_has_its_test_and_every_test_its_file():
-    """test_data.py may go on in test_data_sources.py."""
+    """test_train.py may go on in test_train_ranks.py."""
     files = {path.stem for path in FILES if path.stem not in UNTESTED}
     tests = {path.stem.removeprefix("test_") for path in TESTS} - {"house", "readme"}
     without = {file for file in files if not any(test == file or test.startswith(f"{file}_") for test in tests)}

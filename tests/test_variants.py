@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from test_evaluate import run
 
-from data import open_source
 from engine import metrics
+from engine.sources import open_source
 from sets import variants
 from tasks import linear
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import resize
+from engine.images import resize
 from model import ViT, ViTConfig, build
 from visualize import (
     GUTTER,
