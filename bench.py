@@ -52,7 +52,7 @@ import ops
 import shapes
 from data import Batches, draw_crops
 from engine import config as command_line
-from engine import fp8, sources, trials, versus
+from engine import fp8, trials, versus
 from engine.features import Frozen, load
 from engine.opponents import crops_by_pillow, gram_written_out, with_gradient, with_kernels
 from engine.ranks import count_workers
@@ -133,7 +133,7 @@ def augment(machine, report, path):
             slow = name == "ours" and base < 6 * t.seconds
             report.add("photo to crops", way=name, ms=t.seconds * 1e3, spread=t.spread, images_per_s=1 / t.seconds,
                        base_over_this=base / t.seconds, **dict(flag="SLOWER than 6x") if slow else {})
-        functions = [(sources, "read_image")] + [(training_data, name) for name in ("draw_crops", "cut", "augment")]
+        functions = [(source, "load")] + [(training_data, name) for name in ("draw_crops", "cut", "augment")]
         parts = parts_of(lambda: [batches[i] for i in range(n)], functions)
     for name, seconds in parts.items():
         report.add("parts of ours", part=name, ms=seconds / n * 1e3, share=seconds / sum(parts.values()))

@@ -15,14 +15,16 @@ UPRIGHT = {i + 2: turn for i, turn in enumerate(Image.Transpose[name] for name i
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
-def read_image(path):
+def read_image(file, name=None):
     """
     C H W uint8 RGB of any file that Pillow opens: upright by its EXIF tag, 16-bit scaled down, transparency on white.
 
-    Raises OSError for a file that is broken or cut short.
+    file    a path, or an open binary file
+    name    what errors call it, if that is no path
+    raises  OSError for a file that is broken or cut short
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             turn = UPRIGHT.get(image.getexif().get(0x0112))  # the EXIF tag Orientation
             image = image.transpose(turn) if turn else image
@@ -36,7 +38,7 @@ def read_image(path):
             image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders fail in many ways on foreign bytes; all mean: unreadable
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(f"{name or file}: {error}") from error
 
 
 def resize(image, height, width):

@@ -18,15 +18,16 @@ import shapes
 from engine.images import EXTENSIONS, read_image
 
 
-def open_source(path, n_shapes=4096, seed=0):
+def open_source(path, n_shapes=4096, seed=0, read=read_image):
     """
     path      "shapes", or a folder of images, searched recursively
     n_shapes  images of `shapes`; another seed gives other images
+    read      what makes an image of a file
     raises    ValueError: not a folder, or no image in it
     """
     if str(path) == "shapes":
         return Shapes(n_shapes, seed)
-    return Folder(path)
+    return Folder(path, read)
 
 
 class Shapes:
@@ -62,8 +63,8 @@ class Shapes:
 class Folder:
     """All images below a folder; the first folder below it names the class."""
 
-    def __init__(self, root):
-        self.root = Path(root).expanduser()
+    def __init__(self, root, read=read_image):
+        self.root, self.read = Path(root).expanduser(), read
         if not self.root.is_dir():
             what = "is a file" if self.root.exists() else "does not exist"
             raise ValueError(f"--data: {root} {what}; name a folder of images, or write shapes for the generated set")
@@ -76,7 +77,7 @@ class Folder:
         return len(self.paths)
 
     def load(self, i):
-        return read_image(self.root / self.paths[i])
+        return self.read(self.root / self.paths[i])
 
     def label(self, i):
         """Raises ValueError for an image that lies in no class folder."""
