@@ -5,11 +5,14 @@ of ranks, several resolutions, and what is said to mistakes.
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import start
 from safetensors.torch import load_file
 from test_train import MICRO, rows, torchrun
 
@@ -181,6 +184,27 @@ def test_two_ranks_are_one(before, gram, tmp_path):
     train.main(["--out", str(tmp_path), "--resume"])
     names = "gram", "dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"
     apart = max(abs(a[name] / b[name] - 1) for a, b in zip(rows(gram), rows(tmp_path), strict=True) for name in names)
+    print(f"apart by {apart:.1e}")
+    assert apart < 2e-4
+
+
+def test_replicas_that_are_stopped_at_the_refresh_are_one(before, gram, tmp_path):
+    """four ranks in two groups, of which the scheduler tells one to leave; one rank goes on"""
+    def told(rank):
+        def stops(c, step, plain=train.refreshes):
+            if rank == 2 and step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(c, step)
+        train.refreshes = stops
+
+    words = ["--stage", "gram", "--start", str(before), *STAGE, "--gram_teacher", f"{before}@3"]
+    group = start(tmp_path / "run", *words, "--replicas", "2", ranks=4, prepare=told, base=())
+    codes, _ = group.wait(120)
+    assert codes == [0] * 4 and len(rows(tmp_path / "run")) in (3, 4), group.text()
+    train.main(["--out", str(tmp_path / "run"), "--resume", "--replicas", "1"])
+    names = "gram", "dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"
+    pairs = zip(rows(gram), rows(tmp_path / "run"), strict=True)
+    apart = max(abs(a[name] / b[name] - 1) for a, b in pairs for name in names)
     print(f"apart by {apart:.1e}")
     assert apart < 2e-4
 
