@@ -73,6 +73,15 @@ def test_all_of_the_checkpoint_goes_on(before, tmp_path):
         (tmp_path / "checkpoints/7/step.json").read_text())["step"] == 7
 
 
+def test_a_kept_step_goes_on(before, tmp_path):
+    """--start RUN@STEP: that step's weights, not the newest ones, and its number"""
+    found = go_on(f"{before}@3", tmp_path, "--gram_teacher", "self", "--stop_after", "1", *STILL)
+    a, b = tensors(before, 3), tensors(tmp_path, 4)
+    assert all(torch.equal(x, b[name]) for name, x in a.items() if not name.startswith("optimizer."))
+    assert not torch.equal(a["student.backbone.norm.weight"], tensors(before, 6)["student.backbone.norm.weight"])
+    assert [row["step"] for row in found] == [3]
+
+
 def test_metrics_go_on_counting_and_steps_are_the_stage_s_own(gram):
     assert [row["step"] for row in rows(gram)] == [6, 7, 8, 9, 10]
     config = json.loads((gram / "config.json").read_text())
