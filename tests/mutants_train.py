@@ -108,7 +108,8 @@ IN_STAGES = {  # of engine/stages.py
     "coarser grids": (" or large // found.patch_size < side // c.patch_size:", ":"),
     "a resumed run wants the file": ("    if c.resume:  #", "    if False:  #"),
     "always the newest checkpoint": ("    return run, int(step)\n", "    return run, max(there)\n"),
-    "started at the newest checkpoint": ("dict(saved(run)).get(c.began, Path(run, str(c.began)))", "max(saved(run))[1]"),
+    "started at the newest checkpoint": ("dict(saved(run)).get(c.began, Path(run, str(c.began)))",
+                                         "max(saved(run))[1]"),
     "another shape takes its place": ("    if c.gram_refresh and c.gram_refreshes and replace(",
                                       "    if 0 and replace("),
 }
