@@ -108,8 +108,6 @@ class TextConfig:
     beta2: float = 0.99            # [0, 1): the same
     ranks: int = 1                 # [1, 1e6]: with --plan: devices, as torchrun would start them
 
-    gram_teacher = ""              # no option: what is asked of every trainer's config, as its end is
-
     @property
     def end(self):
         return self.steps

@@ -48,7 +48,8 @@ class Progress:
         self.c, self.ranks, self.end = c, ranks, end
         self.terminal = ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
-        self.clock, self.logged, self.waited, self.enlarged = time.perf_counter(), start, 0.0, 0
+        self.clock, self.logged, self.waited = time.perf_counter(), start, 0.0
+        self.enlarged = None  # images of this rank, in this run, that Gram crops enlarge; None: there are no such crops
         self.loggers = Loggers(c)
 
     def next(self, stream):
@@ -56,19 +57,23 @@ class Progress:
         before = time.perf_counter()
         batch = next(stream)
         self.waited += time.perf_counter() - before
-        small = batch.get("enlarged", 0)
-        if small and not self.enlarged and self.ranks.main:
-            print(f"{small} of these {len(batch['indices'])} images are smaller than the Gram crops; such are "
-                  "enlarged, which adds no detail, and counted in metrics.jsonl", flush=True)
-        self.enlarged += small
+        if "enlarged" in batch:
+            self.count(batch["enlarged"], len(batch["indices"]))
         return batch
+
+    def count(self, small, n):
+        """Of n images, those that a Gram crop enlarges; the first of them are said."""
+        if small and not self.enlarged and self.ranks.main:
+            print(f"{small} of these {n} images are smaller than the Gram crops; such are "
+                  "enlarged, which adds no detail, and counted in metrics.jsonl", flush=True)
+        self.enlarged = (self.enlarged or 0) + small
 
     def speed(self, step):
         """What to add to the row of this step, over the steps since the last one."""
         n, seconds = step + 1 - self.logged, max(time.perf_counter() - self.clock, 1e-9)
         row = dict(images_per_s=self.c.batch * n / seconds, waiting=self.waited / seconds)
-        if self.c.gram_teacher:
-            row["enlarged"] = self.enlarged  # images of this rank, in this run
+        if self.enlarged is not None:
+            row["enlarged"] = self.enlarged
         if self.ranks.device.type == "cuda":
             row["peak_memory"] = torch.cuda.max_memory_allocated(self.ranks.device)  # bytes
         self.eta = (self.end - step - 1) * seconds / n

@@ -12,6 +12,7 @@ from engine import progress
 from engine.progress import Progress, step_of
 from engine.ranks import Ranks
 from recipes import TrainConfig
+from text import TextConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 ROW = dict(loss=7.4, dino_global=5.1, dino_local=4.8, ibot=2.2, koleo=0.5, lr=1e-3)
@@ -47,6 +48,18 @@ def test_speed_waiting_and_what_is_left(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 19
     shown.mark(19)
     assert (shown.logged, shown.waited) == (20, 0)
+
+
+def test_images_that_gram_crops_enlarge_are_counted_and_said_once(capsys):
+    """of batches that have such crops; a trainer that knows of none, as text.py, has no row of them"""
+    shown = Progress(TextConfig(), ALONE, 0, 4)
+    shown.next(iter([{}]))
+    assert "enlarged" not in shown.speed(0)
+    for small, so_far in (0, 0), (2, 2), (3, 5):
+        shown.next(iter([dict(enlarged=small, indices=torch.arange(4))]))
+        assert shown.speed(0)["enlarged"] == so_far
+    assert capsys.readouterr().out == ("2 of these 4 images are smaller than the Gram crops; such are enlarged, which "
+                                       "adds no detail, and counted in metrics.jsonl\n")
 
 
 def test_a_terminal_has_a_bar_and_other_ranks_have_nothing(tmp_path, monkeypatch, capsys):
