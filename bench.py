@@ -118,7 +118,7 @@ def augment(machine, report, path):
     with photos(path, 1) as batches:
         batches.masks = lambda *_: {}
         c, source, n = batches.config, batches.source, 2 if machine.shapes == "dry" else 32
-        order = [next(training_data.place(c.seed, len(source), i)) for i in range(n)]
+        order = [next(batches.order(i, 0)) for i in range(n)]
         drawn = [draw_crops(np.random.default_rng([c.seed, 3, i]), c, *source.load(at).shape[1:])
                  for i, at in enumerate(order)]
         sizes = [c.global_size] * 2 + [c.local_size] * c.n_local

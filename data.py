@@ -17,7 +17,7 @@ import re
 import signal
 import threading
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from engine.colours import (
     SOLARIZE,
 )
 from engine.images import resize
+from engine.order import Order
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
 
@@ -252,8 +253,8 @@ class Batches(Dataset):
         masks         (G B) P bool  masked  M: where they are True   weights  M: 1 / masked of its image
         indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
 
-    Sample i of step s is number s batch + i of an endless series of shuffled epochs.
-    config          a CropConfig that also has batch, end, seed, group, patch_size, mean, std
+    Which image sample i of a step is: see Order.
+    config          a CropConfig that also has batch, end, seed, order, group, patch_size, mean, std
     first, samples  what this rank holds of the global batch
     colour_here     False: on the training device, by whoever receives the batch
     noise           step, first -> what is random in the student's forward, made ahead with the batch: batch["noise"]
@@ -265,7 +266,7 @@ class Batches(Dataset):
     def __init__(self, config, source, first, samples, colour_here=True, noise=None, parts=1):
         self.config, self.source, self.first, self.samples = config, source, first, samples
         self.colour_here, self.noise, self.parts = colour_here, noise, parts
-        self.unreadable = {}
+        self.order, self.unreadable = Order(source, config.seed, config.batch, config.order), {}
 
     def __len__(self):
         return self.config.end * self.parts
@@ -276,7 +277,7 @@ class Batches(Dataset):
         c, first = self.config.at(step), self.first + part * self.samples
         for i in range(first, first + self.samples):
             rng = np.random.default_rng([c.seed, 3, step * c.batch + i])
-            index, image = self.read(step * c.batch + i, broken)
+            index, image = self.read(step, i, broken)
             boxes, flips, colour = draw_crops(rng, c, *image.shape[1:])
             cuts.append(cut_all(image, boxes.tolist(), flips, c))
             colours.append(colour)
@@ -299,16 +300,18 @@ class Batches(Dataset):
             batch["kept"] = self.kept.masks(step, self.kept.first)
         return colour_batch(batch, c) if self.colour_here else batch
 
-    def read(self, n, broken):
-        """The n-th sample of the series; a neighbour stands in for an image that cannot be read."""
-        for index in place(self.config.seed, len(self.source), n):
+    def read(self, step, i, broken):
+        """Sample i of a step; the next in its order stands in for an image that cannot be read."""
+        before = len(broken)
+        for index in self.order(step, i):
             if index not in self.unreadable:
                 try:
                     return index, self.source.load(index)
                 except OSError as error:
                     self.unreadable[index] = str(error)
             broken.append((self.source.name(index), self.unreadable[index]))
-        raise ValueError(f"--data: none of {len(self.source)} images can be read; the last: {broken[-1][1]}")
+        raise ValueError(f"--data: none of {len(broken) - before} images in a row can be read; the last: "
+                         f"{broken[-1][1]}")
 
     def masks(self, step, first):
         c = self.config.at(step)
@@ -330,18 +333,6 @@ def colour_batch(batch, config):
     colours = rest.pop("colours")
     parts = zip(("global_crops", "local_crops", "gram_crops")[: len(colours)], colours, strict=True)
     return rest | {key: augment(batch[key], colours, config.mean, config.std) for key, colours in parts}
-
-
-def place(seed, size, n):
-    """Indices of the source for the n-th sample: the right one, then those to try if it cannot be read."""
-    order, at = epoch_order(seed, n // size, size), n % size
-    for k in range(size):
-        yield int(order[(at + k) % size])
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed, epoch, size):
-    return np.random.default_rng([seed, 5, epoch]).permutation(size)
 
 
 def ignore_signals(worker):

@@ -341,7 +341,7 @@ def autocast(c, batch):
 def step_to_time(c, teacher, source, name, ranks, n):
     """() -> a step of n images on each rank: of the teacher, or of a student's training, three of them at most."""
     noise = Noise(c.seed, 0, ranks.rank * n, n, c.group, c.drop_path, c.rope_rescale)
-    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n, ranks.device.type == "cpu")[0], {})
+    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n, ranks.device.type == "cpu")[0])
     batch |= teacher_says(c, teacher, batch)
     if name == "teacher":
         return partial(teacher_says, c, teacher, batch)
@@ -381,7 +381,7 @@ def distill(c, ranks, interrupt):
     samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
     here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
-    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))
     group, keep, mine = make_group(c, ranks, plan)
     keeps, shared = kept_by(c, ranks, plan), plan[0][1] < ranks.count
@@ -394,7 +394,7 @@ def distill(c, ranks, interrupt):
     wait(ranks)  # all have read what stands in OUT
     ranks.together(lambda: begin(c, ranks, source, students if group.main else []))
     stream = loader(batches, range(start, end), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
-    unreadable, failed, heard, progress = {}, [], None, Progress(c, ranks, start, end)
+    failed, heard, progress = [], None, Progress(c, ranks, start, end)
     trace = tracer(c, ranks, end - start)
 
     def attempt(student, work, *args):
@@ -427,7 +427,7 @@ def distill(c, ranks, interrupt):
         path = batch.pop("path", None)
         kept = batch.get("kept", dict(masks=torch.zeros(0, 1, dtype=torch.bool)))
         counts = [masks["masks"].sum(1) for masks in (batch, kept)]
-        batch = train.on_device(c, ranks, batch, unreadable)
+        batch = train.on_device(c, ranks, batch)
         t0 = clock(ranks, logs)
         if "cls" not in batch:
             batch |= teacher_says(c, teacher, batch)
@@ -450,7 +450,7 @@ def distill(c, ranks, interrupt):
             if numbers and group.main and (logs or last):
                 row |= {name: float(x) for name, x in numbers.items()} | dict(
                     ms_student=1000 * (t1 - t0), **progress.speed(step))
-                progress.log(student.c.out, dict(step=student.step - 1, **row, unreadable=len(unreadable)))
+                progress.log(student.c.out, dict(step=student.step - 1, **row, unreadable=len(progress.unreadable)))
             if numbers and last:
                 attempt(student, student.save)
                 students = [other for other in students if other is not student]
@@ -460,7 +460,7 @@ def distill(c, ranks, interrupt):
             progress.mark(step)
 
     progress.bar.close()
-    for name, reason in unreadable.items():
+    for name, reason in progress.unreadable.items():
         print(f"rank {ranks.rank}: skipped unreadable {name}: {reason}")
     wait(ranks)  # some still save
     if failed:

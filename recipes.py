@@ -19,6 +19,7 @@ from engine import config as command_line
 from engine.checkpoint import newest, saved
 from engine.layouts import size_of
 from engine.loggers import check_loggers
+from engine.order import ORDERS
 from engine.sources import open_source
 from engine.stages import gram_config, kept
 from model import SIZES, ViTConfig
@@ -32,6 +33,7 @@ class TrainConfig(CropConfig):
     stage: str = "pretrain"        # pretrain; gram, highres: from --start RUN; adapt: from --init WEIGHTS
     data: str = "shapes"           # a folder of images, or shapes: the generated set
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
+    order: str = "random"          # of each epoch: random, or windows: 64 neighbours at a time, for a slow disk
     out: str = ""                  # folder of the run; empty = runs/SIZE
     init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
     start: str = ""                # run that a stage goes on from, with all of its newest checkpoint; or RUN@STEP
@@ -432,6 +434,8 @@ def check(c):
     """Raises ValueError for values that cannot be trained with."""
     if c.stage not in ("pretrain", "adapt", *AFTER):
         raise ValueError(f"--stage {c.stage} is not known; there are: pretrain, adapt, {', '.join(AFTER)}")
+    if c.order not in ORDERS:
+        raise ValueError(f"--order {c.order} is not known; choose {' or '.join(ORDERS)}")
     ops.use_kernels(c.kernels)
     check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp8", "fp32"):

@@ -297,10 +297,10 @@ def train(c, ranks, interrupt):
     K = c.accumulate
     batches = Batches(c, source, ranks.rank * K * samples, samples, ranks.device.type == "cpu",
                       partial(draw_noise, c, samples), K)
-    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * K, c.end * K), count_workers(c.workers),
                     pin_memory=ranks.device.type == "cuda")
-    verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
+    verdicts = Verdicts(ranks, interrupt, source.name)
     saver = Saver(c, ranks, *state, failed=interrupt.leave)
     regression = Regression(c, ranks, held, gram, start)
     progress, trace = Progress(c, ranks, start, c.end), tracer(c, ranks, c.end - start)
@@ -319,7 +319,7 @@ def train(c, ranks, interrupt):
             break
 
         # a batch, in parts, and this step's numbers; t counts the steps of the stage
-        parts = [on_device(c, ranks, progress.next(stream), unreadable) for _ in range(K)]
+        parts = [on_device(c, ranks, progress.next(stream)) for _ in range(K)]
         t, now = step - c.began, c.at(step)
         weights = term_weights(now)
         set_schedules(optimizer, lr[t], weight_decay[t], t)
@@ -358,11 +358,11 @@ def train(c, ranks, interrupt):
             row |= progress.speed(step)
             if ranks.main:
                 progress.log(c.out, dict(step=step, **row, lr=lr[t], skipped=verdicts.skipped,
-                                         unreadable=len(unreadable)))
+                                         unreadable=len(progress.unreadable)))
             progress.mark(step)
 
     progress.bar.close()
-    report(c, ranks, step, unreadable)
+    report(c, ranks, step, progress.unreadable)
     regression.conclude(step == c.end)
     return step == c.end
 
@@ -393,9 +393,8 @@ def draw_noise(c, samples, step, first):
     return noise.draw(c.vit.depth, n_images, [1 + c.vit.n_registers + P for P in grids])
 
 
-def on_device(c, ranks, batch, unreadable):
-    """The batch on this rank's device, coloured; adds the images that could not be read. Indices stay on the host."""
-    unreadable |= dict(batch.pop("broken"))
+def on_device(c, ranks, batch):
+    """The batch on this rank's device, coloured; its indices stay on the host."""
     stays = {k: batch.pop(k) for k in ("indices", "colours") if k in batch}
     batch = to_device(batch, ranks.device) | stays
     return batch if ranks.device.type == "cpu" else colour_batch(batch, c)
