@@ -8,6 +8,9 @@ ranks and workers.
     draw_masks       which patches the student does not see, exact in number       iBOT; DINOv2 §B.1
     Batches          step -> batch
 
+    python data.py stats PHOTOS     what a set of images holds                     engine/stats.py
+    python data.py look PHOTOS      what the network will see of it, a picture     engine/look.py
+
 Dimension letters: see the top of model.py.
 """
 
@@ -18,12 +21,14 @@ import signal
 import threading
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ops
+from engine import config as command_line
 from engine.colours import (
     APPLY,
     BRIGHTNESS,
@@ -40,6 +45,7 @@ from engine.images import resize
 from engine.order import Order
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
+COMMANDS = dict(stats="engine.stats", look="engine.look")  # by name: they stand on this file
 
 # --------------------------------------------------------------------------------
 # Crops
@@ -364,3 +370,17 @@ def loader(dataset, steps, workers, **kwargs):
         raise ValueError(f"--workers {workers}: {str(error).partition(chr(10))[0]}") from error
     except ValueError as error:    # raised in a worker, it comes with a traceback
         raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error
+
+
+def main(argv):
+    command, rest = (argv or ["--help"])[0], argv[1:]
+    if command in ("--help", "-h"):
+        print(__doc__.strip())
+        return
+    if command not in COMMANDS:
+        raise ValueError(f"{command!r} is no command; there are: {', '.join(COMMANDS)}, each before PATH")
+    import_module(COMMANDS[command]).main(rest)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -79,6 +79,13 @@ class Folder:
     def load(self, i):
         return self.read(self.root / self.paths[i])
 
+    def raw(self, i):
+        """(bytes, name) of its file. Raises OSError."""
+        try:
+            return (self.root / self.paths[i]).read_bytes(), self.name(i)
+        except OSError as error:
+            raise OSError(f"{self.name(i)}: {error.strerror}") from error
+
     def label(self, i):
         """Raises ValueError for an image that lies in no class folder."""
         folder, slash, _ = self.paths[i].partition("/")
