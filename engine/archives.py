@@ -24,7 +24,7 @@ from pathlib import Path
 
 from engine.images import EXTENSIONS, read_image
 from engine.index import descriptors, open_index
-from engine.members import contents, name_at
+from engine.members import contents, name_at, shown
 
 SUFFIXES = ".tar", ".zip"
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|lzma|Z))$", re.I)
@@ -176,7 +176,7 @@ class Archives:
             name = name_at(self.file(shard).number, member)
         except (OSError, ValueError):
             name = f"image {i - self.index.ends[shard] + self.index.counts[shard]}"
-        return f"{self.shards[shard]}/{name}"
+        return shown(f"{self.shards[shard]}/{name}")
 
     def digest(self):
         """Of the shards' names, sizes and counts of images: the folder may move."""

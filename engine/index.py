@@ -30,8 +30,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine.images import EXTENSIONS
-from engine.members import BLOCK, TAR, CutShort, Member, contents, members, read, samples
+from engine.members import BLOCK, TAR, CutShort, Member, contents, images_of, members, read, samples, shown
 from engine.ranks import cores
 
 ROW = np.dtype([("block", "<u4"), ("size", "<u4"), ("label", "<u2"), ("head", "u1"), ("kind", "u1")])
@@ -85,8 +84,7 @@ def rows_of(path):
     try:
         file = Descriptor(path)
         for _, group in samples(members(path, file.number)):
-            images = [member for suffix, member in group.items() if f".{suffix.rpartition('.')[2]}" in EXTENSIONS]
-            if images:
+            if images := images_of(group):
                 label = label_of(file.number, group, images[0].name)
                 place = NONE if label is None else min(labels.setdefault(label, len(labels)), NONE)
                 keyed.append((as_searched(images[0].name), pack(images[0], place)))
@@ -96,7 +94,7 @@ def rows_of(path):
     except CutShort as error:
         notes["cut"] = str(error)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(shown(f"{path}: {getattr(error, 'strerror', None) or error}")) from error
     keyed.sort(key=lambda pair: pair[0])
     return b"".join(row for _, row in keyed), list(labels), notes | dict(n=len(keyed))
 

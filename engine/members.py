@@ -16,6 +16,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.images import EXTENSIONS
+
 TAR, STORED, DEFLATED = range(3)   # Member.kind
 BLOCK = 512                    # bytes that everything in a tar is a multiple of
 ZEROS = bytes(BLOCK)
@@ -289,6 +291,11 @@ def samples(found):
         raise cut
 
 
+def images_of(group):
+    """Members of a sample that are images by their suffix, as jpg or seg.png."""
+    return [member for suffix, member in group.items() if f".{suffix.rpartition('.')[2]}" in EXTENSIONS]
+
+
 def contents(fd, member):
     """
     The bytes of a member, unpacked.
@@ -337,5 +344,12 @@ def name_at(fd, member):
             if found and found.start == member.start:
                 return found.name
         raise ValueError(f"byte {member.start}: no header before it")
-    head = read(fd, LOCAL.size, member.start)
-    return clean(decoded(read(fd, LOCAL.unpack(head)[9], member.start + LOCAL.size), LOCAL.unpack(head)[2]))
+    magic, _, flags, *_, length, _ = LOCAL.unpack(read(fd, LOCAL.size, member.start))
+    if magic != b"PK\3\4":
+        raise ValueError(f"byte {member.start}: no header")
+    return clean(decoded(read(fd, length, member.start + LOCAL.size), flags))
+
+
+def shown(text):
+    """In one line that can be printed, whatever bytes names have."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

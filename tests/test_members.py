@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from engine.members import DEFLATED, STORED, TAR, CutShort, contents, members, name_at, samples
+from engine.members import DEFLATED, STORED, TAR, CutShort, contents, members, name_at, samples, shown
 
 LONG = "folder" * 10 + "/" + "n" * 90 + ".jpg"    # 155 letters: ustar splits it, GNU and PAX write more headers
 LONGER = "é" * 150 + ".jpg"                       # more than ustar has room for
@@ -144,6 +144,10 @@ def test_sums_of_signed_bytes(tmp_path):
 
 def test_names_from_the_root(tmp_path):
     assert list(opened(make_tar(tmp_path / "a.tar", {"./a/1.jpg": b"x", "/b/2.jpg": b"y"}))) == ["a/1.jpg", "b/2.jpg"]
+
+
+def test_names_that_cannot_be_printed():
+    assert shown("a/ü 1.jpg") == "a/ü 1.jpg" and shown("a\n\x1b\udcff.jpg") == r"a\n\x1b\udcff.jpg"
 
 
 def test_one_tar_after_another(tmp_path):
