@@ -11,14 +11,16 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import forks
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_members import make_tar, make_zip
+from test_train import run
 
 from data import Batches, loader
-from engine import archives
+from engine import archives, progress
 from engine.archives import Archives, is_archive
 from engine.sources import open_source
 from recipes import RECIPES
@@ -132,6 +134,44 @@ def test_a_digest_is_of_names_sizes_and_counts(tmp_path):
     assert open_source(tmp_path / "b").digest() != one
     (tmp_path / "a/x-08.tar").rename(tmp_path / "a/x-07.tar")
     assert open_source(tmp_path / "a").digest() != one
+
+LOSSES = "loss", "dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"
+
+
+@pytest.fixture
+def one_thread():
+    """As a run that is forked has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_losses_are_those_of_the_folder(tmp_path, one_thread):
+    """Bit for bit, ten steps; and from a tar whose run is killed in the middle, by a worker as well."""
+    def losses(form, *words, start=True):
+        data = packed(tmp_path / form, form) if start else f"{tmp_path}/{form}/x.tar"
+        found = run(tmp_path / f"run-{form}", "--data", str(data), "--steps", "10", *words)
+        return [[row[name] for name in LOSSES] for row in found]
+    want = losses("folder")
+    assert len(want) == 10 and len({tuple(row) for row in want}) == 10
+    assert losses("zip") == want
+    began = forks.start(tmp_path / "run-tar", "--data", str(packed(tmp_path / "tar", "tar")), "--steps", "10",
+                        "--save_every", "4", prepare=lambda rank: kill_at(6))
+    assert began.wait()[0] == [-signal.SIGKILL]
+    assert losses("tar", "--resume", "--workers", "1", start=False) == want
+
+
+def kill_at(step):
+    """This process ends when it is about to log that step."""
+    log = progress.Progress.log
+
+    def ending(self, out, row):
+        if row["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(self, out, row)
+    progress.Progress.log = ending
+
 
 # --------------------------------------------------------------------------------
 # What --data names
