@@ -2,7 +2,7 @@
 Where images come from: len(source), source.load(i) -> C H W uint8, source.name(i), source.digest(); for probes
 source.classes and source.label(i).
 
-    open_source  a folder of photos, or the generated `shapes`                     --data PATH
+    open_source  a folder of photos, tars or zips of them, or the generated `shapes`     --data PATH
     Drawn        some images of another source
 """
 
@@ -15,18 +15,21 @@ import torch
 from tqdm import tqdm
 
 import shapes
+from engine.archives import Archives, is_archive
 from engine.images import EXTENSIONS, read_image
 
 
 def open_source(path, n_shapes=4096, seed=0, read=read_image):
     """
-    path      "shapes", or a folder of images, searched recursively
+    path      "shapes", a folder of images, searched recursively, or shards: see engine/archives.py
     n_shapes  images of `shapes`; another seed gives other images
     read      what makes an image of a file
     raises    ValueError: not a folder, or no image in it
     """
     if str(path) == "shapes":
         return Shapes(n_shapes, seed)
+    if is_archive(path):
+        return Archives(path, read)
     return Folder(path, read)
 
 
