@@ -146,7 +146,8 @@ class Archives:
         for wait in WAITS:
             try:
                 shard, member, _ = self.index.row(i)
-                return contents(self.file(shard).number, member), self.name(i)
+                file = self.file(shard)  # held, so that it stays open while it is read
+                return contents(file.number, member), self.name(i)
             except OSError as error:
                 self.open.cache_clear()  # a stale handle, as of NFS, stays so until the file is opened anew
                 if error.errno is None or wait is None:
@@ -173,7 +174,8 @@ class Archives:
         """SHARD/MEMBER; where the shard cannot be read, the number of the sample in it stands for the member."""
         shard, member, _ = self.index.row(i)
         try:
-            name = name_at(self.file(shard).number, member)
+            file = self.file(shard)
+            name = name_at(file.number, member)
         except (OSError, ValueError):
             name = f"image {i - self.index.ends[shard] + self.index.counts[shard]}"
         return shown(f"{self.shards[shard]}/{name}")

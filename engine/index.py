@@ -179,7 +179,8 @@ class Index:
         """Read, not mapped: what a mapped file has shown would count as this process's memory."""
         shard = int(np.searchsorted(self.ends, i, side="right"))
         place = int(self.places[shard] + i - self.ends[shard] + self.counts[shard])
-        member, label = unpack(read(self.open(self.rows).number, PACK.size, PACK.size * place))
+        rows = self.open(self.rows)
+        member, label = unpack(read(rows.number, PACK.size, PACK.size * place))
         return shard, member, self.number.get(label)
 
 

@@ -53,10 +53,10 @@ def test_speed_waiting_and_what_is_left(tmp_path, monkeypatch, capsys):
 def test_images_that_gram_crops_enlarge_are_counted_and_said_once(capsys):
     """of batches that have such crops; a trainer that knows of none, as text.py, has no row of them"""
     shown = Progress(TextConfig(), ALONE, 0, 4)
-    shown.next(iter([{}]))
+    shown.next(iter([dict(broken=[], indices=torch.arange(4))]))
     assert "enlarged" not in shown.speed(0)
     for small, so_far in (0, 0), (2, 2), (3, 5):
-        shown.next(iter([dict(enlarged=small, indices=torch.arange(4))]))
+        shown.next(iter([dict(enlarged=small, broken=[], indices=torch.arange(4))]))
         assert shown.speed(0)["enlarged"] == so_far
     assert capsys.readouterr().out == ("2 of these 4 images are smaller than the Gram crops; such are enlarged, which "
                                        "adds no detail, and counted in metrics.jsonl\n")
