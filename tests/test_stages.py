@@ -374,7 +374,7 @@ def test_every_size_has_its_stages(size, tmp_path):
 ])
 def test_mistakes_end_in_one_line(words, says, before, tmp_path):
     other = tmp_path / "other.safetensors"
-    save_backbone(build(lambda: ViT(ViTConfig(1, 32, 2, 48, patch_size=16))), other, "nano")
+    save_backbone(build(lambda: ViT(ViTConfig(1, 128, 2, 512, patch_size=16))), other, "nano")
     for word, means in ("GRAM", "--stage gram --start BEFORE --gram_teacher"), ("BEFORE", before), ("OTHER", other):
         words = words.replace(word, str(means))
     words = words.split()
