@@ -50,7 +50,7 @@ from engine.attention import attention_row
 from engine.channels import of_run, reader
 from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
-from engine.images import EXTENSIONS, ImageConfig, resize, unit
+from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
 from engine.pictures import entitled, hues
 from engine.sources import open_source
 from losses import gram_loss
@@ -263,8 +263,8 @@ def gram_picture(maps, image, points=None):
     for point in points or comparisons.most_different(first, second):
         a, b = (comparisons.cosines(m, patch_at(point, grid)) for m in (first, second))
         low, top = min(a.min(), b.min()), max(abs(b - a).max(), 1e-6)
-        shown = [(x - low) / max(1 - low, 1e-6) for x in (a, b)] + [comparisons.signed_colours((b - a) / top)]
-        pairs = [side_by_side(image, x) for x in shown]
+        levels = [(x - low) / max(1 - low, 1e-6) for x in (a, b)] + [comparisons.signed_colours((b - a) / top)]
+        pairs = [side_by_side(image, x) for x in levels]
         rows.append([ringed(x, point, grid) for x in (pairs[0][0], *(colours for _, colours in pairs))])
     loss = gram_loss(*(m.flatten(0, 1)[None] for m in (first, second))).item()
     means = [mean_cosine(m) for m in (first, second)]
@@ -339,13 +339,6 @@ def side_by_side(image, colours):
     colours = torch.from_numpy(np.rint(colours * 255).astype(np.uint8)).permute(2, 0, 1)
     colours = F.interpolate(colours[None], image.shape[1:], mode="nearest-exact")[0]
     return [each.permute(1, 2, 0).numpy().copy() for each in (shown(image), colours)]
-
-
-def shown(image):
-    """C H W -> 3 H W uint8: the first three channels, or the only one, as red, green, blue"""
-    if image.dtype == torch.uint8:
-        return image
-    return (image[:3] if len(image) > 2 else image[:1].expand(3, -1, -1)).mul(255).round().byte()
 
 
 def sheet(groups):

@@ -4,7 +4,7 @@ An image of a file, as every command sees it.
     ImageConfig  what is taken of a file; images that are no RGB photos: channels.py
     read_image   a photo, as Pillow opens it -> C H W uint8, RGB, upright
     resize       bicubic with antialiasing
-    unit         an image -> the values that networks are given, before mean and std
+    unit, shown  an image -> the values that networks are given, before mean and std; what people are shown
 
 An image is C H W: uint8, levels of 0 to 255, if it is an RGB photo; else float32 from 0 to 1.
 """
@@ -133,3 +133,11 @@ def resize(image, height, width):
 def unit(x):
     """Images, uint8 or float32 -> float32 from 0 to 1"""
     return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def shown(x):
+    """Images, ... C H W -> ... 3 H W uint8: of N channels the first three, or the only one, as red, green, blue."""
+    if x.dtype == torch.uint8:
+        return x
+    x = x[..., :3, :, :] if x.shape[-3] > 2 else x[..., :1, :, :].expand(*x.shape[:-3], 3, *x.shape[-2:])
+    return x.mul(255).round().clamp(0, 255).byte()

@@ -30,7 +30,7 @@ import visualize
 import weights
 from data import draw_crops
 from engine.channels import Channels, decode, of_run, reader, turned
-from engine.images import ImageConfig, read_image, tiff_tags
+from engine.images import ImageConfig, read_image, shown, tiff_tags
 from engine.sources import Folder, open_source
 from engine.task import IMAGES
 from model import SIZES, ViT, build
@@ -559,3 +559,33 @@ def test_more_layouts_keep_the_channels(trained, tmp_path):
     weights.main([str(trained), str(tmp_path / "x.pth"), "--to", "meta"])
     assert load_backbone(tmp_path / "x.pth").config.in_chans == 4
     assert Path(tmp_path / "x.pth").stat().st_size > 0
+
+
+def test_its_statistics_are_those_of_what_was_measured(scenes, tmp_path, capsys):
+    """Of each channel, an image as much as another; a hole counts for nothing, nor a channel that is all holes."""
+    images = [decoded(path).astype(np.float64) / SCALE for path in sorted((scenes / "val").rglob("*.*"))]
+    data.main(["stats", str(scenes / "val"), *FOUR[:4], "--workers", "0"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    mean = np.mean([x.mean((0, 1)) for x in images], 0)
+    std = np.sqrt(np.mean([np.square(x).mean((0, 1)) for x in images], 0) - mean**2)
+    assert found["images"] == 8 and found["mean"] == pytest.approx(mean, abs=1e-6)   # measured: 1e-8
+    assert found["std"] == pytest.approx(std, abs=1e-6)
+    x = pixels("uint16", 2) + np.uint16(1)
+    x[0, :3], x[1] = 0, 0
+    write_tiff(tmp_path / "a.tif", x)
+    write_tiff(tmp_path / "b.tif", pixels("uint16", 2) + np.uint16(1))
+    data.main(["stats", str(tmp_path), "--in_chans", "2", "--scale", "4000", "--nodata", "0", "--workers", "0"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    whole = (pixels("uint16", 2) + 1.0) / 4000
+    assert found["mean"] == pytest.approx([(whole[0, 3:].mean() + whole[0].mean()) / 2, whole[1].mean()], abs=1e-6)
+
+
+def test_its_crops_are_looked_at(scenes, tmp_path):
+    words = [*FOUR, "--images", "2", "--workers", "0", "--out", str(tmp_path / "look.png")]
+    data.main(["look", str(scenes / "val"), *words])
+    with Image.open(tmp_path / "look.png") as picture:
+        assert picture.mode == "RGB" and min(picture.size) > 200
+    one = torch.rand(5, 1, 4, 6)
+    assert torch.equal(shown(one), (one * 255).round().byte().expand(5, 3, 4, 6))
+    five = torch.rand(5, 4, 6)
+    assert torch.equal(shown(five), (five[:3] * 255).round().byte())
