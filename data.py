@@ -36,13 +36,14 @@ from engine.colours import (
     CONTRAST,
     GREY,
     HUE,
+    OF_FLOATS,
     OPERATIONS,
     ORDER,
     SATURATION,
     SIGMA,
     SOLARIZE,
 )
-from engine.images import resize
+from engine.images import ImageConfig, resize
 from engine.order import Order
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
@@ -53,7 +54,7 @@ COMMANDS = dict(index="engine.archives", stats="engine.stats", look="engine.look
 
 
 @dataclass(frozen=True)
-class CropConfig:
+class CropConfig(ImageConfig):
     global_size: int = 256         # [1, 4096]: pixels; G = 2 crops
     local_size: int = 112          # [1, 4096]: pixels
     gram_size: int = 0             # [0, 8192]: pixels of the global crops for a Gram teacher, undistorted; 0 = none
@@ -144,7 +145,7 @@ def largest_box(height, width, ratio):
 
 
 def cut(image, box, flip, size):
-    """C H W uint8 -> C size size uint8"""
+    """C H W -> C size size"""
     if image.stride()[::2] == (1, 3) and ops.path("cut", image, 0) == "kernel":
         return torch.ops.nanodino.cut(image, box, bool(flip), size)
     top, left, height, width = box
@@ -174,27 +175,29 @@ def cut_all(image, boxes, flips, config):
 
 def augment(crops, colours, mean, std):
     """
-    Colour jitter, grey, blur, solarize, then normalisation: the bytes of Pillow and torchvision, on any device.
+    Colour jitter, grey, blur, solarize, then normalisation: the bytes of Pillow and torchvision, on any device; of
+    float crops, which are no RGB photos, OF_FLOATS.
 
-    crops    n 3 H W, uint8    colours  n 12, float32, on the host: rows of the table of draw_crops
-    returns  n 3 H W, float32, normalised
+    crops    n C H W, uint8 or float32    colours  n 12, float32, on the host: rows of the table of draw_crops
+    returns  n C H W, float32, normalised
 
     differs: a blur in two passes of 9 taps, not one of 81, is off by one level in 1.2e-5 of the values
     """
-    if min(crops.shape[2:]) > 4 and ops.path("colours", crops, 0) == "kernel":
+    operations, top = (OPERATIONS, 255) if crops.dtype == torch.uint8 else (OF_FLOATS, 1)
+    if top == 255 and min(crops.shape[2:]) > 4 and ops.path("colours", crops, 0) == "kernel":
         table = colours.to(crops.device, non_blocking=True)
         return torch.ops.nanodino.colours(crops.contiguous(), table, mean, std)
-    x, table = crops.float(), colours.numpy()
+    x, table = crops.to(torch.float32, copy=True), colours.numpy()
     steps = [((table[:, APPLY] > 0) & (table[:, ORDER][:, turn] == which), 1 + which)
              for turn in range(4) for which in range(4)]
     for chosen, column in steps + [(table[:, column] > 0, column) for column in (GREY, SIGMA, SOLARIZE)]:
-        if chosen.any():  # known to the host: it waits for no device
-            operation, amounts = OPERATIONS[column]
+        if column in operations and chosen.any():  # known to the host: it waits for no device
+            operation, amounts = operations[column]
             rows = send(np.flatnonzero(chosen), torch.int64, x.device)
             amounts = send(amounts(table[chosen, column]), torch.float32, x.device)
             x[rows] = operation(x[rows], amounts[..., None, None, None])
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to the device
-        x[:, channel].mul_(1 / (255 * s)).add_(-m / s)
+        x[:, channel].mul_(1 / (top * s)).add_(-m / s)
     return x
 
 
@@ -294,7 +297,7 @@ class Batches(Dataset):
         end = n + c.n_local * self.samples
         colours = torch.from_numpy(np.stack(colours, axis=1)).split([2, c.n_local])           # G, L of B 12
         batch = dict(global_crops=torch.stack(crops[:n]), indices=torch.tensor(indices), broken=broken)
-        none = crops[0].new_empty(0, 3, c.local_size, c.local_size)
+        none = crops[0].new_empty(0, len(crops[0]), c.local_size, c.local_size)
         batch["local_crops"] = torch.stack(crops[n:end]) if c.n_local else none
         batch["colours"] = [rows.flatten(0, 1) for rows in colours]
         if c.gram_size:

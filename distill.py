@@ -31,6 +31,7 @@ from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader
 from engine import config as command_line
 from engine.cache import Cached, folder_of
+from engine.channels import reader
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, saved, take_rows
 from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
@@ -70,8 +71,8 @@ class DistillConfig(TrainConfig):
 
     @property
     def vit(self):
-        """The student's configuration: patches as large as the teacher's, statistics the teacher's."""
-        own = replace(STUDENTS[self.size], mean=self.mean, std=self.std)
+        """The student's configuration: patches as large as the teacher's, channels and statistics the teacher's."""
+        own = replace(STUDENTS[self.size], in_chans=self.in_chans, mean=self.mean, std=self.std)
         if isinstance(own, ConvNeXtConfig):
             return own
         return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
@@ -106,8 +107,8 @@ RECIPES = {
     ),
 }
 OWN = dict(convnext_b=dict(lr=1e-4, weight_decay=0.02), convnext_l=dict(lr=1e-4))  # of recipe convnext
-OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "mean", "std",
-              "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
+OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "in_chans", "mean",
+              "std", "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
 FOREIGN = OF_TEACHER | {"accumulate", "replicas", "moments", "start", "began", "resolutions", "cosine_warmup",
                         "local_weight_start", "gram_teacher", "gram_size", "gram_weight", "gram_warmup", "gram_refresh",
                         "gram_refreshes"}
@@ -179,15 +180,13 @@ def of_teacher(path, mode):
     found, run = identify(path).config, bool(saved(path))
     if mode == "heads" and not run:
         raise ValueError(f"--teacher {path} has no heads: it is not the folder of a run; take --mode features")
-    if found.in_chans != 3:
-        raise ValueError(f"--teacher {path} is for images of {found.in_chans} channels; it must be for RGB")
     crops = [field.name for field in fields(CropConfig) if field.name not in FOREIGN]
     names = crops + [*OBJECTIVE] * (mode == "heads")
     said = {name: getattr(recipes.saved_config(path, DistillConfig), name) for name in names if run}
     if mode == "features":
         said |= dict(n_local=0, mask_share=1.0, mask_ratio=(1.0, 1.0))  # every patch is compared
     patch = min(found.patch_size, 16)                                   # a ConvNeXt's 32 as 2x2
-    return said | dict(mean=found.mean, std=found.std, patch_size=patch, width=found.width)
+    return said | dict(in_chans=found.in_chans, mean=found.mean, std=found.std, patch_size=patch, width=found.width)
 
 
 def read_students(text):
@@ -377,7 +376,7 @@ def distill(c, ranks, interrupt):
     counts = {name: n for name, n in read_students(c.students).items() if done[name] < c.steps}
     if not counts:
         raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
-    source, teacher = open_source(c.data, c.n_shapes, c.seed), make_teacher(c, ranks)
+    source, teacher = open_source(c.data, c.n_shapes, c.seed, reader(c, c)), make_teacher(c, ranks)
     samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
     here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)

@@ -38,6 +38,7 @@ from engine import config as command_line
 from engine import fp8, plan
 from engine.adam import AdamW16
 from engine.adapt import Regression, apart
+from engine.channels import reader
 from engine.checkpoint import begin_state, check_space, load_checkpoint
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.meters import health
@@ -280,7 +281,7 @@ def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §3.2"""
     samples = plan.samples_of_a_part(c, ranks.count)
     stays = plan.announce(c, ranks, make_networks)
-    source, held = apart(open_source(c.data, c.n_shapes, c.seed), c)
+    source, held = apart(open_source(c.data, c.n_shapes, c.seed, reader(c, c)), c)
     student, teacher = build_networks(c, ranks, stays=stays), build_networks(c, ranks)
     teacher.requires_grad_(False).eval()
     optimizer = make_optimizer(c, student)

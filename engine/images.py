@@ -1,18 +1,24 @@
 """
 An image of a file, as every command sees it.
 
-    read_image  a photo, as Pillow opens it -> C H W uint8, RGB, upright
-    resize      bicubic with antialiasing
+    ImageConfig  what is taken of a file; images that are no RGB photos: channels.py
+    read_image   a photo, as Pillow opens it -> C H W uint8, RGB, upright
+    resize       bicubic with antialiasing
+    unit, shown  an image -> the values that networks are given, before mean and std; what people are shown
+
+An image is C H W: uint8, levels of 0 to 255, if it is an RGB photo; else float32 from 0 to 1.
 """
 
 import os
 import stat
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 UPRIGHT = {i + 2: turn for i, turn in enumerate(Image.Transpose[name] for name in (  # EXIF orientations 2 to 8
     "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))}
@@ -21,6 +27,15 @@ FORMATS = "JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"  # by content: for 
 OBLONG = 100              # times the short side; a longer one makes views that no memory holds, of 20000x1 3.9 GB
 MAX_PIXELS = 100_000_000  # 0.3 GB of RGB, and twice that while it is decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn of what was allowed here
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    bands: str = ""            # channels of each file to take, in this order, from 1, as in 4,3,2; empty = RGB, or all
+    scale: float = 0.0         # [0, 1e30]: value of the files that becomes 1; 0 = of 8 and 16 bits the largest there is
+    percentiles: tuple = (0, 0)  # [0, 100] rising: those of each image's channels become 0 and 1; equal = off
+    nodata: str = ""           # value of pixels that nothing was measured in, or nan: they become the mean
+    max_pixels: int = MAX_PIXELS  # [0, 1e15]: of an image of 3 channels; one that has more is not read; 0 = no limit
 
 
 def read_image(file, name=None, max_pixels=MAX_PIXELS):
@@ -36,7 +51,7 @@ def read_image(file, name=None, max_pixels=MAX_PIXELS):
                 as long as it is wide, or with a value that is nan or infinite
     """
     try:
-        with opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
+        with opened(file) as stream, open_rgb(stream) as image:
             check_size(*image.size, max_pixels)
             image.load()
             turn = UPRIGHT.get(image.getexif().get(0x0112))  # the EXIF tag Orientation
@@ -54,6 +69,33 @@ def read_image(file, name=None, max_pixels=MAX_PIXELS):
         raise OSError(f"{name or file}: {error}") from error
 
 
+def open_rgb(stream):
+    """Pillow's image, not yet decoded. Raises ValueError for channels that are no colours: it takes one for opacity."""
+    tags = tiff_tags(stream)
+    n, seen = tags.get(277, 1), {2: 3, 5: 4, 6: 3, 8: 3}.get(tags.get(262), 1)     # samples; those that are colours
+    if n > seen and [extra for extra in tags.get(338, (0,)) if extra not in (1, 2)]:  # kinds of the others: opacity
+        raise ValueError(misfit(n, 3))
+    return Image.open(stream, formats=FORMATS)
+
+
+def tiff_tags(stream):
+    """{number: value} of an open TIFF's first image; of another file {}."""
+    head = stream.read(16)
+    stream.seek(0)
+    if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
+        return {}
+    tags = ImageFileDirectory_v2(head if head[2] == 43 else head[:8])
+    stream.seek(tags.next)
+    tags.load(stream)
+    stream.seek(0)
+    return tags
+
+
+def misfit(n, wanted):
+    """What is wrong with an image of n channels."""
+    return f"image has {n} channel{'s' * (n > 1)}, model {wanted}: --in_chans {n} or --bands"
+
+
 def opened(file):
     """A path as an open file, for `with`; an open file as it is. Raises ValueError if nothing that ends lies there."""
     if hasattr(file, "read"):
@@ -63,10 +105,11 @@ def opened(file):
     return open(file, "rb")
 
 
-def check_size(width, height, max_pixels):
-    """Raises ValueError for an image that would take more memory than it is worth."""
-    if max_pixels and width * height > max_pixels:
-        raise ValueError(f"{width}x{height} pixels are more than --max_pixels {max_pixels:,}; 0 = no limit")
+def check_size(width, height, max_pixels, channels=3):
+    """Raises ValueError for an image that would take more memory than it is worth: than max_pixels of 3 channels."""
+    if max_pixels and width * height * channels > 3 * max_pixels:
+        of = f" of {channels} channels" * (channels != 3)
+        raise ValueError(f"{width}x{height} pixels{of} are more than --max_pixels {max_pixels:,}; 0 = no limit")
     if max(width, height) > OBLONG * min(width, height):
         raise ValueError(f"{width}x{height} pixels: the long side is more than {OBLONG} times the short one")
 
@@ -80,7 +123,21 @@ def finite(x):
 
 
 def resize(image, height, width):
-    """Bicubic with antialiasing, uint8 in and out; of the same size, the image.    image  C H W"""
+    """Bicubic with antialiasing; uint8 in and out, or float32 from 0 to 1; of the same size, the image."""
     if image.shape[1:] == (height, width):
         return image
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    return image if image.dtype == torch.uint8 else image.clamp(0, 1)  # beyond an edge it overshoots
+
+
+def unit(x):
+    """Images, uint8 or float32 -> float32 from 0 to 1"""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def shown(x):
+    """Images, ... C H W -> ... 3 H W uint8: of N channels the first three, or the only one, as red, green, blue."""
+    if x.dtype == torch.uint8:
+        return x
+    x = x[..., :3, :, :] if x.shape[-3] > 2 else x[..., :1, :, :].expand(*x.shape[:-3], 3, *x.shape[-2:])
+    return x.mul(255).round().clamp(0, 255).byte()

@@ -24,8 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Batches, colour_batch, draw_crops
 from engine import config as command_line
+from engine.channels import reader
 from engine.colours import APPLY, GREY, SIGMA, SOLARIZE
-from engine.images import resize
+from engine.images import resize, shown
 from engine.sources import open_source
 from engine.stats import read_line
 
@@ -51,8 +52,8 @@ def views(c, source, step, n):
     """
     The first n images of a step's batch: a dict each of
 
-        name, photo C H W uint8, boxes G+L 4, flips G+L, colours G+L 12, masks G P bool
-        global, local, gram    two of k C H W uint8: crops as they are cut, and as the network gets them; if there are
+        name, photo C H W, boxes G+L 4, flips G+L, colours G+L 12, masks G P bool
+        global, local, gram    two of k C H W: crops as they are cut, and as the network gets them; if there are
 
     returns  those;  [(name, reason)] of the images that others stand in for
     """
@@ -69,9 +70,9 @@ def views(c, source, step, n):
 
 
 def visible(crops, c):
-    """The network's input, n C H W float32 -> uint8, its normalisation undone"""
+    """The network's input, n C H W float32 -> n 3 H W uint8, its normalisation undone"""
     mean, std = (torch.tensor(v)[:, None, None] for v in (c.mean, c.std))
-    return (255 * (crops * std + mean)).round().clamp(0, 255).to(torch.uint8)
+    return shown(crops * std + mean)
 
 # --------------------------------------------------------------------------------
 # The picture. All its parts are H W 3 uint8.
@@ -125,7 +126,8 @@ def magnified(side, c):
 
 
 def tile(crop, side):
-    """C H W uint8 -> side side 3: enlarged without smoothing, which would feign resolution"""
+    """C H W -> side side 3: enlarged without smoothing, which would feign resolution"""
+    crop = shown(crop)
     larger = side > crop.shape[1] and side % crop.shape[1] == 0
     crop = F.interpolate(crop[None], (side, side), mode="nearest-exact")[0] if larger else resize(crop, side, side)
     return crop.permute(1, 2, 0).numpy()
@@ -135,7 +137,7 @@ def outlined(view, most):
     """The photo, as large as fits, and the areas of its crops."""
     H, W = view["photo"].shape[1:]
     factor = most / max(H, W)
-    image = Image.fromarray(resize(view["photo"], max(1, round(H * factor)), max(1, round(W * factor)))
+    image = Image.fromarray(resize(shown(view["photo"]), max(1, round(H * factor)), max(1, round(W * factor)))
                             .permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(image, "RGBA")
     for k in range(len(view["boxes"]) - 1, -1, -1):  # the global ones on top
@@ -227,7 +229,7 @@ def main(argv):
     if Path(own.out).suffix != ".png":
         raise ValueError(f"--out {own.out}: it is a picture; name a file that ends in .png")
     command_line.writable(own.out, folder=False)
-    source, n = open_source(c.data, c.n_shapes, c.seed), min(own.images, c.batch)
+    source, n = open_source(c.data, c.n_shapes, c.seed, reader(c, c)), min(own.images, c.batch)
     found, broken = views(c, source, own.step, n)
     for name, reason in dict.fromkeys(broken):
         print(f"another image stands in for {name}: {reason}")

@@ -71,9 +71,10 @@ class Folder:
         if not self.root.is_dir():
             what = "is a file" if self.root.exists() else "does not exist"
             raise ValueError(f"--data: {root} {what}; name a folder of images, or write shapes for the generated set")
-        self.paths = scan(self.root)
+        extensions = getattr(read, "extensions", EXTENSIONS)
+        self.paths = scan(self.root, extensions)
         if not self.paths:
-            raise ValueError(f"--data: no image in {root} or below it; looked for {' '.join(sorted(EXTENSIONS))}")
+            raise ValueError(f"--data: no image in {root} or below it; looked for {' '.join(sorted(extensions))}")
         self.classes = sorted({path.split("/")[0] for path in self.paths if "/" in path})
 
     def __len__(self):
@@ -126,10 +127,11 @@ class Drawn:
         return hashlib.sha1(f"{self.source.digest()} {self.rows}".encode()).hexdigest()
 
 
-def scan(root):
+def scan(root, extensions=EXTENSIONS):
     """Paths of all images below root, in a fixed order; remembered until a folder changes: restarts are quick."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
-    cache /= hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:16] + ".json"
+    kinds = "" if extensions == EXTENSIONS else " ".join(sorted(extensions))
+    cache /= hashlib.sha1((str(root.resolve()) + kinds).encode()).hexdigest()[:16] + ".json"
     try:
         index = json.loads(cache.read_text())
         if all(os.stat(root / folder).st_mtime_ns == time for folder, time in index["folders"].items()):
@@ -146,7 +148,7 @@ def scan(root):
                 continue
             seen.add((stat.st_dev, stat.st_ino))
             folders[os.path.relpath(folder, root)] = stat.st_mtime_ns
-            images = [file for file in sorted(files) if Path(file).suffix.lower() in EXTENSIONS]
+            images = [file for file in sorted(files) if Path(file).suffix.lower() in extensions]
             paths += [os.path.relpath(os.path.join(folder, image), root).replace(os.sep, "/") for image in images]
             bar.update(len(images))
     try:

@@ -16,11 +16,12 @@ An image that cannot be read is counted and named, and left out of all else.
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 from data import draw_crops, loader, read_resolutions
 from engine import config as command_line
-from engine.images import UPRIGHT
+from engine.channels import reader
+from engine.images import UPRIGHT, ImageConfig
 from engine.ranks import count_workers
 from engine.sources import open_source
 from recipes import TrainConfig, configure
@@ -56,7 +58,8 @@ def measure(source, i):
 
         bytes, hash, format, mode, turned   of its file, if the source has files; turned: by its EXIF tag
         width, height                       upright, as the network gets it
-        sum, square                         of each channel's values in 0..1; of whole levels the sums are exact
+        sum, square                         of each channel's values in 0..1; of whole levels the sums are exact; what
+                                            --nodata says was not measured counts as much as the mean of what was
         label                               if the source has labels
         error                               instead of all that, where it cannot be read
     """
@@ -74,8 +77,9 @@ def measure(source, i):
         pass  # it has none: nothing here wants one
     levels = image.permute(1, 2, 0).flatten(0, 1).double()                                      # (H W) C
     top = 1 if image.is_floating_point() else torch.iinfo(image.dtype).max
-    return found | dict(width=image.shape[2], height=image.shape[1], sum=(levels.sum(0) / top).tolist(),
-                        square=(levels.square().sum(0) / top**2).tolist())
+    more = len(levels) / (~levels.isnan()).sum(0)                                               # C, infinite of none
+    return found | dict(width=image.shape[2], height=image.shape[1], sum=(levels.nansum(0) / top * more).tolist(),
+                        square=(levels.square().nansum(0) / top**2 * more).tolist())
 
 
 def header(data):
@@ -176,8 +180,8 @@ def summarize(measures, source, c):
     if not good:
         raise ValueError(f"--data: none of {len(measures)} images can be read; the first: {bad[0]['error']}")
     width, height = (np.array([found[side] for found in good]) for side in ("width", "height"))
-    mean, square = ((np.array([found[name] for found in good]) / (width * height)[:, None]).mean(0)
-                    for name in ("sum", "square"))
+    mean, square = (np.nanmean(np.array([found[name] for found in good]) / (width * height)[:, None], axis=0)
+                    for name in ("sum", "square"))  # nan: of a channel in which nothing was measured
     std = np.sqrt((square - mean**2).clip(0))
     result = dict(data=str(c.data), images=len(good), unreadable=len(bad), of=len(source))
     result |= dict(mean=mean.tolist(), std=std.tolist(), width=percentiles(width), height=percentiles(height),
@@ -304,10 +308,12 @@ def main(argv):
         print(__doc__.strip(), command_line.describe(StatsConfig()), sep="\n\n")
         return
     own, c = read_line(argv, StatsConfig())
-    source, start = open_source(c.data, c.n_shapes, c.seed), time.perf_counter()
+    holes = replace(c, mean=(math.nan,) * c.in_chans)  # what was not measured is not to count
+    source, start = open_source(c.data, c.n_shapes, c.seed, reader(c, holes)), time.perf_counter()
     n = len(source)
     rows = sorted(random.Random(c.seed).sample(range(n), own.limit)) if 0 < own.limit < n else range(n)
-    memory = memory_of(c.data, source, f"{own.limit} {c.seed}")
+    read = [getattr(c, field.name) for field in fields(ImageConfig)]
+    memory = memory_of(c.data, source, f"{own.limit} {c.seed} {read}")
     found = summarize(collect(source, rows, memory, count_workers(c.workers)), source, c)
     found["seconds"] = time.perf_counter() - start
     print(*table(found, c, own.limit), json.dumps(found), sep="\n")

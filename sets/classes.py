@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.features import reads
 from engine.images import read_image
 from engine.sources import open_source
 from sets import finegrained
@@ -126,7 +127,7 @@ def classes_of_numbers(path):
 
 def open_splits(c):
     """train, val: `limit` images each of the same classes, two at least. Raises ValueError."""
-    name, colon, root = c.data.partition(":")
+    (name, colon, root), read = c.data.partition(":"), reads(c)
     if c.data == "shapes":
         n_train, n_val = (c.limit, c.limit) if c.limit else SHAPES
         sources = open_source("shapes", n_train, seed=1000), open_source("shapes", n_val, seed=1001)
@@ -137,7 +138,7 @@ def open_splits(c):
         for split in ("train", "val"):
             if not (folder / split).is_dir():
                 raise ValueError(f"--data: {folder} has no folder {split}; {c.task} wants train/CLASS/ and val/CLASS/")
-        sources = [open_source(folder / split) for split in ("train", "val")]
+        sources = [open_source(folder / split, read=read) for split in ("train", "val")]
         if not sources[1].classes:
             sources[1] = labelled_val(Path(c.data), *sources)
     train, val = sources
