@@ -43,7 +43,7 @@ def open_source(path, n_shapes=4096, seed=0, read=read_image):
     read      what makes an image of a file
     raises    ValueError: not there, no image in it, no such list or mixture
     """
-    said = mixture.read_mixture(path)
+    said = None if is_archive(path) else mixture.read_mixture(path)
     if said is None:
         return open_part(path, n_shapes, seed, read)
     paths, *counts = zip(*said, strict=True)
