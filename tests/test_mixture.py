@@ -4,8 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_data import CONFIG
+from test_train import MICRO, rows, torchrun
 
+import train
+from data import Batches, loader
 from engine.mixture import apportion, read_mixture
 from engine.order import Order
 from engine.sources import open_source
@@ -123,3 +128,54 @@ def test_a_mixture_of_one_is_that_source(photos):
     one, alone = (Order(open_source(text), 3, 4) for text in (f"{photos}*2", str(photos)))
     assert [list(one(step, i)) for step in range(9) for i in range(4)] == [
         list(alone(step, i)) for step in range(9) for i in range(4)]
+
+# --------------------------------------------------------------------------------
+# Trained on
+
+
+def test_two_ranks_are_one_and_any_number_of_workers(photos):
+    """Of pure and of mixed steps, each rank draws its samples, each worker its steps."""
+    both = open_source(f"{photos}*0.3!,{photos}*0.2,shapes*0.8", 12)
+    whole, *halves = (Batches(CONFIG, both, first, n) for first, n in ((0, 8), (0, 4), (4, 4)))
+    plain = [whole[step] for step in range(6)]
+    sizes = {int((batch["indices"] < 5).sum()) for batch in plain}
+    assert 8 in sizes and len(sizes) > 1
+    for step, batch in enumerate(plain):
+        parts = [half[step] for half in halves]
+        assert torch.equal(torch.cat([part["indices"] for part in parts]), batch["indices"])
+        crops = [part["global_crops"].unflatten(0, (2, 4)) for part in parts]
+        assert torch.equal(torch.cat(crops, 1).flatten(0, 1), batch["global_crops"])
+    for a, b in zip(loader(whole, range(2, 6), 2), plain[2:], strict=True):
+        assert torch.equal(a["indices"], b["indices"]) and torch.equal(a["local_crops"], b["local_crops"])
+
+
+def losses(out):
+    return [(row["step"], row["loss"]) for row in rows(out)]
+
+
+def test_left_in_the_middle_of_a_mixture_and_resumed(photos, tmp_path):
+    words = [*MICRO, "--data", f"{photos}*0.3!,{photos}*0.2,shapes*0.8", "--steps", "4", "--lr_warmup", "1"]
+    assert train.main([*words, "--out", str(tmp_path / "whole")])
+    assert not train.main([*words, "--out", str(tmp_path / "parts"), "--stop_after", "2"])
+    assert train.main(["--out", str(tmp_path / "parts"), "--resume"])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 4
+    with pytest.raises(ValueError, match="shapes[*]0.7 does not hold the images that"):
+        train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "5", "--data",
+                    f"{photos}*0.3!,{photos}*0.2,shapes*0.7"])
+
+
+def test_folder_and_list_have_the_same_losses(photos, tmp_path):
+    listed = photos.parent / "list.csv"
+    listed.write_text("path\n" + "".join(f"photos/{name}\n" for name in open_source(photos).paths))
+    for out, data in dict(folder=photos, list=listed).items():
+        assert train.main([*MICRO, "--steps", "3", "--data", str(data), "--out", str(tmp_path / out)])
+    assert losses(tmp_path / "folder") == losses(tmp_path / "list")
+
+
+@pytest.mark.long
+def test_two_processes_have_the_losses_of_one_on_a_mixture(photos, tmp_path):
+    words = ["--data", f"{photos}*0.3!,{photos}*0.2,shapes*0.8", "--group", "4", "--koleo_group", "4"]
+    train.main([*MICRO, *words, "--out", str(tmp_path / "one")])
+    two = torchrun(tmp_path / "two", *words)
+    for (step, loss), row in zip(losses(tmp_path / "one"), two, strict=True):
+        assert row["loss"] == pytest.approx(loss, abs=5e-5) and row["step"] == step
