@@ -193,11 +193,12 @@ def walk(root, notes):
             below.clear()  # a link to a folder above it
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders[os.path.relpath(folder, root)] = stat.st_mtime_ns
-        images = [file for file in sorted(files) if Path(file).suffix.lower() in EXTENSIONS]
-        names = [os.path.relpath(os.path.join(folder, image), root).replace(os.sep, "/") for image in images]
-        label = names[0].split("/")[0] if names and "/" in names[0] else None
-        yield [os.fsencode(name) for name in names], [label] * len(names)
+        here = os.path.relpath(folder, root)
+        folders[here] = stat.st_mtime_ns
+        above = "" if here == os.curdir else here.replace(os.sep, "/") + "/"
+        images = [file for file in sorted(files) if os.path.splitext(file)[1].lower() in EXTENSIONS]
+        label = above.split("/")[0] or None
+        yield [os.fsencode(above + image) for image in images], [label] * len(images)
 
 # --------------------------------------------------------------------------------
 # Lists
