@@ -358,13 +358,13 @@ def standing(c, name, ranks):
     return done, done + recipes.saved_config(out, DistillConfig).joined
 
 
-def begin(c, ranks, source, students):
+def begin(c, ranks, source, students, data):
     """Before the first step: the students' and the run's config.json, metrics.jsonl, what will be done."""
     for student in students:
         open_log(student.c, student.step, parameters=asdict(student.c.vit))
     if ranks.main:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | dict(commit=commit()), indent=1))
+        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | data | dict(commit=commit()), indent=1))
         print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
               f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
 
@@ -377,6 +377,7 @@ def distill(c, ranks, interrupt):
     if not counts:
         raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
     source, teacher = open_source(c.data, c.n_shapes, c.seed, reader(c, c)), make_teacher(c, ranks)
+    data = recipes.fingerprint(c, source)
     samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
     here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
@@ -391,7 +392,7 @@ def distill(c, ranks, interrupt):
                         Verdicts(group, interrupt, source.name)) for name in mine]
     end = start + c.steps - min(done[name] for name in counts)
     wait(ranks)  # all have read what stands in OUT
-    ranks.together(lambda: begin(c, ranks, source, students if group.main else []))
+    ranks.together(lambda: begin(c, ranks, source, students if group.main else [], data))
     stream = loader(batches, range(start, end), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
     failed, heard, progress = [], None, Progress(c, ranks, start, end)
     trace = tracer(c, ranks, end - start)

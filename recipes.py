@@ -32,7 +32,8 @@ class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
     recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
     stage: str = "pretrain"        # pretrain; gram, highres: from --start RUN; adapt: from --init WEIGHTS
-    data: str = "shapes"           # a folder of images, or shapes: the generated set
+    data: str = "shapes"           # folder, list, tars, mixture A*0.7,B*0.3: see open_source; shapes: generated
+    data_changed: bool = False     # go on, this once, with images that are not those the run was begun with
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
     order: str = "random"          # of each epoch: random, or windows: 64 neighbours at a time, for a slow disk
     out: str = ""                  # folder of the run; empty = runs/SIZE
@@ -247,9 +248,9 @@ AFTER = dict(gram=("pretrain", "gram"), highres=("pretrain", "gram", "highres"))
 WARMUPS = ("lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone", "gram_warmup", "gram_refresh")
 HEADS = tuple(f"{head}_{part}" for head in ("dino", "ibot") for part in ("hidden", "bottleneck", "prototypes"))
 OF_RUN = ("size", "recipe", "depth", "patch_size", *NETWORK, *HEADS, "prototype_std", "began")
-FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
-        "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
-        "compile")  # what a resumed run may change; data must be equal
+FREE = ("out", "resume", "data", "data_changed", "device", "kernels", "precision", "workers", "save_every", "keep",
+        "keep_every", "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
+        "compile")  # what a resumed run may change; data by another name, or with --data_changed
 
 
 def configure(argv, starts=True):
@@ -434,6 +435,17 @@ def saved_config(out, kind=TrainConfig):
         return command_line.checked(replace(like, **given))
     except ValueError as error:
         raise ValueError(f"{out}/config.json: {error}; restore it from a copy") from error
+
+
+def fingerprint(c, source):
+    """For config.json: what tells these images from others. Raises ValueError if c.out was begun with others."""
+    digest, before = source.digest(), saved_text(c.out) if c.resume else {}
+    if before.get("data_digest", digest) != digest and not c.data_changed:
+        raise ValueError(
+            f"--data {c.data} does not hold the images that {c.out} was begun with, those of {before.get('data')}: "
+            f"before {before.get('data_images', '?')} of fingerprint {before['data_digest'][:12]}, after {len(source)} "
+            f"of {digest[:12]}; name the same ones, or another --out, or go on with these: --data_changed true")
+    return dict(data_digest=digest, data_images=len(source), data_changed=False)  # it was asked for once
 
 
 def saved_text(out):

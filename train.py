@@ -50,7 +50,7 @@ from engine.sources import open_source
 from engine.stages import describe, first_state, gram_term, make_gram_teacher, refresh, refreshes
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import Noise, ProjectionHead, ViT, initialise, to_device
-from recipes import configure, find_recipe, saved_text, size_for
+from recipes import configure, find_recipe, fingerprint, size_for
 
 # --------------------------------------------------------------------------------
 # Networks and optimizer
@@ -370,14 +370,10 @@ def train(c, ranks, interrupt):
 
 def begin(c, ranks, start, source, student, teacher, optimizer, gram):
     """On main, before the first step: is it the same data, is there room; what will be done; config.json."""
-    digest = source.digest()
-    if c.resume and saved_text(c.out).get("data_digest", digest) != digest:
-        raise ValueError(f"--data {c.data} does not hold the images that {c.out} was begun with; name the same ones, "
-                         "or another --out")
+    notes = fingerprint(c, source) | ({} if gram is None else dict(gram=asdict(gram.config)))
     check_space(c, start, student, teacher, optimizer, gram)
     print_plan(c, ranks, source, student)
-    notes = {} if gram is None else dict(gram=asdict(gram.config))
-    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest, **notes)
+    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), **notes)
 
 
 def mean_of(rows):

@@ -1,5 +1,7 @@
 """sets/classes.py: folders of classes and generated ones, what is wrong with them, and some images of a set."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,29 @@ def test_limit_is_evenly_spaced(tmp_path, monkeypatch):
                                                                                  "b/2.png"]
 
 
+@pytest.mark.parametrize("form", ["csv", "tar"])
+def test_splits_may_be_files(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders(tmp_path, {"all/a": 2, "all/b": 1, "all/c": 1})
+    if form == "csv":
+        (tmp_path / "train.csv").write_text("path,label\nall/b/0.png,b\nall/a/1.png,a\nall/c/0.png,a\n")
+        (tmp_path / "val.csv").write_text("path,label\nall/a/0.png,a\nall/c/0.png,b\n")
+    else:
+        for split, rows in dict(train=("b/0", "a/1"), val=("a/0", "b/0")).items():
+            with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+                for row in rows:
+                    tar.add(tmp_path / f"all/{row}.png", f"{row}.png")
+    c = TASKS["knn"].config(data=str(tmp_path))
+    train, val = open_splits(c)
+    assert train.classes == val.classes == ["a", "b"] and [val.label(i) for i in (0, 1)] == [0, 1]
+    assert [train.label(i) for i in range(len(train))] == ([1, 0, 0] if form == "csv" else [0, 1])
+    assert train.load(0).shape == (3, 20, 30)
+    if form == "csv":
+        (tmp_path / "val.csv").write_text("path\nall/a/0.png\n")
+        with pytest.raises(ValueError, match="val.csv has no labels; knn wants the class of each image"):
+            open_splits(c)
+
+
 def test_chosen_and_files(tmp_path):
     folders(tmp_path, {"a": 3})
     files = Files([tmp_path / f"a/{i}.png" for i in range(3)])
@@ -47,7 +72,7 @@ def test_chosen_and_files(tmp_path):
 @pytest.mark.parametrize("counts, says", [
     ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1}, "different classes: b, c"),
     ({"train/a": 1, "val/a": 1}, "train has 1 class folders; knn wants at least 2"),
-    ({"train/a": 1, "train/b": 1}, "has no folder val; knn wants train/CLASS/ and val/CLASS/"),
+    ({"train/a": 1, "train/b": 1}, "has no folder val; knn wants train/CLASS/ and val/CLASS/, or a file each, val.csv"),
     ({"val/a": 1}, "has no folder train")])
 def test_odd_folders(counts, says, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

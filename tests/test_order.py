@@ -33,6 +33,10 @@ def test_every_image_comes_once(size):
     assert size < 12 or (found != permutation(size, 7, 5, 4, 0)(np.arange(size))).mean() > 0.8
 
 
+def test_short_ranges_are_numpys():
+    assert np.array_equal(permutation(65_536, *KEY)(np.arange(65_536)), np.random.default_rng(KEY).permutation(65_536))
+
+
 def by_hand(i, size, keys):
     """The network and its walk, line by line."""
     side = math.isqrt(size - 1) + 1
@@ -49,7 +53,7 @@ def by_hand(i, size, keys):
             return i
 
 
-@pytest.mark.parametrize("size", [65_537, PAPER, 2**40 + 1])
+@pytest.mark.parametrize("size", [65_537, 257**2, PAPER, 2**40 + 1])
 def test_the_network_is_the_formula(size):
     places, keys = [*range(50), size // 2, size - 1], np.random.SeedSequence(KEY).generate_state(6, "u8").tolist()
     expected = [by_hand(i, size, keys) for i in places]
@@ -109,12 +113,11 @@ def test_windows_visit_every_image_once_and_64_neighbours_in_a_row(size):
 def test_a_deal_is_exact_in_every_block():
     counts = [3, 0, 50, 11]
     dealt = [deal(n, counts, 1, 2) for n in range(64 * 5)]
-    for block in range(5):
-        kinds = [kind for kind, _ in dealt[64 * block : 64 * block + 64]]
-        assert [kinds.count(k) for k in range(4)] == counts
+    blocks = [[kind for kind, _ in dealt[64 * block : 64 * block + 64]] for block in range(5)]
+    assert all([kinds.count(k) for k in range(4)] == counts for kinds in blocks) and blocks[0] != blocks[1]
     for kind in range(4):
         assert [before for k, before in dealt if k == kind] == list(range(5 * counts[kind]))  # in order, none left out
-    assert dealt[:64] != dealt[64:128] and dealt != [deal(n, counts, 1, 3) for n in range(64 * 5)]
+    assert dealt != [deal(n, counts, 1, 3) for n in range(64 * 5)]
     assert deal(64 * 4 + 9, counts, 1, 2) == dealt[64 * 4 + 9]
 
 
@@ -172,6 +175,13 @@ def test_stand_ins_are_of_the_same_part():
     order = Order(mixture(), 3, 8)
     step = next(step for step in range(1000) if next(order(step, 0)) < 6)
     assert sorted(order(step, 0)) == list(range(6))
+
+
+def test_parts_have_orders_of_their_own():
+    twins = SimpleNamespace(parts=[Part(30, 32_768), Part(30, 32_768)])
+    found = sum(drawn(Order(twins, 3, 8), range(30), 8), [])
+    one, two = [i for i in found if i < 30][:30], [i - 30 for i in found if i >= 30][:30]
+    assert sorted(one) == sorted(two) == list(range(30)) and one != two
 
 
 def test_windows_by_name():
