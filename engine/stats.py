@@ -61,8 +61,9 @@ def measure(source, i):
         error                               instead of all that, where it cannot be read
     """
     found = dict(i=i)
+    part, row = source.at(i) if hasattr(source, "sources") else (source, i)                          # of a mixture
     try:
-        data = source.raw(i)[0] if hasattr(source, "raw") else None
+        data = part.raw(row)[0] if hasattr(part, "raw") else None
         image = source.load(i)
     except OSError as error:
         return found | dict(error=str(error))
@@ -182,10 +183,12 @@ def summarize(measures, source, c):
     result = dict(data=str(c.data), images=len(good), unreadable=len(bad), of=len(source))
     result |= dict(mean=mean.tolist(), std=std.tolist(), width=percentiles(width), height=percentiles(height),
                    short_side=percentiles(np.minimum(width, height)), ratio=percentiles(width / height))
-    if "bytes" in good[0]:
-        sizes = np.array([found["bytes"] for found in good])
-        result |= dict(bytes=int(sizes.sum()), file_bytes=percentiles(sizes), formats=counts(good, "format"),
-                       modes=counts(good, "mode"), turned=sum(found["turned"] for found in good)) | copies(good, source)
+    files = [found for found in good if "bytes" in found]
+    if files:
+        sizes = np.array([found["bytes"] for found in files])
+        result |= dict(bytes=int(sizes.sum()), file_bytes=percentiles(sizes), formats=counts(files, "format"),
+                       modes=counts(files, "mode"), turned=sum(found["turned"] for found in files))
+        result |= copies(files, source)
     labels = Counter(found["label"] for found in good if "label" in found)
     if labels:
         result["classes"] = {name: labels[k] for k, name in enumerate(source.classes)}

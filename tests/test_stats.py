@@ -106,7 +106,7 @@ def test_other_levels_are_shares_of_the_brightest():
         def label(self, i):
             raise ValueError("none")
 
-        raw = property()  # as a source without files
+        raw = property()  # as of a source without files
 
     for image in torch.full((2, 4, 5), 65535 // 5, dtype=torch.uint16), torch.full((2, 4, 5), 0.2):
         found = stats.measure(Source(image), 0)
@@ -118,6 +118,39 @@ def test_generated_images_have_no_files(tmp_path):
     found = summary("shapes", tmp_path)
     assert found["images"] == 20 and sum(found["classes"].values()) == 20 and len(found["classes"]) == 12
     assert set(found["width"].values()) == {96} and "bytes" not in found and "duplicates" not in found
+
+
+class Both:
+    """Two sources as a mixture has them: of its parts one has files."""
+
+    def __init__(self, *sources):
+        self.sources = sources
+
+    def at(self, i):
+        n = len(self.sources[0])
+        return (self.sources[0], i) if i < n else (self.sources[1], i - n)
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def load(self, i):
+        source, row = self.at(i)
+        return source.load(row)
+
+    def name(self, i):
+        source, row = self.at(i)
+        return source.name(row)
+
+    def label(self, i):
+        raise ValueError("a mixture has none")
+
+
+def test_of_a_mixture_those_with_files_are_counted(photos, tmp_path):
+    source, alone = Both(open_source("shapes", 3), Folder(photos)), summary(photos, tmp_path)
+    found = stats.summarize(measured(source, tmp_path), source, RECIPES["tiny"])
+    assert found["images"] == 9 and "classes" not in found
+    for name in "bytes", "formats", "modes", "turned", "duplicates", "duplicate_names", "unreadable_names":
+        assert found[name] == alone[name]
 
 
 def test_workers_find_the_same(photos, tmp_path):
@@ -264,7 +297,8 @@ def test_many_names_are_cut(tmp_path, capsys):
     ("stats", "PATH: none; name one set of images"), ("stats a b", "PATH: a b; name one"),
     ("stats a --data b", "PATH: a; name one"), ("stats a --limt 3", "unknown option --limt; did you mean --limit?"),
     ("stats a --limit -1", r"--limit is -1; it must be in \[0, 1e10\]"),
-    ("stats /nowhere", "--data: /nowhere does not exist"), ("stat a", "'stat' is no command; there are: stats, look"),
+    ("stats /nowhere", "--data: /nowhere does not exist"),
+    ("stat a", "'stat' is no command; there are: index, stats, look"),
     ("stats shapes --local_size 8", "--local_size 8: the image is smaller than a patch")])
 def test_mistakes(words, said):
     with pytest.raises(ValueError, match="^" + said):
