@@ -46,7 +46,7 @@ def photos(tmp_path):
 
 
 def measured(source, tmp_path, workers=0):
-    return stats.collect(source, range(len(source)), tmp_path / "memory.jsonl", workers)
+    return list(stats.collect(source, range(len(source)), tmp_path / "memory.jsonl", workers))
 
 
 def summary(root, tmp_path, size="tiny", **options):
@@ -157,6 +157,15 @@ def test_workers_find_the_same(photos, tmp_path):
     assert summary(photos, tmp_path, workers=2) == summary(photos, tmp_path)
 
 
+def test_many_images_are_taken_by_parts():
+    line = dict(width=4, height=2, sum=[8.0], square=[8.0])
+    good, errors = stats.columns([dict(i=i) | (line if i % 3 else dict(error=f"{i}: why")) for i in range(25_000)])
+    assert len(errors) == 8334 and errors[1] == "3: why"
+    assert good["i"].tolist() == [i for i in range(25_000) if i % 3] and (good["width"] == 4).all()
+    assert good["sum"].shape == (16_666, 1) and (good["bytes"] == -1).all()
+    assert stats.columns([dict(i=0, error="why")] * 10_001)[0] == {}
+
+
 def test_a_set_of_which_nothing_can_be_read(tmp_path):
     (tmp_path / "only.jpg").touch()
     with pytest.raises(ValueError, match=r"^--data: none of 1 images can be read; the first: .*only\.jpg"):
@@ -222,7 +231,7 @@ def test_an_interrupted_call_is_gone_on_with(tmp_path, capsys):
     with open(memory, "a") as file:
         file.write('{"i": 32, "wid')  # as a kill leaves it
     source.loaded.clear()
-    found = stats.collect(source, range(50), memory)
+    found = list(stats.collect(source, range(50), memory))
     assert source.loaded == list(range(32, 50)) and "going on after 32 of 50" in capsys.readouterr().out
     assert found == measured(Folder(tmp_path / "photos"), tmp_path)
     assert not memory.exists(), "a whole call leaves nothing: the images may change"
@@ -239,7 +248,7 @@ def test_rows_of_another_sample_are_left_out(tmp_path):
 def test_a_cache_that_cannot_be_written_is_gone_without(photos, tmp_path):
     (tmp_path / "file").touch()
     source = Folder(photos)
-    assert len(stats.collect(source, range(9), tmp_path / "file/memory.jsonl")) == 9
+    assert len(list(stats.collect(source, range(9), tmp_path / "file/memory.jsonl"))) == 9
 
 
 def test_sets_of_the_same_names_have_memories_of_their_own(tmp_path, cache):
