@@ -52,7 +52,7 @@ def views(c, source, step, n):
     """
     The first n images of a step's batch: a dict each of
 
-        name, photo C H W, boxes G+L 4, flips G+L, colours G+L 12, masks G P bool
+        name, part of a mixture in words, photo C H W, boxes G+L 4, flips G+L, colours G+L 12, masks G P bool
         global, local, gram    two of k C H W: crops as they are cut, and as the network gets them; if there are
 
     returns  those;  [(name, reason)] of the images that others stand in for
@@ -65,8 +65,16 @@ def views(c, source, step, n):
         photo, rng = source.load(index), np.random.default_rng([c.seed, 3, step * c.batch + i])  # as Batches draws
         view = dict(zip(("boxes", "flips", "colours"), draw_crops(rng, c, *photo.shape[1:]), strict=True))
         view |= {kind: (batch[f"{kind}_crops"][i::n], visible(seen[f"{kind}_crops"][i::n], c)) for kind in kinds}
-        found.append(view | dict(name=source.name(index), photo=photo, masks=batch["masks"][i::n]))
+        found.append(view | dict(name=source.name(index), part=part_of(source, index), photo=photo,
+                                 masks=batch["masks"][i::n]))
     return found, batch["broken"]
+
+
+def part_of(source, index):
+    """"part 2 of 3, ", of a mixture"""
+    if not hasattr(source, "sources"):
+        return ""
+    return f"part {source.sources.index(source.at(index)[0]) + 1} of {len(source.sources)}, "
 
 
 def visible(crops, c):
@@ -178,7 +186,7 @@ def sides(view, c):
     cut = (max(c.global_size, c.gram_size), view["boxes"][:2]), (c.local_size, view["boxes"][2:])
     most = max(side / box[2:].min() for side, boxes in cut for box in boxes)
     enlarged = f"; crops enlarged up to {most:.1f} times" if most > 1 else ""
-    return f"{view['photo'].shape[2]} x {view['photo'].shape[1]} pixels{enlarged}"
+    return f"{view['part']}{view['photo'].shape[2]} x {view['photo'].shape[1]} pixels{enlarged}"
 
 
 def line(text, width, colour=SOFT, size=TEXT, end=False):

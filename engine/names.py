@@ -182,7 +182,8 @@ def scan(root, extensions=EXTENSIONS):
     extensions  of the files, lower case, with their dots
     """
     def fresh(notes):
-        return notes["extensions"] == sorted(extensions) and all(os.stat(root / folder).st_mtime_ns == time for folder, time in notes["folders"].items())
+        unchanged = (os.stat(root / folder).st_mtime_ns == time for folder, time in notes["folders"].items())
+        return notes["extensions"] == sorted(extensions) and all(unchanged)
     return remembered(root, partial(walk, root, extensions), fresh)
 
 

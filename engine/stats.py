@@ -22,6 +22,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from recipes import TrainConfig, configure
 CHUNK = 16                               # images that a worker measures before it hands them over
 SHARES = 0, 5, 25, 50, 75, 95, 100       # percentiles of sides
 DRAWN = 2000                             # images whose crops are drawn
+MISSING = dict(bytes=-1, hash="", format="", mode="", turned=False, label=-1)  # of an image without file or label
 SHOWN, LISTED = 3, 1000                  # names in the table, of each kind; in the line of JSON
 
 
@@ -64,8 +66,9 @@ def measure(source, i):
         error                               instead of all that, where it cannot be read
     """
     found = dict(i=i)
+    part, row = source.at(i) if hasattr(source, "sources") else (source, i)                          # of a mixture
     try:
-        data = source.raw(i)[0] if hasattr(source, "raw") else None
+        data = part.raw(row)[0] if hasattr(part, "raw") else None
         image = source.load(i)
     except OSError as error:
         return found | dict(error=str(error))
@@ -109,11 +112,11 @@ class Chunks(Dataset):
 
 def collect(source, rows, memory, workers=0):
     """
-    Measures of these rows, in order. Each goes to the file `memory` at once; what stands there is not done again, and
-    at the end the file is deleted: images may change, and the next call is to see it.
+    Measures of these rows, one by one, in order. Each goes to the file `memory` at once; what stands there is not done
+    again, and at the end the file is deleted: images may change, and the next call is to see it.
     """
-    done, wanted = recall(memory), set(rows)
-    done = {i: found for i, found in done.items() if i in wanted}
+    done, wanted = recall(memory), rows if isinstance(rows, range) else set(rows)
+    done = {i: line for i, line in done.items() if i in wanted}  # lines: a sixth of what they say takes in memory
     chunks = Chunks(source, [i for i in rows if i not in done])
     if done:
         print(f"going on after {len(done):,} of {len(rows):,} images, which an interrupted call has measured")
@@ -123,18 +126,18 @@ def collect(source, rows, memory, workers=0):
             for lines in loader(chunks, range(len(chunks)), workers):
                 file.write("".join(line + "\n" for line in lines))
                 file.flush()
-                done |= {found["i"]: found for found in map(json.loads, lines)}
+                done |= {json.loads(line)["i"]: line for line in lines}
                 bar.update(len(lines))
         except KeyboardInterrupt:
             tqdm.write(f"stopped after {len(done):,} of {len(rows):,} images; the same command goes on from there")
             raise
     if memory.is_file():
         memory.unlink()
-    return [done[i] for i in rows]
+    return (json.loads(done[i]) for i in rows)
 
 
 def recall(memory):
-    """{i: measure} of an interrupted call; a line that was cut short is left out."""
+    """{i: line} of an interrupted call; a line that was cut short is left out."""
     found = {}
     try:
         lines = memory.read_text().splitlines()
@@ -142,8 +145,7 @@ def recall(memory):
         return found
     for line in lines:
         try:
-            each = json.loads(line)
-            found[each["i"]] = each
+            found[json.loads(line)["i"]] = line
         except (ValueError, KeyError, TypeError):
             pass
     return found
@@ -168,6 +170,17 @@ def memory_of(path, source, limit):
 # What they say together
 
 
+def columns(measures):
+    """{name: an array} of all images that could be read, and what is wrong with the others."""
+    parts, errors, measures = [], [], iter(measures)
+    while some := list(islice(measures, 10_000)):
+        good = [MISSING | found for found in some if "error" not in found]
+        errors += [found["error"] for found in some if "error" in found]
+        if good:
+            parts.append({name: np.array([found[name] for found in good]) for name in good[0]})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}, errors
+
+
 def summarize(measures, source, c):
     """
     Measures of a source, and a recipe -> one object.
@@ -176,24 +189,25 @@ def summarize(measures, source, c):
                 as many crops as the next. Of values in 0..1; --mean and --std are these numbers
     crops       of the recipe: see `enlarged`; to enlarge adds no detail
     """
-    good, bad = [found for found in measures if "error" not in found], [found for found in measures if "error" in found]
+    good, errors = columns(measures)
     if not good:
-        raise ValueError(f"--data: none of {len(measures)} images can be read; the first: {bad[0]['error']}")
-    width, height = (np.array([found[side] for found in good]) for side in ("width", "height"))
-    mean, square = (np.nanmean(np.array([found[name] for found in good]) / (width * height)[:, None], axis=0)
+        raise ValueError(f"--data: none of {len(errors)} images can be read; the first: {errors[0]}")
+    width, height = good["width"], good["height"]
+    mean, square = (np.nanmean(good[name] / (width * height)[:, None], axis=0)
                     for name in ("sum", "square"))  # nan: of a channel in which nothing was measured
     std = np.sqrt((square - mean**2).clip(0))
-    result = dict(data=str(c.data), images=len(good), unreadable=len(bad), of=len(source))
+    result = dict(data=str(c.data), images=len(width), unreadable=len(errors), of=len(source))
     result |= dict(mean=mean.tolist(), std=std.tolist(), width=percentiles(width), height=percentiles(height),
                    short_side=percentiles(np.minimum(width, height)), ratio=percentiles(width / height))
-    if "bytes" in good[0]:
-        sizes = np.array([found["bytes"] for found in good])
-        result |= dict(bytes=int(sizes.sum()), file_bytes=percentiles(sizes), formats=counts(good, "format"),
-                       modes=counts(good, "mode"), turned=sum(found["turned"] for found in good)) | copies(good, source)
-    labels = Counter(found["label"] for found in good if "label" in found)
-    if labels:
-        result["classes"] = {name: labels[k] for k, name in enumerate(source.classes)}
-    result["unreadable_names"] = [found["error"] for found in bad[:LISTED]]
+    files = {name: good[name][good["bytes"] >= 0] for name in ("i", *MISSING)}
+    if len(files["i"]):
+        result |= dict(bytes=int(files["bytes"].sum()), file_bytes=percentiles(files["bytes"]),
+                       formats=counts(files["format"]), modes=counts(files["mode"]), turned=int(files["turned"].sum()))
+        result |= copies(files["i"], files["hash"], source)
+    if (good["label"] >= 0).any():
+        sizes = np.bincount(good["label"][good["label"] >= 0], minlength=len(source.classes)).tolist()
+        result["classes"] = dict(zip(source.classes, sizes, strict=True))
+    result["unreadable_names"] = errors[:LISTED]
     return result | dict(crops=enlarged(width, height, c))
 
 
@@ -202,18 +216,17 @@ def percentiles(values):
     return dict(zip(map(str, SHARES), np.percentile(values, SHARES, method="inverted_cdf").tolist(), strict=True))
 
 
-def counts(measures, name):
-    return dict(Counter(found[name] for found in measures).most_common())
+def counts(values):
+    return dict(Counter(values.tolist()).most_common())
 
 
-def copies(measures, source):
+def copies(rows, hashes, source):
     """Images that are another one byte for byte: how many too many, and names of those that are the same."""
-    same = {}
-    for found in measures:
-        same.setdefault(found["hash"], []).append(found["i"])
-    groups = [group for group in same.values() if len(group) > 1]
-    return dict(duplicates=len(measures) - len(same),
-                duplicate_names=[[source.name(i) for i in group[:LISTED]] for group in groups[:LISTED]])
+    order = hashes.argsort(kind="stable")
+    groups = np.split(order, np.flatnonzero(hashes[order][1:] != hashes[order][:-1]) + 1)
+    same = sorted(rows[group].tolist() for group in groups if len(group) > 1)
+    return dict(duplicates=len(rows) - len(groups),
+                duplicate_names=[[source.name(i) for i in group[:LISTED]] for group in same[:LISTED]])
 
 
 def enlarged(width, height, c):

@@ -1,6 +1,7 @@
 """data.py look: what is drawn is what a step trains on."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,12 @@ def test_without_local_crops_there_are_none(photos):
     assert "local" not in found[0] and list(look.band(found[0], replace(TINY, n_local=0))) == [
         "areas of the crops", "global crops, 96 px"]
 
+def test_the_part_of_a_mixture_is_named(photos):
+    one, two = open_source("shapes", 4), Folder(photos)
+    mixture = SimpleNamespace(sources=[one, two], at=lambda i: (one, i) if i < 4 else (two, i - 4))
+    assert [look.part_of(mixture, i) for i in (3, 4)] == ["part 1 of 2, ", "part 2 of 2, "]
+    assert look.part_of(one, 3) == ""
+
 # --------------------------------------------------------------------------------
 # Pictures
 
@@ -111,9 +118,10 @@ def test_sides_are_whole_multiples_where_they_fit(side, shown, local):
 
 def test_enlarging_is_told():
     c = replace(TINY, global_size=96, gram_size=0, local_size=48)
-    view = dict(photo=torch.zeros(3, 50, 100), boxes=np.array([[0, 0, 96, 99], [0, 0, 97, 98], [0, 0, 20, 40]]))
-    assert look.sides(view, c) == "100 x 50 pixels; crops enlarged up to 2.4 times"
-    assert look.sides(view, replace(c, local_size=20)) == "100 x 50 pixels"
+    boxes = np.array([[0, 0, 96, 99], [0, 0, 97, 98], [0, 0, 20, 40]])
+    view = dict(part="part 1 of 2, ", photo=torch.zeros(3, 50, 100), boxes=boxes)
+    assert look.sides(view, c) == "part 1 of 2, 100 x 50 pixels; crops enlarged up to 2.4 times"
+    assert look.sides(view, replace(c, local_size=20)) == "part 1 of 2, 100 x 50 pixels"
     assert "up to 3.0 times" in look.sides(view, replace(c, gram_size=288))
 
 

@@ -46,7 +46,7 @@ def photos(tmp_path):
 
 
 def measured(source, tmp_path, workers=0):
-    return stats.collect(source, range(len(source)), tmp_path / "memory.jsonl", workers)
+    return list(stats.collect(source, range(len(source)), tmp_path / "memory.jsonl", workers))
 
 
 def summary(root, tmp_path, size="tiny", **options):
@@ -106,7 +106,7 @@ def test_other_levels_are_shares_of_the_brightest():
         def label(self, i):
             raise ValueError("none")
 
-        raw = property()  # as a source without files
+        raw = property()  # as of a source without files
 
     for image in torch.full((2, 4, 5), 65535 // 5, dtype=torch.uint16), torch.full((2, 4, 5), 0.2):
         found = stats.measure(Source(image), 0)
@@ -120,8 +120,50 @@ def test_generated_images_have_no_files(tmp_path):
     assert set(found["width"].values()) == {96} and "bytes" not in found and "duplicates" not in found
 
 
+class Both:
+    """Two sources as a mixture has them: of its parts one has files."""
+
+    def __init__(self, *sources):
+        self.sources = sources
+
+    def at(self, i):
+        n = len(self.sources[0])
+        return (self.sources[0], i) if i < n else (self.sources[1], i - n)
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def load(self, i):
+        source, row = self.at(i)
+        return source.load(row)
+
+    def name(self, i):
+        source, row = self.at(i)
+        return source.name(row)
+
+    def label(self, i):
+        raise ValueError("a mixture has none")
+
+
+def test_of_a_mixture_those_with_files_are_counted(photos, tmp_path):
+    source, alone = Both(open_source("shapes", 3), Folder(photos)), summary(photos, tmp_path)
+    found = stats.summarize(measured(source, tmp_path), source, RECIPES["tiny"])
+    assert found["images"] == 9 and "classes" not in found
+    for name in "bytes", "formats", "modes", "turned", "duplicates", "duplicate_names", "unreadable_names":
+        assert found[name] == alone[name]
+
+
 def test_workers_find_the_same(photos, tmp_path):
     assert summary(photos, tmp_path, workers=2) == summary(photos, tmp_path)
+
+
+def test_many_images_are_taken_by_parts():
+    line = dict(width=4, height=2, sum=[8.0], square=[8.0])
+    good, errors = stats.columns([dict(i=i) | (line if i % 3 else dict(error=f"{i}: why")) for i in range(25_000)])
+    assert len(errors) == 8334 and errors[1] == "3: why"
+    assert good["i"].tolist() == [i for i in range(25_000) if i % 3] and (good["width"] == 4).all()
+    assert good["sum"].shape == (16_666, 1) and (good["bytes"] == -1).all()
+    assert stats.columns([dict(i=0, error="why")] * 10_001)[0] == {}
 
 
 def test_a_set_of_which_nothing_can_be_read(tmp_path):
@@ -189,7 +231,7 @@ def test_an_interrupted_call_is_gone_on_with(tmp_path, capsys):
     with open(memory, "a") as file:
         file.write('{"i": 32, "wid')  # as a kill leaves it
     source.loaded.clear()
-    found = stats.collect(source, range(50), memory)
+    found = list(stats.collect(source, range(50), memory))
     assert source.loaded == list(range(32, 50)) and "going on after 32 of 50" in capsys.readouterr().out
     assert found == measured(Folder(tmp_path / "photos"), tmp_path)
     assert not memory.exists(), "a whole call leaves nothing: the images may change"
@@ -206,7 +248,7 @@ def test_rows_of_another_sample_are_left_out(tmp_path):
 def test_a_cache_that_cannot_be_written_is_gone_without(photos, tmp_path):
     (tmp_path / "file").touch()
     source = Folder(photos)
-    assert len(stats.collect(source, range(9), tmp_path / "file/memory.jsonl")) == 9
+    assert len(list(stats.collect(source, range(9), tmp_path / "file/memory.jsonl"))) == 9
 
 
 def test_sets_of_the_same_names_have_memories_of_their_own(tmp_path, cache):
@@ -264,7 +306,8 @@ def test_many_names_are_cut(tmp_path, capsys):
     ("stats", "PATH: none; name one set of images"), ("stats a b", "PATH: a b; name one"),
     ("stats a --data b", "PATH: a; name one"), ("stats a --limt 3", "unknown option --limt; did you mean --limit?"),
     ("stats a --limit -1", r"--limit is -1; it must be in \[0, 1e10\]"),
-    ("stats /nowhere", "--data: /nowhere does not exist"), ("stat a", "'stat' is no command; there are: stats, look"),
+    ("stats /nowhere", "--data: /nowhere does not exist"),
+    ("stat a", "'stat' is no command; there are: index, stats, look"),
     ("stats shapes --local_size 8", "--local_size 8: the image is smaller than a patch")])
 def test_mistakes(words, said):
     with pytest.raises(ValueError, match="^" + said):
