@@ -8,6 +8,7 @@ ranks and workers.
     draw_masks       which patches the student does not see, exact in number       iBOT; DINOv2 §B.1
     Batches          step -> batch
 
+    python data.py index SHARDS     tars and zips: where each image lies           engine/archives.py
     python data.py stats PHOTOS     what a set of images holds                     engine/stats.py
     python data.py look PHOTOS      what the network will see of it, a picture     engine/look.py
 
@@ -45,7 +46,7 @@ from engine.images import resize
 from engine.order import Order
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
-COMMANDS = dict(stats="engine.stats", look="engine.look")  # by name: they stand on this file
+COMMANDS = dict(index="engine.archives", stats="engine.stats", look="engine.look")  # by name: they stand on this file
 
 # --------------------------------------------------------------------------------
 # Crops
