@@ -1,7 +1,7 @@
 """
 Sets of images with one class each: len, load(i) -> C H W uint8, label(i) -> int; classes: their names.
 
-    open_splits    train and val: folders of classes, NAME:PATH of finegrained.py, or the generated `shapes`
+    open_splits    train and val: folders of classes or of shards, NAME:PATH of finegrained.py, the generated `shapes`
     Chosen         some images of such a set         Files    images by their paths
     Flat           images in one folder, labelled by a list: ImageNet's val as it is downloaded
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.archives import Archives
 from engine.images import read_image
 from engine.sources import open_source
 from sets import finegrained
@@ -81,6 +82,14 @@ class Files:
         return i
 
 
+def stray(source):
+    """An image of a source that has no class, by its name, or None."""
+    if isinstance(source, Archives):  # whose index has counted them
+        rows = range(len(source)) if source.index.unlabelled else ()
+        return next((source.name(i) for i in rows if source.index.row(i)[2] is None), None)
+    return next((path for path in getattr(source, "paths", []) if "/" not in path), None)
+
+
 def limited(source, limit):
     """All images of a source, or `limit` of them, evenly spaced."""
     return Chosen(source, evenly(range(len(source)), limit))
@@ -138,7 +147,7 @@ def open_splits(c):
             if not (folder / split).is_dir():
                 raise ValueError(f"--data: {folder} has no folder {split}; {c.task} wants train/CLASS/ and val/CLASS/")
         sources = [open_source(folder / split) for split in ("train", "val")]
-        if not sources[1].classes:
+        if not sources[1].classes and not isinstance(sources[1], Archives):
             sources[1] = labelled_val(Path(c.data), *sources)
     train, val = sources
     if train.classes != val.classes:
@@ -146,8 +155,7 @@ def open_splits(c):
         raise ValueError(f"--data: train and val of {c.data} have different classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
         raise ValueError(f"--data: {c.data}/train has {len(train.classes)} class folders; {c.task} wants at least 2")
-    stray = next((path for source in sources if not isinstance(source, Flat) for path in getattr(source, "paths", [])
-                  if "/" not in path), None)
-    if stray:
-        raise ValueError(f"--data: {stray} lies in no class folder; folders in train and val name the classes")
+    alone = next(filter(None, (stray(source) for source in sources if not isinstance(source, Flat))), None)
+    if alone:
+        raise ValueError(f"--data: {alone} lies in no class folder; folders in train and val name the classes")
     return [limited(source, c.limit) for source in sources]
