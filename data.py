@@ -8,7 +8,7 @@ ranks and workers.
     draw_masks       which patches the student does not see, exact in number       iBOT; DINOv2 §B.1
     Batches          step -> batch
 
-    python data.py index TARS       where each image of tars or zips lies          engine/archives.py
+    python data.py index SHARDS     tars and zips: where each image lies           engine/archives.py
     python data.py stats PHOTOS     what a set of images holds                     engine/stats.py
     python data.py look PHOTOS      what the network will see of it, a picture     engine/look.py
 

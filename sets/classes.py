@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.archives import Archives
 from engine.features import reads
 from engine.images import read_image
 from engine.sources import Folder, open_source
@@ -84,6 +85,14 @@ class Files:
         return i
 
 
+def stray(source):
+    """An image of a source that has no class, by its name, or None."""
+    if isinstance(source, Archives):  # whose index has counted them
+        rows = range(len(source)) if source.index.unlabelled else ()
+        return next((source.name(i) for i in rows if source.index.row(i)[2] is None), None)
+    return next((path for path in source.paths if "/" not in path), None) if isinstance(source, Folder) else None
+
+
 def limited(source, limit):
     """All images of a source, or `limit` of them, evenly spaced."""
     return Chosen(source, evenly(range(len(source)), limit))
@@ -151,7 +160,7 @@ def open_splits(c):
         bare = [path for path, source in zip(paths, sources, strict=True) if path.is_file() and not source.classes]
         if bare:
             raise ValueError(f"--data: {bare[0]} has no labels; {c.task} wants the class of each image")
-        if not sources[1].classes:
+        if not sources[1].classes and not isinstance(sources[1], Archives):
             sources[1] = labelled_val(Path(c.data), *sources)
     train, val = sources
     if train.classes != val.classes:
@@ -159,8 +168,7 @@ def open_splits(c):
         raise ValueError(f"--data: train and val of {c.data} have different classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
         raise ValueError(f"--data: {c.data}/train has {len(train.classes)} class folders; {c.task} wants at least 2")
-    stray = next((path for source in sources if isinstance(source, Folder) for path in source.paths
-                  if "/" not in path), None)
-    if stray:
-        raise ValueError(f"--data: {stray} lies in no class folder; folders in train and val name the classes")
+    alone = next(filter(None, (stray(source) for source in sources)), None)
+    if alone:
+        raise ValueError(f"--data: {alone} lies in no class folder; folders in train and val name the classes")
     return [limited(source, c.limit) for source in sources]

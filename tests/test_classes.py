@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from test_members import make_tar
 
 from engine.sources import open_source
 from sets.classes import Chosen, Files, limited, open_splits
@@ -131,3 +132,36 @@ def test_imagenets_val_of_other_classes(numbers, says, tmp_path, monkeypatch):
     (tmp_path / "photos/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no matrix")
     with pytest.raises(ValueError, match="meta.mat cannot be read: .*; wanted ImageNet's meta.mat"):
         open_splits(c)
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """train and val as folders of shards, of the photos that lie in folders beside them; returns their root."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders(tmp_path / "folders", {"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
+    for split in "train", "val":
+        photos = {str(path.relative_to(tmp_path / "folders" / split)): path.read_bytes()
+                  for path in sorted((tmp_path / "folders" / split).rglob("*.png"))}
+        (tmp_path / "packed" / split).mkdir(parents=True)
+        make_tar(tmp_path / "packed" / split / "0.tar", photos)
+    return tmp_path / "packed"
+
+
+def test_shards_for_folders(shards):
+    for limit in 0, 3:
+        for ours, theirs in zip(*(open_splits(TASKS["knn"].config(data=str(root), limit=limit))
+                                  for root in (shards, shards.parent / "folders")), strict=True):
+            assert ours.classes == theirs.classes and len(ours) == len(theirs)
+            assert all(ours.label(i) == theirs.label(i) for i in range(len(ours)))
+            assert all(torch.equal(ours.load(i), theirs.load(i)) for i in range(len(ours)))
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"a/1.png": b"", "b/1.png": b"", "c.png": b""}, "val/1.tar/c.png lies in no class folder"),
+    ({"1.png": b"", "1.cls": b"c"}, "have different classes: a, b, c"),
+    ({"1.png": b""}, "have different classes: a, b")])
+def test_shards_without_classes(shards, files, says):
+    (shards / "val/0.tar").unlink()
+    make_tar(shards / "val/1.tar", files)
+    with pytest.raises(ValueError, match=says):
+        open_splits(TASKS["knn"].config(data=str(shards)))
