@@ -75,7 +75,7 @@ def describe(weights):
 
 def reads(c):
     """What makes an image of a file, for the network of --weights: see channels.py. Raises ValueError."""
-    return reader(c, describe(c.weights)) if hasattr(c, "bands") else read_image
+    return reader(c, describe(c.weights)) if hasattr(c, "bands") and c.weights else read_image
 
 
 def load(weights, size="", precision="fp32"):

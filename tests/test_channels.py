@@ -333,8 +333,8 @@ def test_folders_are_searched_for_arrays_only_where_they_are_images(tmp_path, mo
     np.save(tmp_path / "photos/a.npy", pixels("uint16"))
     Image.new("RGBA", (5, 3)).save(tmp_path / "photos/b.png")
     for _ in range(2):  # from the disk, and remembered
-        assert open_source(tmp_path / "photos").paths == ["b.png"]
-        assert Folder(tmp_path / "photos", reader(ImageConfig(), C4)).paths == ["a.npy", "b.png"]
+        assert list(open_source(tmp_path / "photos").paths) == ["b.png"]
+        assert list(Folder(tmp_path / "photos", reader(ImageConfig(), C4)).paths) == ["a.npy", "b.png"]
 
 # --------------------------------------------------------------------------------
 # Crops and colours
