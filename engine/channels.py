@@ -15,6 +15,7 @@ import json
 import struct
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from engine.images import EXTENSIONS, FORMATS, ImageConfig, check_size, finite, 
 TOPS = {"uint8": 255, "uint16": 65535}  # values that become 1, where --scale does not say
 KINDS = {1: "u", 2: "i", 3: "f"}        # of TIFF's tag SampleFormat
 COMPRESSIONS = 1, 5, 8, 32773, 32946, 34925, 50000  # none, LZW, deflate, PackBits, deflate, LZMA, zstd
-FEW = 4                                 # channels at most, of 8 bits: Pillow has them exactly
+AT_ONCE = 64                            # strips or tiles that are unpacked together
 
 # --------------------------------------------------------------------------------
 # What makes an image of a file
@@ -118,11 +119,11 @@ class Channels:
         x = np.array(x, np.float32, order="C")                                                 # C H W
         holes = np.zeros_like(x, bool) if self.nodata is None else \
             np.isnan(x) if np.isnan(self.nodata) else x == np.float32(self.nodata)
-        finite(x[~holes])
+        finite(x if self.nodata is None else x[~holes])
         for channel, hole, mean in zip(x, holes, self.mean, strict=True):
-            known = channel[~hole]
-            low, top = np.percentile(known, self.percentiles) if self.percentiles and known.size else (
-                0, self.scale or TOPS.get(kind, 1))
+            low, top = 0, self.scale or TOPS.get(kind, 1)
+            if self.percentiles and not hole.all():
+                low, top = np.percentile(channel[~hole], self.percentiles)
             channel[...] = np.where(hole, mean, ((channel - low) / max(top - low, 1e-30)).clip(0, 1))
         return torch.from_numpy(x)
 
@@ -144,7 +145,7 @@ def decode(stream, max_pixels):
         return from_npy(stream, max_pixels)
     if tags and plain(tags):
         check_size(tags[256], tags[257], max_pixels, tags.get(277, 1))
-        return turned(tiff(stream, tags, head[:1] == b"M"), tags.get(274, 1))
+        return turned(tiff(stream, tags, head[:1] == b"M", max_pixels), tags.get(274, 1))
     with Image.open(stream, formats=FORMATS) as image:
         check_size(*image.size, max_pixels)
         if image.format == "PNG" and head[24] == 16 and image.mode != "I;16":
@@ -185,48 +186,49 @@ def from_npy(stream, max_pixels):
 
 def plain(tags):
     """Whether a TIFF is numbers of whole bytes, of one type, that no palette or colour transform stands between."""
-    bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
-    return (len(set(bits)) == len(set(kinds)) == 1 and bits[0] in (8, 16, 32, 64) and kinds[0] in KINDS
-            and tags.get(262, 1) in (1, 2) and tags.get(259, 1) in COMPRESSIONS and tags.get(266, 1) == 1)
+    bits, kinds, there = tags.get(258, (1,)), tags.get(339, (1,)), tags.keys()
+    whole = {256, 257} <= there and ({273, 279} <= there or {322, 323, 324, 325} <= there)
+    alike = len(set(bits)) == len(set(kinds)) == 1 and bits[0] in (8, 16, 32, 64) and kinds[0] in KINDS
+    return whole and alike and (tags.get(262, 1) in (1, 2) and tags.get(259, 1) in COMPRESSIONS
+                                and tags.get(266, 1) == 1)
 
 
-def tiff(stream, tags, big):
-    """H W C of the first image.    big  its bytes are in big-endian order"""
+def tiff(stream, tags, big, max_pixels):
+    """H W C of the first image.    big  its bytes are in big-endian order    max_pixels  of a strip or tile, too"""
     W, H, C = tags[256], tags[257], tags.get(277, 1)
     kind = np.dtype(f"{'>' if big else '<'}{KINDS[tags.get(339, (1,))[0]]}{tags[258][0] // 8}")
     planes, each = (C, 1) if tags.get(284, 1) == 2 else (1, C)         # one after the other; values side by side
     tiled = 322 in tags
     w, h = (tags[322], tags[323]) if tiled else (W, min(tags.get(278, H), H))
-    check_size(w, h, 0)
+    check_size(w, h, max_pixels, each)
     down, across = -(-H // h), -(-W // w)
-    places = list(np.ndindex(planes, down, across))
     offsets, sizes = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
-    if not len(places) == len(offsets) == len(sizes):
-        raise ValueError(f"{len(offsets)} strips or tiles, where {len(places)} belong")
+    if not planes * down * across == len(offsets) == len(sizes) or sum(sizes) > stream.seek(0, io.SEEK_END):
+        raise ValueError(f"{len(offsets)} strips or tiles of {sum(sizes):,} bytes, where {planes * down * across} "
+                         "belong, or more bytes than the file has")
     out = np.zeros((planes, H, W, each), kind.newbyteorder("="))
+    places = list(np.ndindex(planes, down, across))
     rows = [h if tiled else min(h, H - h * y) for _, y, _ in places]   # of a strip; the last one has fewer
-    for height in set(rows):
-        chosen = [k for k, n in enumerate(rows) if n == height]
-        packed = []
-        for k in chosen:
-            stream.seek(offsets[k])
-            packed.append(stream.read(sizes[k]))
-        found = unpacked(packed, height, w * each * kind.itemsize, tags.get(259, 1))
-        values = unpredicted(found, tags.get(317, 1), kind, each)                              # n h w each
-        for k, part in zip(chosen, values, strict=True):
-            p, y, x = places[k]
-            into = out[p, y * h : (y + 1) * h, x * w : (x + 1) * w]
-            into[...] = part[: into.shape[0], : into.shape[1]]
+    chosen = sorted(range(len(rows)), key=rows.__getitem__)            # those of one shape are unpacked together
+    for height, alike in groupby(chosen, key=rows.__getitem__):
+        while some := list(islice(alike, AT_ONCE)):
+            packed = [(stream.seek(offsets[k]), stream.read(sizes[k]))[1] for k in some]
+            found = unpacked(packed, height, w * each * kind.itemsize, tags.get(259, 1))
+            values = unpredicted(found, tags.get(317, 1), kind, each)                          # n h w each
+            for k, part in zip(some, values, strict=True):
+                p, y, x = places[k]
+                into = out[p, y * h : (y + 1) * h, x * w : (x + 1) * w]
+                into[...] = part[: into.shape[0], : into.shape[1]]
     return out.transpose(1, 2, 3, 0)[..., 0] if planes == 1 else out[..., 0].transpose(1, 2, 0)
 
 
 def unpacked(packed, height, width, compression):
     """Strips of `height` rows of `width` bytes, compressed -> n height width, uint8"""
-    if compression > 1:
-        packed = [as_grey(packed, height, width, compression)]
-    data = b"".join(packed)
-    n = len(data) // max(height * width, 1)
-    return np.frombuffer(data, np.uint8, n * height * width).reshape(n, height, width)
+    data = b"".join(x[: height * width] for x in packed) if compression == 1 else as_grey(
+        packed, height, width, compression)
+    if len(data) != len(packed) * height * width:
+        raise ValueError(f"strips or tiles of {len(data):,} bytes, where {len(packed) * height * width:,} belong")
+    return np.frombuffer(data, np.uint8).reshape(-1, height, width)
 
 
 def as_grey(packed, height, width, compression):

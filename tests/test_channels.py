@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import struct
+import tarfile
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -228,6 +229,14 @@ def test_a_file_that_says_it_is_large_is_refused_by_its_header(tmp_path, monkeyp
         assert decoded(tmp_path / name, 140).shape == (7, 10, 6)
         with pytest.raises(ValueError, match="10x7 pixels of 6 channels are more than --max_pixels 139"):
             decoded(tmp_path / name, 139)
+    for tag in 278, 279:  # strips that are not as many, or as long, as they say
+        path = write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={tag: (4, [5] if tag == 278 else [10**6])})
+        with pytest.raises(ValueError, match="1 strips or tiles of .* bytes, where . belong, or more bytes than"):
+            decoded(path)
+    with pytest.raises(ValueError, match="strips or tiles of 10 bytes, where 840 belong"):
+        decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={279: (4, [10])}))
+    with pytest.raises(OSError, match="cannot identify"):
+        decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={266: (3, [2])}))  # bits in reverse order
     tags = {256: (4, [2**31]), 257: (4, [2**31])}
     write_tiff(tmp_path / "x.tif", pixels("uint8", 1), more=tags)
     with pytest.raises(OSError, match="2147483648x2147483648 pixels of 1 channels are more"):
@@ -335,6 +344,19 @@ def test_folders_are_searched_for_arrays_only_where_they_are_images(tmp_path, mo
     for _ in range(2):  # from the disk, and remembered
         assert list(open_source(tmp_path / "photos").paths) == ["b.png"]
         assert list(Folder(tmp_path / "photos", reader(ImageConfig(), C4)).paths) == ["a.npy", "b.png"]
+
+
+def test_a_tar_of_them_is_read_as_a_folder_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    for k in range(3):
+        write_tiff(tmp_path / f"photos/{k}.tif", pixels("uint16") + np.uint16(k), k == 1, 5)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "photos", ".")
+    read = reader(ImageConfig(scale=4000.0), C4)
+    folder, shards = (open_source(tmp_path / name, read=read) for name in ("photos", "photos.tar"))
+    assert len(folder) == len(shards) == 3
+    assert all(torch.equal(folder.load(k), shards.load(k)) for k in range(3))
 
 # --------------------------------------------------------------------------------
 # Crops and colours

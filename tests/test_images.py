@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from engine.images import read_image
+from engine.images import read_image, unit
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 PALETTE = Image.new("P", (5, 3), 1)
@@ -188,3 +188,11 @@ def test_an_open_file_is_read_like_a_path(tmp_path):
     assert torch.equal(read_image(file, "a.tar/x.png"), read_image(tmp_path / "x.png"))
     with pytest.raises(OSError, match=r"^a\.tar/x\.png: cannot identify"):
         read_image(io.BytesIO(b"no image"), "a.tar/x.png")
+
+
+def test_networks_are_given_shares():
+    """Of the brightest level; what has no levels is one already."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    assert torch.equal(unit(levels), torch.arange(256).view(1, 16, 16) / 255)
+    shares = torch.rand(4, 5, 6)
+    assert torch.equal(unit(shares), shares)
