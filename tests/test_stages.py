@@ -116,7 +116,7 @@ def test_weights_of_a_step():
     found = [(c.at(step).gram_weight, c.at(step).local_weight) for step in range(50, 56)]
     share = [(1 - math.cos(math.pi * t / 4)) / 2 for t in range(5)] + [1]
     assert sum(found, ()) == pytest.approx([weight for x in share for weight in (2 * x, 1 - x / 2)])
-    assert train.term_weights(c.at(52))["gram"] == pytest.approx(1) and c.at(54) is c
+    assert train.term_weights(c.at(53))["gram"] == pytest.approx(2 * share[3]) and c.at(54) is c
 
 
 def test_what_a_stage_says():
