@@ -66,6 +66,14 @@ def test_a_worker_that_is_not_forked_opens_the_same(tmp_path):
         pickle.loads(kept)
 
 
+def test_a_file_that_shrinks_is_no_image_and_no_bug(tmp_path):
+    names = made(tmp_path / "x", ([b"one", b"two"], None))
+    os.truncate(tmp_path / "x", 2)
+    for ask in names.__getitem__, names.label:
+        with pytest.raises(OSError, match="x: cut short"):
+            ask(0)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 8, 20, -1, -8, -9])
 def test_a_damaged_file_is_made_anew(photos, cache, cut):
     scan(photos)
@@ -133,6 +141,11 @@ def test_classes_are_the_first_folders(photos):
     names = scan(photos)
     assert list(names)[0] == "0.png" and names.classes == ["a", "b"]
     assert [names.label(i) for i in range(4)] == [-1, 0, 1, 1]
+
+
+def test_a_link_to_a_folder_above_ends(photos):
+    (photos / "b/again").symlink_to(photos)
+    assert list(scan(photos)) == ["a/3.png", "b/1.png", "b/deep/2.JPG"]
 
 
 def test_a_memory_is_no_must(photos, cache):
@@ -221,6 +234,15 @@ def test_lists_that_cannot_be_read(tmp_path, name, data, says):
     with pytest.raises(ValueError, match=says) as error:
         read_list(tmp_path / name)
     assert "\n" not in str(error.value) and str(error.value).startswith("--data: ")
+
+
+def test_lines_are_counted_over_the_whole_list(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.names.MANY", 1)
+    (tmp_path / "x.txt").write_bytes(b"a.jpg\n" * 100 + b"\xff\n")
+    with pytest.raises(ValueError, match="line 101 is not UTF-8"):
+        read_list(tmp_path / "x.txt")
+    (tmp_path / "x.txt").write_bytes(b"".join(b"%d.jpg\n" % i for i in range(100)))
+    assert list(read_list(tmp_path / "x.txt")) == [f"{i}.jpg" for i in range(100)]
 
 
 def test_a_list_is_read_once_until_it_changes(tmp_path, monkeypatch):

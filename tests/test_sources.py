@@ -108,18 +108,20 @@ def test_the_same_images_as_folder_and_as_list(photos):
 
 def test_a_list_of_members_of_archives(photos, tmp_path):
     data = (photos / "a/3.png").read_bytes()
-    with tarfile.open(tmp_path / "x.tar", "w") as tar, zipfile.ZipFile(tmp_path / "y.zip", "w") as packed:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         tar.add(photos, "in")
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as packed:
         packed.writestr("3.png", data)
         packed.writestr("broken.png", data[:50])
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:1600])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:2600])  # in the header after a/3.png
     (tmp_path / "unpacked.tar").mkdir()
     (tmp_path / "unpacked.tar/3.png").write_bytes(data)
-    names = "x.tar/in/a/3.png y.zip/3.png unpacked.tar/3.png y.zip/broken.png y.zip/4.png cut.tar/in/b/1.png"
-    (tmp_path / "list.txt").write_text(names.replace(" ", "\n"))
+    names = """x.tar/in/a/3.png y.zip/3.png unpacked.tar/3.png y.zip/broken.png y.zip/4.png cut.tar/in/b/1.png
+               cut.tar/in/a/3.png"""
+    (tmp_path / "list.txt").write_text("\n".join(names.split()))
     source = open_source(tmp_path / "list.txt")
     assert [source.raw(i)[0] for i in range(3)] == [data] * 3 and len(members_of(str(tmp_path / "x.tar"))[1]) == 4
-    assert all(torch.equal(source.load(i), read_image(photos / "a/3.png")) for i in range(3))
+    assert all(torch.equal(source.load(i), read_image(photos / "a/3.png")) for i in (0, 1, 2, 6))
     for i, says in (3, "y.zip/broken.png: "), (4, "y.zip/4.png: there is no such member"), (5, "cut.tar/in/b/1.png: "):
         with pytest.raises(OSError, match=says):
             source.load(i)
