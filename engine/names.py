@@ -107,12 +107,12 @@ def write(file, chunks, notes, what):
         starts.write(struct.pack("<q", 0))
         with tqdm(desc=f"reading {what}", unit=" images", leave=False, disable=None) as bar:
             for names, of in chunks:
-                ends = file.tell() + np.cumsum([len(name) for name in names])
+                ends = file.tell() + np.cumsum(np.fromiter(map(len, names), np.int64, len(names)))
                 starts.write(ends.astype("<i8").tobytes())
                 file.write(b"".join(names))
                 digest.update(b"\n" * bool(n and names) + b"\n".join(names))
-                ids = [-1 if c is None else classes.setdefault(c, len(classes)) for c in of or [None] * len(names)]
-                labels.write(np.array(ids, "<i4").tobytes())
+                ids = [-1 if c is None else classes.setdefault(c, len(classes)) for c in of or ()]
+                labels.write(np.array(ids or [-1] * len(names), "<i4").tobytes())
                 n += len(names)
                 bar.update(len(names))
         known = dict(format=FORMAT, n=n, starts=file.tell(), classes=list(classes), digest=digest.hexdigest())

@@ -5,6 +5,7 @@ change. Its sources: test_data_sources.py.
 
 import itertools
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import data
 import ops
 from data import Batches, CropConfig, draw_crops, draw_masks
 from engine.images import resize
+from engine.order import permutation
 from recipes import TrainConfig
 
 CONFIG = TrainConfig(global_size=32, local_size=16, n_local=3, batch=8, group=8, patch_size=8, seed=0,
@@ -197,6 +199,15 @@ def test_a_neighbour_stands_in_for_an_unreadable_image():
     assert set(batch["broken"]) == {("noise 5", "cut short"), ("noise 6", "cut short")}
     with pytest.raises(ValueError, match="--data: none of 3 images in a row can be read; the last: cut short"):
         Batches(CONFIG, Noise(3, range(3)), 0, 8)[0]
+
+
+def test_a_disk_that_is_gone_is_found_after_64_tries():
+    source = Noise(100_000, range(100_000))
+    source.load = MagicMock(side_effect=OSError("no such device"))
+    with pytest.raises(ValueError, match="--data: none of 64 images in a row can be read; the last: no such device"):
+        Batches(CONFIG, source, 0, 8)[3]
+    tried = [call.args[0] for call in source.load.call_args_list]
+    assert tried == [permutation(100_000, CONFIG.seed, 5, 0, 0)(24 + k) for k in range(64)]
 
 # --------------------------------------------------------------------------------
 # For a Gram teacher, and of several resolutions

@@ -385,6 +385,16 @@ def test_another_run_is_refused_and_nothing_changed(pair, words, says):
     assert (pair / "config.json").read_bytes() == before
 
 
+def test_other_images_are_refused(teacher, pair, tmp_path):
+    config = json.loads((pair / "config.json").read_text())
+    assert config["data_images"] == 24 and config["data_digest"].startswith("shapes 24 ")
+    run(teacher, tmp_path / "run", "--stop_after", "1", students="tiny_half")
+    words = ["--out", str(tmp_path / "run"), "--resume", "--data", "shapes*1"]
+    with pytest.raises(ValueError, match="shapes[*]1 does not hold the images .* after 24 of .*--data_changed true"):
+        distill.main(words)
+    assert distill.main([*words, "--data_changed"])
+
+
 def test_auto_begins_and_goes_on(teacher, pair, tmp_path):
     for stop in "1", "0":
         run(teacher, tmp_path / "run", "--resume", "auto", "--stop_after", stop, students="tiny_half")

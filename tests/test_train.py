@@ -275,6 +275,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     (["--data", "nowhere"], "nowhere does not exist"),
     (["--data", "EMPTY"], "no image in"),
     (["--size", "xl"], "unknown size 'xl'; choose one of tiny, s"),
+    (["--order", "sorted"], "--order sorted is not known; choose random or windows"),
     (["--stpes", "3"], "unknown option --stpes; did you mean --steps"),
     (["--steps", "1.5"], "--steps wants int, got '1.5'"),
     (["--global_size", "4"], "smaller than a patch of 8 pixels"),
