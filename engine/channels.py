@@ -200,7 +200,8 @@ def tiff(stream, tags, big, max_pixels):
     planes, each = (C, 1) if tags.get(284, 1) == 2 else (1, C)         # one after the other; values side by side
     tiled = 322 in tags
     w, h = (tags[322], tags[323]) if tiled else (W, min(tags.get(278, H), H))
-    check_size(w, h, max_pixels, each)
+    if min(w, h) < 1 or max_pixels and w * h * each > 3 * max_pixels:
+        raise ValueError(f"strips or tiles of {w}x{h} pixels; wanted some, and no more than --max_pixels")
     down, across = -(-H // h), -(-W // w)
     offsets, sizes = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
     if not planes * down * across == len(offsets) == len(sizes) or sum(sizes) > stream.seek(0, io.SEEK_END):

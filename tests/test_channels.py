@@ -62,16 +62,16 @@ def lzw(rows):
 PACK = {1: np.ndarray.tobytes, 5: lzw, 8: lambda rows: zlib.compress(rows.tobytes())}
 
 
-def write_tiff(path, x, planar=False, compression=1, big=False, more=()):
-    """C H W -> a TIFF, one strip or one a channel.    more  tags besides, {number: (type, value)}"""
+def write_tiff(path, x, planar=False, compression=1, big=False, more=(), rows=0):
+    """C H W -> a TIFF, if planar of a strip a channel.    more  tags, {number: (type, value)}    rows  of a strip"""
     (C, H, W), e = x.shape, ">" if big else "<"
     x = x.astype(x.dtype.newbyteorder(e))
-    parts = list(x) if planar else [x.transpose(1, 2, 0).reshape(H, -1)]
-    strips = [PACK[compression](np.ascontiguousarray(part).view(np.uint8).reshape(H, -1)) for part in parts]
+    parts = list(x) if planar else [x.transpose(1, 2, 0)[y : y + (rows or H)] for y in range(0, H, rows or H)]
+    strips = [PACK[compression](np.ascontiguousarray(part).view(np.uint8).reshape(len(part), -1)) for part in parts]
     kind = {"u": 1, "i": 2, "f": 3}[x.dtype.kind]
     tags = {256: (4, [W]), 257: (4, [H]), 258: (3, [8 * x.itemsize] * C), 259: (3, [compression]), 262: (3, [1]),
-            273: (4, None), 277: (3, [C]), 278: (4, [H]), 279: (4, list(map(len, strips))), 284: (3, [1 + planar]),
-            339: (3, [kind] * C)} | dict(more)
+            273: (4, None), 277: (3, [C]), 278: (4, [rows or H]), 279: (4, list(map(len, strips))),
+            284: (3, [1 + planar]), 339: (3, [kind] * C)} | dict(more)
     room = 8 + 2 + 12 * len(tags) + 4
     blob, rest, at = b"", b"", room + sum(len(v or strips) * (2 if t == 3 else 4) for t, v in tags.values())
     tags[273] = 4, [at + sum(map(len, strips[:k])) for k in range(len(strips))]
@@ -130,6 +130,13 @@ def test_tiff_is_what_was_written(tmp_path, kind, planar, compression, big):
     for C in 1, 2, 4, 13:
         x = pixels(kind, C)
         assert same(decoded(write_tiff(tmp_path / "x.tif", x, planar, compression, big)), x)
+
+
+def test_a_strip_may_be_a_single_row(tmp_path):
+    """Of a wide image it is long and flat, as a photo must not be."""
+    x = pixels("uint16", 4, 20, 300)
+    assert same(decoded(write_tiff(tmp_path / "x.tif", x, rows=1)), x)
+    assert same(decoded(write_tiff(tmp_path / "x.tif", x, rows=3, compression=8)), x)
 
 
 @pytest.mark.parametrize("name", GDAL)
@@ -237,6 +244,10 @@ def test_a_file_that_says_it_is_large_is_refused_by_its_header(tmp_path, monkeyp
         decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={279: (4, [10])}))
     with pytest.raises(OSError, match="cannot identify"):
         decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={266: (3, [2])}))  # bits in reverse order
+    for h in 0, 2**31:
+        with pytest.raises(ValueError, match=f"strips or tiles of 16x{h} pixels; wanted some, and no more than"):
+            decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={
+                322: (4, [16]), 323: (4, [h]), 324: (4, [8]), 325: (4, [8])}), 10**6)
     tags = {256: (4, [2**31]), 257: (4, [2**31])}
     write_tiff(tmp_path / "x.tif", pixels("uint8", 1), more=tags)
     with pytest.raises(OSError, match="2147483648x2147483648 pixels of 1 channels are more"):
