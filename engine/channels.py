@@ -47,8 +47,6 @@ def reader(c, network):
             raise ValueError("--scale, --percentiles and --nodata are for images that are no RGB photos; say which "
                              "channels: --bands 1,2,3")
         return partial(read_image, max_pixels=c.max_pixels)
-    if getattr(c, "data", "") == "shapes":
-        raise ValueError("--data shapes are RGB pictures; --in_chans 3, without --bands")
     if bands and len(bands) != network.in_chans:
         raise ValueError(f"--bands {c.bands} names {len(bands)} channels, the network has {network.in_chans}: "
                          f"--in_chans {len(bands)}, or other --bands")
