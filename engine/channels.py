@@ -47,8 +47,6 @@ def reader(c, network):
             raise ValueError("--scale, --percentiles and --nodata are for images that are no RGB photos; say which "
                              "channels: --bands 1,2,3")
         return partial(read_image, max_pixels=c.max_pixels)
-    if getattr(c, "data", "") == "shapes":
-        raise ValueError("--data shapes are RGB pictures; --in_chans 3, without --bands")
     if bands and len(bands) != network.in_chans:
         raise ValueError(f"--bands {c.bands} names {len(bands)} channels, the network has {network.in_chans}: "
                          f"--in_chans {len(bands)}, or other --bands")
@@ -200,7 +198,8 @@ def tiff(stream, tags, big, max_pixels):
     planes, each = (C, 1) if tags.get(284, 1) == 2 else (1, C)         # one after the other; values side by side
     tiled = 322 in tags
     w, h = (tags[322], tags[323]) if tiled else (W, min(tags.get(278, H), H))
-    check_size(w, h, max_pixels, each)
+    if min(w, h) < 1 or max_pixels and w * h * each > 3 * max_pixels:
+        raise ValueError(f"strips or tiles of {w}x{h} pixels; wanted some, and no more than --max_pixels")
     down, across = -(-H // h), -(-W // w)
     offsets, sizes = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
     if not planes * down * across == len(offsets) == len(sizes) or sum(sizes) > stream.seek(0, io.SEEK_END):

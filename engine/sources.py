@@ -23,6 +23,7 @@ import torch
 import shapes
 from engine import mixture
 from engine.archives import Archives, is_archive
+from engine.channels import Channels
 from engine.images import EXTENSIONS, read_image
 from engine.index import Descriptor
 from engine.members import CutShort, contents, members
@@ -52,6 +53,8 @@ def open_source(path, n_shapes=4096, seed=0, read=read_image):
 
 def open_part(path, n_shapes, seed, read):
     """One source, that is no mixture."""
+    if str(path) == "shapes" and isinstance(read, Channels):
+        raise ValueError("--data shapes are RGB pictures; --in_chans 3, without --bands")
     if str(path) == "shapes":
         return Shapes(n_shapes, seed)
     if is_archive(path):

@@ -150,7 +150,7 @@ def open_splits(c):
     (name, colon, root), read = c.data.partition(":"), reads(c)
     if c.data == "shapes":
         n_train, n_val = (c.limit, c.limit) if c.limit else SHAPES
-        sources = open_source("shapes", n_train, seed=1000), open_source("shapes", n_val, seed=1001)
+        sources = [open_source("shapes", n, 1000 + k, read) for k, n in enumerate((n_train, n_val))]
     elif colon and name in finegrained.NAMES:
         sources = finegrained.open_known(name, root)
     else:

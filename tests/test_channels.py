@@ -62,16 +62,16 @@ def lzw(rows):
 PACK = {1: np.ndarray.tobytes, 5: lzw, 8: lambda rows: zlib.compress(rows.tobytes())}
 
 
-def write_tiff(path, x, planar=False, compression=1, big=False, more=()):
-    """C H W -> a TIFF, one strip or one a channel.    more  tags besides, {number: (type, value)}"""
+def write_tiff(path, x, planar=False, compression=1, big=False, more=(), rows=0):
+    """C H W -> a TIFF, if planar of a strip a channel.    more  tags, {number: (type, value)}    rows  of a strip"""
     (C, H, W), e = x.shape, ">" if big else "<"
     x = x.astype(x.dtype.newbyteorder(e))
-    parts = list(x) if planar else [x.transpose(1, 2, 0).reshape(H, -1)]
-    strips = [PACK[compression](np.ascontiguousarray(part).view(np.uint8).reshape(H, -1)) for part in parts]
+    parts = list(x) if planar else [x.transpose(1, 2, 0)[y : y + (rows or H)] for y in range(0, H, rows or H)]
+    strips = [PACK[compression](np.ascontiguousarray(part).view(np.uint8).reshape(len(part), -1)) for part in parts]
     kind = {"u": 1, "i": 2, "f": 3}[x.dtype.kind]
     tags = {256: (4, [W]), 257: (4, [H]), 258: (3, [8 * x.itemsize] * C), 259: (3, [compression]), 262: (3, [1]),
-            273: (4, None), 277: (3, [C]), 278: (4, [H]), 279: (4, list(map(len, strips))), 284: (3, [1 + planar]),
-            339: (3, [kind] * C)} | dict(more)
+            273: (4, None), 277: (3, [C]), 278: (4, [rows or H]), 279: (4, list(map(len, strips))),
+            284: (3, [1 + planar]), 339: (3, [kind] * C)} | dict(more)
     room = 8 + 2 + 12 * len(tags) + 4
     blob, rest, at = b"", b"", room + sum(len(v or strips) * (2 if t == 3 else 4) for t, v in tags.values())
     tags[273] = 4, [at + sum(map(len, strips[:k])) for k in range(len(strips))]
@@ -130,6 +130,13 @@ def test_tiff_is_what_was_written(tmp_path, kind, planar, compression, big):
     for C in 1, 2, 4, 13:
         x = pixels(kind, C)
         assert same(decoded(write_tiff(tmp_path / "x.tif", x, planar, compression, big)), x)
+
+
+def test_a_strip_may_be_a_single_row(tmp_path):
+    """Of a wide image it is long and flat, as a photo must not be."""
+    x = pixels("uint16", 4, 20, 300)
+    assert same(decoded(write_tiff(tmp_path / "x.tif", x, rows=1)), x)
+    assert same(decoded(write_tiff(tmp_path / "x.tif", x, rows=3, compression=8)), x)
 
 
 @pytest.mark.parametrize("name", GDAL)
@@ -237,6 +244,10 @@ def test_a_file_that_says_it_is_large_is_refused_by_its_header(tmp_path, monkeyp
         decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={279: (4, [10])}))
     with pytest.raises(OSError, match="cannot identify"):
         decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={266: (3, [2])}))  # bits in reverse order
+    for h in 0, 2**31:
+        with pytest.raises(ValueError, match=f"strips or tiles of 16x{h} pixels; wanted some, and no more than"):
+            decoded(write_tiff(tmp_path / "y.tif", pixels("uint16", 6), more={
+                322: (4, [16]), 323: (4, [h]), 324: (4, [8]), 325: (4, [8])}), 10**6)
     tags = {256: (4, [2**31]), 257: (4, [2**31])}
     write_tiff(tmp_path / "x.tif", pixels("uint8", 1), more=tags)
     with pytest.raises(OSError, match="2147483648x2147483648 pixels of 1 channels are more"):
@@ -402,6 +413,15 @@ def test_colours_of_n_channels(C):
     assert np.abs(ours.numpy() - exact).max() < 2e-6                                 # measured: 5e-7
     assert torch.equal(x, before) and ours.dtype == torch.float32
 
+def test_batches_have_the_channels_of_their_images(tmp_path):
+    """Those of no local crops, too."""
+    write_tiff(tmp_path / "x.tif", pixels("uint16", 5))
+    for n_local in 0, 1:
+        c = recipes.TrainConfig(in_chans=5, mean=(0.5,) * 5, std=(0.5,) * 5, batch=2, group=2, patch_size=8,
+                                global_size=16, local_size=8, n_local=n_local)
+        batch = data.Batches(c, Folder(tmp_path, reader(c, c)), 0, 2)[0]
+        assert batch["global_crops"].shape == (4, 5, 16, 16) and batch["local_crops"].shape == (2 * n_local, 5, 8, 8)
+
 # --------------------------------------------------------------------------------
 # Options
 
@@ -421,13 +441,21 @@ def test_colours_of_n_channels(C):
     ("--in_chans 4 --mean 0.5,0.5,0.5", "--mean wants 4 numbers, as in .*, got '0.5,0.5,0.5'"),
     ("--in_chans 4 --std 0.5", "--std wants 4 numbers"), ("--mean 0.1,0.2,0.3,0.4", "--mean wants 3 numbers"),
     ("--in_chans 0", r"--in_chans is 0; it must be in \[1, 1024\]"), ("--in_chans two", "--in_chans wants int"),
-    ("--in_chans 4 --data shapes", "--data shapes are RGB pictures; --in_chans 3, without --bands"),
-    ("--bands 3,2,1 --data shapes", "--data shapes are RGB pictures"), ("--max_pixels -1", "--max_pixels is -1"),
+    ("--max_pixels -1", "--max_pixels is -1"),
 ])
 def test_mistakes_are_one_line(words, says, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         recipes.configure(["--data", str(tmp_path), *words.split(), "--out", str(tmp_path / "run")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", ["--in_chans 4", "--bands 3,2,1"])
+def test_the_generated_set_is_rgb(words, tmp_path):
+    write_tiff(tmp_path / "x.tif", pixels("uint16"))
+    for source in "shapes", f"{tmp_path}*0.5,shapes*0.5":
+        with pytest.raises(ValueError, match="--data shapes are RGB pictures; --in_chans 3, without --bands"):
+            train.main([*MICRO, "--data", source, *words.split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_one_number_will_do_for_one_channel(tmp_path):
@@ -495,14 +523,16 @@ def test_it_goes_on_as_if_it_had_not_stopped(scenes, trained, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_it_is_evaluated_on_what_it_was_trained_on(scenes, trained, capsys):
-    """The run says how its images were scaled; the command line may say otherwise."""
+def test_it_is_evaluated_on_what_it_was_trained_on(scenes, trained, tmp_path, capsys):
+    """The run says how its images were scaled; the command line may say otherwise, and has features of its own then."""
     words = ["--task", "knn", "--weights", str(trained), "--data", str(scenes), "--device", "cpu", "--workers", "0",
              "--resolution", "40"]
-    found = []
+    found, kept = [], []
     for more in [], ["--scale", "99"], ["--scale", str(SCALE)]:
-        evaluate.main([*words, *more])
+        evaluate.main([*words, *more, "--cache", str(tmp_path)])
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        kept.append(len([path for path in tmp_path.rglob("*") if path.is_file()]))
+    assert kept[0] < kept[1] == kept[2]
     assert found[0]["skipped"] == 0 and 0 <= found[0]["top1_k20"] <= 100 and found[0]["n_train"] == 24
     assert [each["scale"] for each in found] == [SCALE, 99, SCALE]
     assert found[0] | dict(seconds=0) == found[2] | dict(seconds=0)
@@ -536,6 +566,9 @@ def test_weights_for_rgb_start_a_run_on_more(scenes, tmp_path):
     found = load_backbone(out)
     assert found.config == replace(rgb.config, in_chans=4, mean=(*rgb.config.mean, sum(rgb.config.mean) / 3),
                                    std=(*rgb.config.std, sum(rgb.config.std) / 3))
+    kernels = found.patch_embed.proj.weight.detach()
+    assert torch.equal(kernels[:, 3], kernels[:, :3].mean(1))
+    assert torch.equal(kernels[:, :3], rgb.patch_embed.proj.weight)
     x = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
         wide, exact = found(torch.cat([x, x[:, :1] * 0], 1)).patches, rgb.eval()(x).patches
