@@ -1,20 +1,25 @@
 """
 Is this run well? One word, without labels, images or weights: config.json and metrics.jsonl are all that is read.
 
-    python health.py RUN     also while it trains; of distill.py, a student's folder: OUT/NAME
+    python health.py RUN     also while it trains; of distill.py, a student's folder: OUT/NAME; or a run of text.py
 
     collapsed    one prototype for all images, or class tokens that have lost directions while the loss falls
+                 words: one vector for all images, or all texts: the loss is ln B, and has no gradient or the
+                 cosines' scale falls
     diverging    what was learnt is thrown away: steps that had to be skipped, a loss above ln K, directions lost while
-                 nothing is learnt
+                 nothing is learnt;  words: a loss above ln B, or images no longer find texts that they found
     uniform      the targets say the same of every image, or the student's guess is no better than ln K
+                 words: images find their text no better than by chance, ln B
     decaying     patches of an image grow alike, or no longer resemble their neighbours; class tokens lose less
+    saturated    words: the cosines' scale stands at its limit of 100, and texts still are not told apart
     starved      the processor waits for images
     warming      none of these, and the learning rate still rises
     healthy      none of these
 
-    read_run    a folder -> its config and its rows
-    measure     what they say, as a few numbers near the run's end
-    judge       the first word of the above that fits
+    read_run        a folder -> its config and its rows
+    measure         what they say, as a few numbers near the run's end; measure_words of text.py's
+    judge           the first word of the above that fits
+    VISION, WORDS   what is read of a run, and what it is judged by
 
 The last line is one JSON object: verdict, step, and every number that it was judged by.
 """
@@ -55,6 +60,9 @@ METERS = {  # name: what it is; what is usual: of the well runs of tests/sick_ru
     "waiting": ("time spent waiting for images", "0.1 to 0.25 with --workers 0, 0.01 with workers"),
 }
 
+STARVED = Sign("starved", lambda m: m["step"] >= SOON and m["waiting"] > 0.4, "waiting",
+               "more processes that prepare images: --workers; or smaller files, on a disk of this machine")
+
 # Thresholds: set on seeds 100 to 119 of tests/sick_runs.py; LOG.md has what they say of other seeds
 SIGNS = [
     Sign("collapsed", lambda m: m["balance"] < 0.5 and m["balance"] - m["entropy"] < 0.1
@@ -70,10 +78,36 @@ SIGNS = [
          "spread locality patch_cls patch_rank ibot",
          "--stage gram --start RUN --gram_teacher RUN@STEP, a step of before it; or more of what trains patches: "
          "--ibot_weight 1, --mask_ratio 0.1,0.5"),
-    Sign("starved", lambda m: m["step"] >= SOON and m["waiting"] > 0.4, "waiting",
-         "more processes that prepare images: --workers; or smaller files, on a disk of this machine"),
+    STARVED,
     Sign("warming", lambda m: m["warming"], "dino ibot rank", "nothing: look again after the learning rate's peak"),
     Sign("healthy", lambda m: True, "dino ibot entropy balance rank spread locality waiting", "nothing: let it train"),
+]
+
+WORD_METERS = {  # the same; of the well runs of words in tests/sick_runs.py, 120 steps of 32 pairs
+    "loss": ("loss, of ln B", "0.7, and less the longer it trains"),
+    "top1": ("images that find their text in the batch", "0.22 to 0.31 of 32 pairs"),
+    "kept": ("the same, of its best", "0.8 to 1"),
+    "scale": ("factor on the cosines: from 14.3 to 100, where it is stopped", "14.5; more the longer it trains"),
+    "gradient": ("gradient norm of the towers, of the first row's", "0.57 to 0.89"),
+    "skipped": METERS["skipped"],
+    "waiting": ("time spent waiting for pairs", "0.35 to 0.4 with --workers 0, 0.1 with one"),
+}
+
+WORD_SIGNS = [
+    Sign("diverging", lambda m: m["skipped"] > 0.02 or not m["warming"] and (m["loss"] > 1.05 or m["kept"] < 0.5),
+         "skipped loss kept gradient", "a third of the learning rate, or a longer warm-up: --lr, --lr_warmup"),
+    Sign("collapsed", lambda m: not m["warming"] and (m["loss"] > 0.99 and m["gradient"] < 1e-4
+         or m["loss"] > 0.9 and m["scale"] < 10), "loss gradient scale",  # a scale begins at 14.3
+         "a tenth of the learning rate, or a longer warm-up: --lr, --lr_warmup"),
+    Sign("uniform", lambda m: not m["warming"] and m["loss"] > 0.97, "loss top1 gradient",
+         "look whether captions belong to their images; if they do, a third of the learning rate, or more steps: "
+         "--lr, --steps"),
+    Sign("saturated", lambda m: m["scale"] > 95 and m["loss"] > 0.3, "scale loss top1",
+         "captions that say the same of many images keep the loss up: more and other ones, or a smaller --batch"),
+    STARVED,
+    Sign("warming", lambda m: m["warming"], "loss top1", "nothing: look again after the learning rate's peak"),
+    Sign("healthy", lambda m: True, "loss top1 kept scale waiting",
+         "nothing: let it train; whether it has learned its captions by heart, evaluate.py --task captions tells"),
 ]
 
 # --------------------------------------------------------------------------------
@@ -90,7 +124,7 @@ def read_run(folder):
         raise ValueError(f"{path} cannot be read ({error}); of a distillation, name a student's folder: RUN/NAME"
                          ) from error
     for number, line in enumerate(lines[:-1], 1):  # after the last newline: nothing, or a row half written
-        rows.append(read_row(f"{path}, line {number}", line))
+        rows.append(read_row(f"{path}, line {number}", line, kind_of(config).read))
         if len(rows) > 1 and rows[-1]["step"] <= rows[-2]["step"]:
             raise ValueError(f"{path}, line {number}: step {rows[-1]['step']} comes after {rows[-2]['step']}; each row "
                              "must have a later step: is it one run's?")
@@ -106,17 +140,16 @@ def read_config(path):
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.parent}: no run to judge ({error}); name the folder of one") from error
-    least = dict(dino_prototypes=2, ibot_prototypes=2, mask_share=0, lr_warmup=0, steps=1, began=0)
-    for name, low in least.items():
+    for name, low in kind_of(config).config.items():
         value = config.get(name, 0 if name == "began" else None) if isinstance(config, dict) else None
         if not is_number(value) or not low <= value < math.inf:
             raise ValueError(f"{path}: {name} is {value!r}, where a number from {low} belongs; name a folder that "
-                             "train.py has written, or of a student of distill.py")
+                             "train.py or text.py has written, or of a student of distill.py")
     return config
 
 
-def read_row(where, line):
-    """A row of metrics.jsonl; its numbers may be infinite or not a number, its step may not."""
+def read_row(where, line, names):
+    """A row of metrics.jsonl; its numbers of these names may be infinite or not a number, its step may not."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -124,7 +157,7 @@ def read_row(where, line):
     step = row.get("step") if isinstance(row, dict) else None
     if type(step) is not int or not 0 <= step < 1e15:
         raise ValueError(f"{where} is no row of a run: an object with a step, a whole number, belongs there")
-    wrong = [name for name in READ if name in row and not is_number(row[name])]
+    wrong = [name for name in names if name in row and not is_number(row[name])]
     if wrong:
         raise ValueError(f"{where}: {wrong[0]} is {row[wrong[0]]!r}, where a number belongs; restore it from a copy")
     return row
@@ -138,63 +171,113 @@ def is_number(value):
 # What that says
 
 
-READ = ("dino_global", "ibot", "dino_entropy", "dino_balance", "cls_rank", "patch_neighbours", "patch_others",
-        "patch_cls", "patch_rank", "grad_norm_backbone", "skipped", "waiting")
+def course(rows, name):
+    return [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]  # runs of before have fewer
+
+
+def late(values):
+    """The median of the last quarter."""
+    return median(values[-max(FEWEST, len(values) // 4) :]) if values else math.nan
+
+
+def of_best(values):
+    """Late ones over the median of the best quarter."""
+    return late(values) / max(late(sorted(values)), 1e-6)
+
+
+def skipped(rows):
+    half, last = rows[len(rows) // 2], rows[-1]
+    return max(last.get("skipped", math.nan) - half.get("skipped", math.nan), 0) / (last["step"] - half["step"])
 
 
 def measure(config, rows):
-    """The numbers of METERS, medians of the last quarter of the rows; nan where the run does not have them."""
-    def course(name, rows=rows):
-        return [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]  # runs of before have fewer
+    """The numbers of METERS, or those of WORD_METERS; nan where the run does not have them."""
+    return kind_of(config).measure(config, rows)
 
-    def late(values):
-        return median(values[-max(FEWEST, len(values) // 4) :]) if values else math.nan
 
-    def of_best(values):
-        """Late ones over the median of the best quarter."""
-        return late(values) / max(late(sorted(values)), 1e-6)
+def measure_vision(config, rows):
+    """Medians of the last quarter of the rows."""
     step, began = rows[-1]["step"], config.get("began", 0)
     settled = [row for row in rows if row["step"] - began >= config["lr_warmup"]]
     settled = settled if len(settled) >= FEWEST else rows
-    others = course("patch_others", settled)
+    others = course(settled, "patch_others")
     shared = [(row["patch_neighbours"] - row["patch_others"]) / max(1 - row["patch_others"], 1e-6) for row in settled
               if {"patch_neighbours", "patch_others"} <= row.keys()]
-    ranks, patches, gradients = course("cls_rank"), course("patch_rank"), course("grad_norm_backbone")
-    half = rows[len(rows) // 2]
+    ranks, patches, gradients = course(rows, "cls_rank"), course(rows, "patch_rank"), course(rows, "grad_norm_backbone")
     k, ibot = math.log(config["dino_prototypes"]), math.log(config["ibot_prototypes"]) * config["mask_share"]
     return dict(
         step=step,
         warming=step - began < max(config["lr_warmup"], SOON),
-        dino=late(course("dino_global")) / k,
-        ibot=late(course("ibot")) / ibot if ibot else math.nan,
-        entropy=late(course("dino_entropy")),
-        balance=late(course("dino_balance")),
+        dino=late(course(rows, "dino_global")) / k,
+        ibot=late(course(rows, "ibot")) / ibot if ibot else math.nan,
+        entropy=late(course(rows, "dino_entropy")),
+        balance=late(course(rows, "dino_balance")),
         rank=late(ranks) / max(ranks[0], 1e-6) if ranks else math.nan,
         spread=of_best([1 - x for x in others]),
         locality=of_best(shared),
-        patch_cls=late(course("patch_cls")),
+        patch_cls=late(course(rows, "patch_cls")),
         patch_rank=late(patches) / max(patches[0], 1e-6) if patches else math.nan,
         gradient=late(gradients) / max(median(gradients), 1e-12) if gradients else math.nan,
-        skipped=max(rows[-1].get("skipped", math.nan) - half.get("skipped", math.nan), 0) / (step - half["step"]),
-        waiting=late(course("waiting")),
+        skipped=skipped(rows),
+        waiting=late(course(rows, "waiting")),
     )
 
 
-def judge(numbers):
+def measure_words(config, rows):
+    """The same of a run of text.py."""
+    step, found, gradients = rows[-1]["step"], course(rows, "top1"), course(rows, "grad_norm_towers")
+    return dict(
+        step=step,
+        warming=step < max(config["lr_warmup"], SOON),
+        loss=late(course(rows, "loss")) / math.log(config["batch"]),
+        top1=late(found),
+        kept=of_best(found) if found and late(sorted(found)) > 4 / config["batch"] else 1.0,  # or nothing to lose
+        scale=late(course(rows, "scale")),
+        gradient=late(gradients) / max(gradients[0], 1e-12) if gradients else math.nan,
+        skipped=skipped(rows),
+        waiting=late(course(rows, "waiting")),
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a trainer writes, and what its runs are judged by."""
+    config: dict     # of config.json: a number's name, and the least that it may be
+    read: tuple      # of metrics.jsonl: numbers that are looked at
+    measure: object  # config, rows -> numbers
+    meters: dict
+    signs: list
+
+
+VISION = Kind(
+    dict(dino_prototypes=2, ibot_prototypes=2, mask_share=0, lr_warmup=0, steps=1, began=0),
+    ("dino_global", "ibot", "dino_entropy", "dino_balance", "cls_rank", "patch_neighbours", "patch_others",
+     "patch_cls", "patch_rank", "grad_norm_backbone", "skipped", "waiting"), measure_vision, METERS, SIGNS)
+WORDS = Kind(
+    dict(batch=2, lr_warmup=0, steps=1), ("loss", "top1", "scale", "grad_norm_towers", "skipped", "waiting"),
+    measure_words, WORD_METERS, WORD_SIGNS)
+
+
+def kind_of(config):
+    """By what only text.py's config.json has."""
+    return WORDS if isinstance(config, dict) and "head_blocks" in config else VISION
+
+
+def judge(numbers, kind=VISION):
     """The Sign that fits first; the last one always does."""
-    return next(sign for sign in SIGNS if sign.fits(numbers))
+    return next(sign for sign in kind.signs if sign.fits(numbers))
 
 
-def describe(sign, numbers):
+def describe(sign, numbers, kind=VISION):
     """Lines for people."""
     yield f"{sign.word}    step {numbers['step']:,}; medians of the last quarter of the rows"
-    missing = [name for name in METERS if math.isnan(numbers[name])]
+    missing = [name for name in kind.meters if math.isnan(numbers[name])]
     for name in sign.shows.split():
         if name not in missing:
-            what, usual = METERS[name]
+            what, usual = kind.meters[name]
             yield f"  {numbers[name]:7.3f}  {what}; usual: {usual}"
     if missing:
-        yield f"not judged, for metrics.jsonl does not say it: {'; '.join(METERS[name][0] for name in missing)}"
+        yield f"not judged, for metrics.jsonl does not say it: {'; '.join(kind.meters[name][0] for name in missing)}"
     yield f"try: {sign.advice}"
 
 
@@ -204,9 +287,10 @@ def main(argv):
         return
     if len(argv) != 1 or argv[0].startswith("-"):
         raise ValueError(f"{' '.join(argv) or 'nothing'!r} names no run; write health.py RUN, the folder of one")
-    numbers = measure(*read_run(argv[0]))
-    sign = judge(numbers)
-    print(*describe(sign, numbers), sep="\n")
+    config, rows = read_run(argv[0])
+    numbers, kind = measure(config, rows), kind_of(config)
+    sign = judge(numbers, kind)
+    print(*describe(sign, numbers, kind), sep="\n")
     told = {name: x if type(x) is not float else float(f"{x:.4g}") if math.isfinite(x) else None
             for name, x in numbers.items()}
     print(json.dumps(dict(verdict=sign.word) | told | {"try": sign.advice}))

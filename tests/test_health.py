@@ -10,7 +10,7 @@ import pytest
 from test_train import run
 
 import health
-from health import judge, measure, read_run
+from health import WORDS, judge, measure, read_run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dict(dino_prototypes=64, ibot_prototypes=64, mask_share=0.5, lr_warmup=5, steps=160)
@@ -222,7 +222,7 @@ def test_a_run_of_the_trainer_can_be_read(tmp_path, capsys):
     assert told["verdict"] == "warming" and None not in told.values()
 
 
-WORDS = "dino_global ibot dino_entropy dino_balance cls_rank patch_neighbours patch_others".split()
+READ = "dino_global ibot dino_entropy dino_balance cls_rank patch_neighbours patch_others".split()
 
 
 @pytest.mark.parametrize("break_it, says", [
@@ -246,7 +246,7 @@ WORDS = "dino_global ibot dino_entropy dino_balance cls_rank patch_neighbours pa
     (lambda d: write(d, recorded("healthy", skipped=10**400)), "line 1: skipped is 1000"),
     (lambda d: write(d, recorded("healthy", waiting="long")), "line 1: waiting is 'long', where a number belongs"),
     *[(lambda d, name=name: write(d, recorded("healthy", **{name: None})), f"line 1: {name} is None, where a number")
-      for name in WORDS],
+      for name in READ],
 ])
 def test_what_is_no_run_is_one_line(tmp_path, break_it, says):
     write(tmp_path, recorded("healthy"))
@@ -282,10 +282,142 @@ def test_exit_code_is_2_and_no_traceback(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("health.py: ")
 
 
-def test_the_runs_that_must_fail_are_eleven_and_each_can_be_begun(tmp_path):
+def test_the_runs_that_must_fail_can_be_begun(tmp_path):
     """tests/sick_runs.py itself trains for minutes; here each run's options are read."""
     import sick_runs
-    assert len(sick_runs.RUNS) == 11 and [word for word, _ in sick_runs.RUNS.values()].count("healthy") == 5
-    assert {word for word, _ in sick_runs.RUNS.values()} <= {sign.word for sign in health.SIGNS}
-    for i, (_, words) in enumerate(sick_runs.RUNS.values()):
-        sick_runs.train.configure([*sick_runs.BASE, *words.split(), "--out", str(tmp_path / str(i))])
+    counted = []
+    for kind, script, base in ((health.VISION, sick_runs.train, sick_runs.BASE),
+                               (WORDS, sick_runs.text, sick_runs.WORDS)):
+        runs = [run for name, run in sick_runs.RUNS.items() if name.startswith("words") == (kind is WORDS)]
+        counted.append((len(runs), [word for word, _ in runs].count("healthy")))
+        assert {word for word, _ in runs} <= {sign.word for sign in kind.signs}
+        for i, (_, words) in enumerate(runs):
+            script.configure([*base, *words.split(), "--out", str(tmp_path / str(i))])
+    assert counted == [(11, 5), (7, 3)]
+
+# --------------------------------------------------------------------------------
+# Runs of text.py
+
+OF_WORDS = dict(batch=32, lr_warmup=12, steps=120, head_blocks=1)
+SAID = {  # of the same runs of words: step, loss, top1, scale, gradient norm
+    "uniform": """
+        0 3.628 0.031 14.3 8.0
+        24 3.475 0.062 13.9 0.3
+        48 3.470 0.031 13.7 0.075
+        72 3.466 0.000 13.7 0.0066
+        96 3.466 0.031 13.7 0.0066
+        108 3.466 0.031 13.7 0.0043
+        116 3.466 0.031 13.7 0.0084
+        119 3.466 0.062 13.7 0.0095""",
+    "collapsed": """
+        0 3.674 0.062 14.2 13.0
+        24 3.466 0.031 8.4 0.0002
+        48 3.466 0.031 7.7 6.9e-05
+        72 3.466 0.031 7.6 0.00017
+        96 3.466 0.031 7.6 9.2e-05
+        108 3.466 0.031 7.6 0.00016
+        116 3.466 0.031 7.6 6.7e-05
+        119 3.466 0.031 7.6 7.3e-05""",
+    "diverging": """
+        0 3.549 0.031 14.3 4.2
+        24 3.044 0.156 14.0 5.2
+        48 2.908 0.219 14.0 3.2
+        72 3.466 0.031 15.7 4.6e-05
+        96 3.466 0.031 15.9 9.8e-06
+        108 3.466 0.031 15.9 1.2e-05
+        116 3.466 0.031 15.9 1.1e-05
+        119 3.466 0.031 15.9 8e-06""",
+    "saturated": """
+        0 5.730 0.031 100.0 170.0
+        24 1.387 0.250 99.4 0.18
+        48 1.386 0.250 99.3 0.0013
+        72 1.386 0.250 99.3 0.00027
+        96 1.386 0.250 99.3 0.00018
+        108 1.386 0.250 99.3 0.00017
+        116 1.386 0.250 99.3 0.00017
+        119 1.386 0.250 99.3 0.00017""",
+    "healthy": """
+        0 3.569 0.062 14.3 7.6
+        24 3.196 0.156 14.0 8.3
+        48 2.797 0.188 14.1 5.0
+        72 2.656 0.125 14.3 3.6
+        96 2.398 0.469 14.4 4.7
+        108 2.187 0.344 14.5 4.6
+        116 2.223 0.531 14.5 4.8
+        119 2.369 0.250 14.5 4.3""",
+}
+FINE = dict(step=1000, warming=False, loss=0.6, top1=0.4, kept=1.0, scale=15.0, gradient=0.4, skipped=0.0, waiting=0.1)
+
+
+def word_of(numbers):
+    return judge(numbers, WORDS).word
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_recorded_courses_of_words(name):
+    rows = [dict(zip(("step", "loss", "top1", "scale", "grad_norm_towers"), map(float, line.split()), strict=True),
+                 skipped=0, waiting=0.1) for line in SAID[name].strip().splitlines()]
+    assert word_of(measure(OF_WORDS, rows)) == name
+    assert word_of(measure(OF_WORDS | dict(lr_warmup=120), rows)) == (name if name == "saturated" else "warming")
+
+
+@pytest.mark.parametrize("word, sick, well", [
+    ("collapsed", dict(loss=0.991, gradient=9e-5), dict(loss=0.969, gradient=9e-5)),
+    ("collapsed", dict(loss=0.91, scale=9.9), dict(loss=0.91, scale=10.1)),
+    ("collapsed", dict(loss=0.91, scale=9.9), dict(loss=0.89, scale=9.9)),
+    ("uniform", dict(loss=0.991, gradient=1.1e-4), dict(loss=0.969, gradient=1.1e-4)),
+    ("uniform", dict(loss=0.971), dict(loss=0.969)),
+    ("uniform", dict(loss=0.989, gradient=1e-5), dict(loss=0.969, gradient=1e-5)),
+    ("diverging", dict(skipped=0.021), dict(skipped=0.019)),
+    ("diverging", dict(loss=1.051), dict(loss=0.96)),
+    ("diverging", dict(kept=0.49), dict(kept=0.51)),
+    ("saturated", dict(scale=95.1, loss=0.31), dict(scale=95.1, loss=0.29)),
+    ("saturated", dict(scale=95.1, loss=0.31), dict(scale=94.9, loss=0.31)),
+    ("starved", dict(waiting=0.41), dict(waiting=0.39)),
+    ("starved", dict(waiting=0.41, step=50), dict(waiting=0.41, step=49)),
+    ("warming", dict(warming=True), dict(warming=False)),
+])
+def test_thresholds_of_words_from_both_sides(word, sick, well):
+    assert word_of(FINE | sick) == word
+    assert word_of(FINE | well) == "healthy"
+
+
+def test_while_it_warms_up_a_loss_at_chance_is_no_illness():
+    for early in dict(loss=1.1), dict(loss=1.0, gradient=1e-4), dict(loss=0.98), dict(kept=0.1):
+        assert word_of(FINE | dict(warming=True) | early) == "warming"
+
+
+def test_numbers_of_words_by_hand():
+    rows = [dict(step=10 * i, loss=3.0, top1=0.5, scale=14.0, grad_norm_towers=4.0, skipped=0, waiting=0.2)
+            for i in range(16)]
+    rows[0] |= dict(grad_norm_towers=8.0, loss=math.nan)
+    for row in rows[-4:]:
+        row |= dict(loss=1.5, top1=0.25, scale=20.0, grad_norm_towers=2.0, skipped=7)
+    rows[-1] |= dict(loss=9.0, top1=0.9)                        # one row alone moves no median
+    assert measure(OF_WORDS, rows) == pytest.approx(dict(
+        step=150, warming=False, loss=1.5 / math.log(32), top1=0.25, kept=0.5, scale=20, gradient=0.25,
+        skipped=7 / 70, waiting=0.2))
+    low = [row | dict(top1=0.125 if row["step"] < 100 else 0.03) for row in rows]
+    assert measure(OF_WORDS, low)["kept"] == 1, "what is no more than chance cannot be lost"
+    assert [measure(OF_WORDS | dict(lr_warmup=n), rows)["warming"] for n in (150, 151)] == [False, True]
+
+
+def test_a_run_of_words_is_judged_by_its_own_numbers(tmp_path, capsys):
+    rows = [dict(step=40 * i, loss=3.4655, top1=0.03, scale=7.0, grad_norm_towers=9.0 / 100**i, skipped=0, waiting=0.1)
+            for i in range(4)]
+    health.main([write(tmp_path, rows, OF_WORDS)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("collapsed    step 120") and "ln B" in lines[1] and lines[-2].startswith("try: a tenth")
+    assert not any("not judged" in line for line in lines)
+    told = json.loads(lines[-1])
+    assert told["loss"] == pytest.approx(1, abs=1e-3) and "dino" not in told
+
+
+@pytest.mark.parametrize("config, row, says", [
+    (dict(batch=1), {}, "batch is 1, where a number from 2 belongs; name a folder that train.py or text.py has"),
+    (dict(lr_warmup=None), {}, "lr_warmup is None"), ({}, dict(top1="x"), "line 1: top1 is 'x', where a number"),
+    ({}, dict(scale=None), "line 1: scale is None")])
+def test_what_is_no_run_of_words_is_one_line(tmp_path, config, row, says):
+    rows = [dict(step=i, loss=1.0) | row for i in range(3)]
+    with pytest.raises(ValueError, match=says):
+        read_run(write(tmp_path, rows, OF_WORDS | config))

@@ -11,6 +11,7 @@ from forks import start
 from safetensors.torch import load_file
 
 import dinotxt
+import health
 import text
 from dinotxt import TowerConfig, load_dinotxt, new_towers
 from engine.ranks import Ranks
@@ -117,6 +118,12 @@ def test_other_draws_are_another_gradient(monkeypatch):
 
 # --------------------------------------------------------------------------------
 # The run
+
+
+def test_health_knows_what_kind_of_run_it_is(whole, capsys):
+    health.main([str(whole)])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["verdict"] == "warming" and None not in told.values() and told["scale"] == pytest.approx(14.3, abs=0.2)
 
 
 def test_a_run_leaves_what_can_be_used(whole, weights):
