@@ -21,9 +21,10 @@ import os
 import re
 import time
 from pathlib import Path
+from stat import S_ISREG
 
 from engine.images import EXTENSIONS, read_image
-from engine.index import descriptors, open_index
+from engine.index import descriptors, open_index, stamp_of
 from engine.members import contents, name_at, shown
 
 SUFFIXES = ".tar", ".zip"
@@ -66,31 +67,44 @@ def is_wids(path):
 
 
 def shards_of(path):
-    """The files, in order. Raises ValueError: compressed, not there (the first five), none."""
+    """
+    The files, in order.
+
+    returns  a folder, their names below it, the size and time of each: of a billion images there are 100,000 and more
+    raises   ValueError: compressed, not there (the first five), none
+    """
     path = Path(path).expanduser()
     if path.is_dir():
-        found = sorted(each for each in path.iterdir() if is_shard(each.name))
+        root, names = path, sorted(filter(is_shard, os.listdir(path)))
     else:
-        found = read_wids(path) if path.suffix == ".json" else spelt_out(path)
-    compressed = [each for each in found if COMPRESSED.search(each.name)]
-    if compressed:
-        raise ValueError(f"--data: {compressed[0]} is compressed as a whole, so that no image in it can be read by its "
-                         "place, and images hardly shrink: unpack it to a .tar")
-    missing = [str(each) for each in found if not each.is_file()]
+        root, names = path.parent, read_wids(path) if path.suffix == ".json" else spelt_out(path.name)
+    if compressed := next(filter(COMPRESSED.search, names), None):
+        raise ValueError(f"--data: {root / compressed} is compressed as a whole, so that no image in it can be read by "
+                         "its place, and images hardly shrink: unpack it to a .tar")
+    stamps, missing = [], []
+    for name in names:
+        try:
+            stat = os.stat(root / name)
+        except OSError:
+            stat = None
+        if stat is None or not S_ISREG(stat.st_mode):
+            missing.append(str(root / name))
+        else:
+            stamps.append(stamp_of(stat))
     if missing:
-        raise ValueError(f"--data: {len(missing)} of {len(found)} shards of {path} are not there: "
+        raise ValueError(f"--data: {len(missing)} of {len(names)} shards of {path} are not there: "
                          f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}")
-    return found
+    return root, names, stamps
 
 
 def spelt_out(path):
     """a-{000..012}.tar -> a-000.tar to a-012.tar; several braces: all that they give together"""
-    parts, ranges = BRACES.split(str(path))[::3], []
-    for first, last in BRACES.findall(str(path)):
+    parts, ranges = BRACES.split(path)[::3], []
+    for first, last in BRACES.findall(path):
         if not 0 <= int(last) - int(first) < 10**7:
             raise ValueError(f"--data: {path} counts from {first} to {last}; wanted the first number, then the last")
         ranges.append([f"{k:0{len(first)}}" for k in range(int(first), int(last) + 1)])
-    return [Path("".join(itertools.chain(*itertools.zip_longest(parts, numbers, fillvalue=""))))
+    return ["".join(itertools.chain(*itertools.zip_longest(parts, numbers, fillvalue="")))
             for numbers in itertools.product(*ranges)]
 
 
@@ -98,8 +112,7 @@ def read_wids(path):
     """The shards that a JSON of wids lists, relative to it or to its `base`. Raises ValueError."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        root = path.parent / held.get("base", "")
-        found = [root / shard["url"] for shard in held["shardlist"]]
+        found = [os.path.join(held.get("base", ""), shard["url"]) for shard in held["shardlist"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--data: {path} is no list of shards ({error!r}); wanted the JSON of wids: wids_version, and "
                          "in shardlist the url of each") from error
@@ -119,14 +132,12 @@ class Archives:
     """
     def __init__(self, path, read=read_image):
         self.path, self.read = Path(path).expanduser(), read
-        self.shards = shards_of(path)
-        root = self.path if self.path.is_dir() else self.path.parent
-        self.names = [os.path.relpath(shard, root) for shard in self.shards]
-        beside = root / ("all.index" if self.path.is_dir() else f"{self.path.name}.index")
-        self.index, self.open = open_index(self.path, beside, self.names, self.shards), descriptors()
+        self.root, self.names, stamps = shards_of(path)
+        beside = self.root / ("all.index" if self.path.is_dir() else f"{self.path.name}.index")
+        self.index, self.open = open_index(self.path, beside, self.root, self.names, stamps), descriptors()
         self.classes = self.index.classes or []
         if not len(self.index):
-            raise ValueError(f"--data: no image in {path}; looked in {len(self.shards)} shards for samples with "
+            raise ValueError(f"--data: no image in {path}; looked in {len(self.names)} shards for samples with "
                              f"{' '.join(sorted(EXTENSIONS))}")
         if self.index.made:
             for line in self.told():
@@ -146,7 +157,7 @@ class Archives:
         for wait in WAITS:
             try:
                 shard, member, _ = self.index.row(i)
-                file = self.file(shard)  # held, so that it stays open while it is read
+                file = self.file(shard)
                 return contents(file.number, member), self.name(i)
             except OSError as error:
                 self.open.cache_clear()  # a stale handle, as of NFS, stays so until the file is opened anew
@@ -155,7 +166,7 @@ class Archives:
                 time.sleep(wait)
 
     def file(self, shard):
-        return self.open(self.shards[shard], self.index.stamps[shard])
+        return self.open(self.root / self.names[shard], (self.index.sizes[shard], self.index.times[shard]))
 
     def load(self, i):
         data, name = self.raw(i)
@@ -177,13 +188,13 @@ class Archives:
             file = self.file(shard)
             name = name_at(file.number, member)
         except (OSError, ValueError):
-            name = f"image {i - self.index.ends[shard] + self.index.counts[shard]}"
-        return shown(f"{self.shards[shard]}/{name}")
+            name = f"image {i - self.index.first(shard)}"
+        return shown(f"{self.root / self.names[shard]}/{name}")
 
     def digest(self):
         """Of the shards' names, sizes and counts of images: the folder may move."""
-        lines = zip(self.names, self.index.counts.tolist(), self.index.stamps, strict=True)
-        return hashlib.sha256("\n".join(f"{name} {n} {size}" for name, n, (size, _) in lines).encode(
+        lines = zip(self.names, self.index.ends, self.index.sizes, strict=True)
+        return hashlib.sha256("\n".join(f"{name} {end} {size}" for name, end, size in lines).encode(
             "utf-8", "surrogateescape")).hexdigest()
 
     def told(self):
@@ -191,7 +202,7 @@ class Archives:
         cut, others, bare = self.index.cut, self.index.others, self.index.unlabelled
         if cut:
             shard, why, n = cut[0]
-            yield (f"{len(cut)} of {len(self.shards)} shards are cut short; their whole images are kept; the first, "
+            yield (f"{len(cut)} of {len(self.names):,} shards are cut short; their whole images are kept; the first, "
                    f"{shard}, is {why}, after {n:,} images")
         if others:
             yield (f"{others:,} images are passed over: their samples have one already, as a sample's name ends at its "
@@ -210,13 +221,13 @@ def main(argv):
     begin = time.perf_counter()
     source = Archives(argv[0])
     index, seconds = source.index, time.perf_counter() - begin
-    size = sum(size for size, _ in index.stamps)
+    size = sum(index.sizes)
     print(f"{argv[0]}: {'made' if index.made else 'checked'} in {seconds:.1f} s: {len(source):,} images of "
-          f"{index.n_bytes:,} bytes in {len(source.shards):,} shards of {size:,}; {len(source.classes):,} classes; the "
+          f"{index.n_bytes:,} bytes in {len(source.names):,} shards of {size:,}; {len(source.classes):,} classes; the "
           f"first is {source.name(0)}")
     if not index.made:
         for line in source.told():
             print(f"{argv[0]}: {line}")
-    print(json.dumps(dict(shards=len(source.shards), images=len(source), bytes=index.n_bytes, shard_bytes=size,
+    print(json.dumps(dict(shards=len(source.names), images=len(source), bytes=index.n_bytes, shard_bytes=size,
                           classes=len(source.classes), unlabelled=index.unlabelled, cut=len(index.cut),
                           others=index.others, made=index.made, seconds=round(seconds, 3), digest=source.digest())))

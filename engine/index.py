@@ -23,7 +23,10 @@ import os
 import signal
 import struct
 import zlib
+from array import array
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,7 @@ NONE = 65535                   # the label of a sample that has none; so many cl
 VERSION = 1                    # of both files
 OPEN = 64                      # files that a process holds open at once
 LONGEST = 1 << 20              # bytes of a .json in which a label is looked for
+CHUNK = 1 << 20                # bytes that are read at once to find the last line
 ELSEWHERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOLCK, errno.ENOTSUP}
 
 # --------------------------------------------------------------------------------
@@ -46,7 +50,10 @@ ELSEWHERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR
 
 
 class Descriptor:
-    """A file that is open to read until nobody holds this: no thread closes what another one reads."""
+    """
+    A file that is open to read until nobody holds this: no thread closes what another one reads. So hold it, and not
+    its number alone, while you read.
+    """
     number = None
 
     def __init__(self, path, stamp=None):
@@ -125,7 +132,10 @@ def label_of(fd, group, name):
     """What .cls says, or .json under "label" or "cls", or the first folder of the name; None if nothing does."""
     for suffix in "cls", "json":
         if suffix in group and group[suffix].size <= LONGEST:
-            said = contents(fd, group[suffix]).decode("utf-8", "replace").strip()
+            try:
+                said = contents(fd, group[suffix]).decode("utf-8", "replace").strip()
+            except OSError as error:
+                raise ValueError(f"{group[suffix].name}: {error}") from error
             if suffix == "json":
                 said = said_in(said)
             if said:
@@ -150,24 +160,21 @@ class Index:
     """
     len(index) images; index.row(i) -> number of the shard, Member without its name, number of its class or None
 
-    classes   names of labels, in order; None if they are more than 65,535
-    counts, ends, stamps    for each shard: its images, those up to its end, its size and time
-    n_bytes, unlabelled, others, cut    of all; cut: [(shard, why, images)]
+    said     the last line of NAME.index. It has, for each shard: size, time, row, n: its images; of all of them: bytes,
+             unlabelled, others, cut: [[shard, why, images]], classes: names of labels in order, None: they are too many
+    made     whether this process has made or completed it
     """
-    def __init__(self, base, lines, total):
-        self.rows, self.classes = rows_file(base), total["classes"]
-        self.counts, self.places = np.array([[line["n"], line["row"]] for line in lines], np.int64).reshape(-1, 2).T
-        self.ends = np.cumsum(self.counts)
-        self.n_bytes, self.unlabelled, self.others = (
-            sum(line[key] for line in lines) for key in ("bytes", "unlabelled", "others"))
-        self.stamps = [stamp_in(line) for line in lines]
-        self.cut = [(line["shard"], line["cut"], line["n"]) for line in lines if line["cut"]]
-        self.number = {place: k for k, place in enumerate(total["places"])}
-        self.made = False
+    def __init__(self, base, said, made=False):
+        self.rows, self.classes, self.made = rows_file(base), said["classes"], made
+        self.sizes, self.times, self.places = (array("q", said[key]) for key in ("size", "time", "row"))
+        self.ends = array("q", accumulate(said["n"]))
+        self.n_bytes, self.unlabelled, self.others, self.cut = (
+            said[key] for key in ("bytes", "unlabelled", "others", "cut"))
+        self.number = {place: k for k, place in enumerate(said["places"])}
         self.open = descriptors()
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "open"}
@@ -175,26 +182,29 @@ class Index:
     def __setstate__(self, state):
         vars(self).update(state, open=descriptors())
 
+    def first(self, shard):
+        """The number of its first image."""
+        return self.ends[shard - 1] if shard else 0
+
     def row(self, i):
         """Read, not mapped: what a mapped file has shown would count as this process's memory."""
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        place = int(self.places[shard] + i - self.ends[shard] + self.counts[shard])
-        rows = self.open(self.rows)
-        member, label = unpack(read(rows.number, PACK.size, PACK.size * place))
+        shard = bisect_right(self.ends, i)
+        place = self.places[shard] + i - self.first(shard)
+        file = self.open(self.rows)
+        member, label = unpack(read(file.number, PACK.size, PACK.size * place))
         return shard, member, self.number.get(label)
 
 
-def open_index(path, beside, names, shards):
+def open_index(path, beside, root, names, stamps):
     """
     path    what --data is    beside  NAME.index, beside the shards
-    names   of the shards, as the index calls them    shards  their paths
+    names   of the shards, below root    stamps  size and time of each
     raises  ValueError: shards that cannot be used, nowhere to write
     """
-    stamps = [stamp_of(os.stat(shard)) for shard in shards]
     bases = beside, cached(path)
     for base in bases:
-        if index := read_index(base, names, stamps):
-            return index
+        if said := read_index(base, names, stamps):
+            return Index(base, said)
     refused = ""
     for base in bases:
         try:
@@ -202,12 +212,8 @@ def open_index(path, beside, names, shards):
                 base.parent.mkdir(parents=True, exist_ok=True)
             with open(rows_file(base), "a+b") as rows:
                 fcntl.lockf(rows, fcntl.LOCK_EX)
-                if index := read_index(base, names, stamps):
-                    return index
-                make(path, base, rows, names, shards, stamps)
-                index = read_index(base, names, stamps)
-                index.made = True
-                return index
+                said = read_index(base, names, stamps)
+                return Index(base, said or make(path, base, rows, root, names, stamps), made=not said)
         except OSError as error:
             if error.errno not in ELSEWHERE:
                 raise ValueError(f"--data: {base}: {error.strerror}; what is done of the index is kept") from error
@@ -221,55 +227,61 @@ def rows_file(base):
 
 def cached(path):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
-    return cache / (hashlib.sha1(str(Path(path).expanduser().resolve()).encode()).hexdigest()[:16] + ".index")
+    return cache / (hashlib.sha1(os.fsencode(Path(path).expanduser().resolve())).hexdigest()[:16] + ".index")
 
 
 def read_index(base, names, stamps):
-    """The Index, if there is a whole one of these shards, as they are; else None."""
-    lines, _, total = read_lines(base)
-    found = [lines.get(name) for name in names]
-    fresh = all(line and stamp_in(line) == stamp for line, stamp in zip(found, stamps, strict=True))
-    if not fresh or not total or total["of"] != state_of(found):
-        return None
-    size = rows_file(base).stat().st_size if rows_file(base).exists() else -1
-    return Index(base, found, total) if size >= PACK.size * max(line["row"] + line["n"] for line in found) else None
+    """The last line of a whole index of these shards, as they are; else None."""
+    try:
+        with open(base, "rb") as file:
+            said = json.loads(last_line(file))
+        size = rows_file(base).stat().st_size
+        fresh = said["version"] == VERSION and said["of"] == digest_of(names) and said["size"] == [
+            size for size, _ in stamps] and said["time"] == [time for _, time in stamps]
+        whole = size >= PACK.size * max(map(sum, zip(said["row"], said["n"], strict=True)))
+        return said if fresh and whole else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # there is none, it is not done, or damaged
 
 
-def stamp_in(line):
-    return line["size"], line["time"]
+def last_line(file):
+    """Of a file that ends in a new line; otherwise nothing."""
+    end, found = file.seek(0, 2), b""
+    while end > 0 and b"\n" not in found[:-1]:
+        end, n = max(0, end - CHUNK), min(end, CHUNK)
+        file.seek(end)
+        found = file.read(n) + found
+    return found[found.rfind(b"\n", 0, -1) + 1 :] if found.endswith(b"\n") else b""
 
 
-def state_of(lines):
-    """Which shards, as they are now: a line for all of them is true of no others."""
-    return hashlib.sha1(json.dumps([[line["shard"], *stamp_in(line), line["row"]] for line in lines]).encode()
-                        ).hexdigest()
+def digest_of(names):
+    return hashlib.sha1("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_lines(base):
-    """{shard: its line}, labels in the order in which they came, the line for all or None. Damaged: as if not there."""
-    lines, labels, total = {}, [], None
+    """{shard: its line}, labels in the order in which they came. Damaged: as if there were none."""
+    lines, labels = {}, []
     try:
-        for line in map(json.loads, base.read_bytes().split(b"\n")[:-1]):  # the last may be torn
+        for line in map(json.loads, base.read_bytes().split(b"\n")[:-1]):  # what follows may be torn
             if "of" in line:
-                total = line
-            elif line["version"] == VERSION and line["known"] == len(labels):
-                labels += line["labels"]
-                lines[line["shard"]] = line
-            else:
-                return {}, [], None  # a line before it is lost
+                continue
+            if line["version"] != VERSION or line["known"] != len(labels):  # a line before it is lost
+                return {}, []
+            labels += line["labels"]
+            lines[line["shard"]] = line
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}, [], None
-    return lines, labels, total
+        return {}, []
+    return lines, labels
 
 
-def make(path, base, rows, names, shards, stamps):
+def make(path, base, rows, root, names, stamps):
     """
-    Walks the shards of which there is no sound line; adds their rows and lines, and the line for all.
+    Walks the shards of which there is no sound line; adds their rows and lines, and the line for all, which it returns.
 
     rows    NAME.index.rows, open to add and to read, and locked
     raises  ValueError if shards cannot be used: after all others, which are kept
     """
-    lines, labels, _ = read_lines(base)
+    lines, labels = read_lines(base)
     with open(base, "a+b") as journal:
         journal.truncate(base.read_bytes().rfind(b"\n") + 1 if lines else 0)
     rows.truncate(os.fstat(rows.fileno()).st_size // PACK.size * PACK.size if lines else 0)
@@ -278,41 +290,56 @@ def make(path, base, rows, names, shards, stamps):
     for k, (name, stamp) in enumerate(zip(names, stamps, strict=True)):
         line = lines.get(name)
         kept = os.pread(rows.fileno(), PACK.size * line["n"], PACK.size * line["row"]) if line else b""
-        if line and stamp_in(line) == stamp and zlib.crc32(kept) == line["crc"]:
+        if line and (line["size"], line["time"]) == stamp and zlib.crc32(kept) == line["crc"]:
             done[name] = line
             used[np.frombuffer(kept, ROW)["label"]] = True
         else:
             todo.append(k)
-    for k, found in tqdm(zip(todo, walked([shards[k] for k in todo]), strict=True), f"indexing {path}", len(todo),
-                         unit=" shards", leave=False, disable=None):
+    for k, found in tqdm(zip(todo, walked([Path(root, names[k]) for k in todo]), strict=True),
+                         f"indexing {path}", len(todo), unit=" shards", leave=False, disable=None):
         if isinstance(found, str):
             failed.append(found)
             continue
         data, own, notes = found
         known = len(number)
-        for label in own:
-            if len(number) <= NONE:
-                number.setdefault(label, len(number))
-        table, mine = np.full(NONE + 1, NONE, np.uint16), np.frombuffer(data, ROW).copy()
-        table[: len(own[:NONE])] = [min(number.get(label, NONE), NONE) for label in own[:NONE]]
-        mine["label"] = table[mine["label"]]
-        used[mine["label"]] = True
+        data = renumbered(data, own, number)
+        used[data["label"]] = True
         size, time = stamps[k]
         line = dict(version=VERSION, shard=names[k], size=size, time=time, row=rows.seek(0, 2) // PACK.size,
-                    crc=zlib.crc32(mine.tobytes()), known=known, labels=list(number)[known:], **notes)
-        rows.write(mine.tobytes())
+                    crc=zlib.crc32(data.tobytes()), known=known, labels=list(number)[known:], **notes)
+        rows.write(data.tobytes())
         rows.flush()  # before the line that tells of them
         append(base, line)
         done[names[k]] = line
     if failed:
         raise ValueError(f"--data: {failed[0]}" + f"; so are {len(failed) - 1} more" * (len(failed) > 1))
     os.fsync(rows.fileno())
-    here = np.flatnonzero(used[:NONE]).tolist()
-    said = list(number)
-    order = sorted(here, key=lambda k: int(said[k])) if all(said[k].isdecimal() for k in here) else sorted(
-        here, key=lambda k: said[k])
-    append(base, dict(of=state_of([done[name] for name in names]), places=order,
-                      classes=[said[k] for k in order] if len(number) <= NONE else None))
+    said = total([done[name] for name in names], list(number), np.flatnonzero(used[:NONE]).tolist())
+    append(base, dict(version=VERSION, of=digest_of(names)) | said)
+    return said
+
+
+def renumbered(data, own, number):
+    """Rows of a shard, their labels as places in `number`, to which what is new of its own labels is added."""
+    rows, table = np.frombuffer(data, ROW).copy(), np.full(NONE + 1, NONE, np.uint16)
+    for k, label in enumerate(own):
+        if len(number) <= NONE:  # one more than there is room for tells that there are too many
+            number.setdefault(label, len(number))
+        if k < NONE:
+            table[k] = min(number.get(label, NONE), NONE)
+    rows["label"] = table[rows["label"]]
+    return rows
+
+
+def total(lines, labels, used):
+    """What the line for all says, but for which they are. Labels that are all numbers are in their order."""
+    numbers = all(labels[k].isdecimal() for k in used)
+    order = sorted(used, key=lambda k: int(labels[k]) if numbers else labels[k])
+    columns = {key: [line[key] for line in lines] for key in ("size", "time", "row", "n")}
+    sums = {key: sum(line[key] for line in lines) for key in ("bytes", "unlabelled", "others")}
+    cut = [[line["shard"], line["cut"], line["n"]] for line in lines if line["cut"]]
+    return dict(places=order, classes=[labels[k] for k in order] if len(labels) <= NONE else None, cut=cut, **sums,
+                **columns)
 
 
 def append(base, line):

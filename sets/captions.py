@@ -111,7 +111,8 @@ def open_captions(path, limit=0, n_shapes=2000, seed=0):
         return Described(limit or n_shapes, seed)
     path = Path(path).expanduser()
     if is_archive(path):
-        return Packed(whole(path, (item for shard in shards_of(path) for item in read_shard(shard)), limit))
+        root, names, _ = shards_of(path)
+        return Packed(whole(path, (item for name in names for item in read_shard(root / name)), limit))
     if not path.exists():
         raise ValueError(f"--data: {path} does not exist; name captions as in sets/captions.py, or shapes")
     listed = path / "captions.json"

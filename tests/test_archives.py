@@ -192,7 +192,7 @@ def test_what_is_an_archive(tmp_path):
 
 
 def test_braces(tmp_path):
-    assert [path.name for path in archives.spelt_out(tmp_path / "a{1..2}-{009..011}.tar")] == [
+    assert [name for name in archives.spelt_out("a{1..2}-{009..011}.tar")] == [
         "a1-009.tar", "a1-010.tar", "a1-011.tar", "a2-009.tar", "a2-010.tar", "a2-011.tar"]
     with pytest.raises(ValueError, match="counts from 5 to 3; wanted the first number, then the last"):
         archives.spelt_out("a-{5..3}.tar")

@@ -1,7 +1,6 @@
 """engine/index.py: rows, what is kept of an index that was cut off, who makes it, and damage to it."""
 
 import errno
-import json
 import os
 import pickle
 from pathlib import Path
@@ -27,7 +26,8 @@ def shards(tmp_path, monkeypatch):
 
 def opened(shards):
     folder = shards[0].parent
-    return open_index(folder, folder / "all.index", [shard.name for shard in shards], shards)
+    return open_index(folder, folder / "all.index", folder, [shard.name for shard in shards],
+                      [index.stamp_of(shard.stat()) for shard in shards])
 
 
 def seen(found):
@@ -91,6 +91,13 @@ def test_order_is_that_of_a_folder(tmp_path):
 def test_labels(files, label, tmp_path):
     _, labels, notes = rows_of(make_tar(tmp_path / "a.tar", files))
     assert labels == ([] if label is None else [label]) and notes["unlabelled"] == (label is None)
+
+
+def test_a_label_that_cannot_be_read(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"1.jpg": b"x", "1.cls": b"dog"})
+    path.write_bytes(path.read_bytes().replace(b"dog", b"cat"))
+    with pytest.raises(ValueError, match="a.zip: 1.cls: its checksum is wrong"):
+        rows_of(path)
 
 
 def test_labels_that_are_numbers_are_in_their_order(shards, tmp_path):
@@ -162,7 +169,7 @@ def test_what_was_done_is_kept(shards, counted, monkeypatch):
     assert seen(opened(shards)) == ALL and counted == ["0.tar", "1.tar", "2.zip"]
 
 
-@pytest.mark.parametrize("damage", ["line", "lost", "version", "rows", "gone", "flipped", "empty", "list"])
+@pytest.mark.parametrize("damage", ["line", "lost", "version", "rows", "gone", "flipped", "empty", "list", "last"])
 def test_a_damaged_index_is_made_again(damage, shards, counted):
     base = shards[0].parent / "all.index"
     opened(shards)
@@ -173,13 +180,16 @@ def test_a_damaged_index_is_made_again(damage, shards, counted):
         rows.unlink()
     if damage == "flipped":  # found when the index is added to: in use nothing would check 20 GB
         rows.write_bytes(bytes([rows.read_bytes()[0] ^ 1]) + rows.read_bytes()[1:])
-        base.write_text("\n".join(lines[:-1]) + "\n")
-    changed = dict(line=["{damaged", *lines[1:]], lost=lines[1:], empty=[], list=["[]", *lines],
-                   version=[lines[0].replace('"version": 1', '"version": 0'), *lines[1:]]).get(damage)
+        lines = lines[:-1]
+        base.write_text("\n".join(lines) + "\n")
+    shard, *more = lines[:-1]  # without the last, which is for all, each of them counts
+    changed = dict(line=["{damaged", *more], lost=more, empty=[], list=["[]", shard, *more],
+                   last=[shard, *more, lines[-1].replace('"row": [0', '"row": ["x"')],
+                   version=[line.replace('"version": 1', '"version": 0') for line in lines]).get(damage)
     if changed is not None:
         base.write_text("".join(f"{line}\n" for line in changed))
     assert seen(opened(shards)) == ALL
-    assert counted[3:] == dict(rows=["2.zip"], flipped=["0.tar"]).get(damage, ["0.tar", "1.tar", "2.zip"])
+    assert counted[3:] == dict(rows=["2.zip"], flipped=["0.tar"], last=[]).get(damage, ["0.tar", "1.tar", "2.zip"])
     assert seen(opened(shards)) == ALL and len(counted) <= 6
 
 
@@ -234,7 +244,10 @@ def test_one_of_many_processes_makes_it(shards, monkeypatch):
     for _ in range(4):
         pids.append(os.fork())
         if not pids[-1]:
-            os._exit(0 if seen(opened(shards)) == ALL else 1)
+            try:
+                right = seen(opened(shards)) == ALL
+            finally:
+                os._exit(0 if right else 1)
     codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
     assert codes == [-9, 0, 0, 0] and marks.read_text().split() == ["0.tar", "1.tar", "2.zip", "2.zip"]
 
@@ -258,12 +271,12 @@ def test_many_processes_walk(shards, monkeypatch):
 def test_an_index_of_billions(tmp_path):
     """A sparse file of 20 GB: rows are read by their place, none is held."""
     n, k = 10_000, 168_900
-    lines = [dict(shard=f"{i}.tar", size=1, time=1, row=i * n, n=n, bytes=1, unlabelled=0, others=0, cut="")
-             for i in range(k)]
+    said = dict(size=[1] * k, time=[1] * k, row=range(0, k * n, n), n=[n] * k, bytes=1, unlabelled=0, others=0, cut=[],
+                classes=["a"], places=[0])
     with open(tmp_path / "a.index.rows", "wb") as file:
         file.truncate(PACK.size * n * k)
         file.seek(PACK.size * (n * k - 1))
         file.write(index.pack(Member("", 1024, 77, TAR, 1), 0))
-    found = Index(tmp_path / "a.index", lines, json.loads('{"classes": ["a"], "places": [0]}'))
+    found = Index(tmp_path / "a.index", said)
     assert len(found) == 1_689_000_000 and found.row(len(found) - 1) == (k - 1, Member("", 1024, 77, TAR, 1), 0)
     assert found.row(123_456_789)[0] == 12345
