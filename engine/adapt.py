@@ -45,7 +45,7 @@ def apart(source, c):
         raise ValueError(f"--data holds {len(source)} images; a tenth is held out, to measure what is gained, and it "
                          "takes two to tell them apart: at least 20")
     rows = np.random.default_rng([c.seed, 9]).permutation(len(source))
-    return Drawn(source, np.sort(rows[n:]).tolist()), Drawn(source, np.sort(rows[:n]).tolist())
+    return Drawn(source, np.sort(rows[n:])), Drawn(source, np.sort(rows[:n]))
 
 
 class Regression:

@@ -76,7 +76,7 @@ def drawn(train, c, pick):
     free = np.flatnonzero(~held)
     draws = [free[rows] for rows in few(labels[free], c)] + [np.flatnonzero(held)]
     needed = np.unique(np.concatenate(draws))
-    return Drawn(train, needed.tolist()), [needed.searchsorted(rows) for rows in draws]
+    return Drawn(train, needed), [needed.searchsorted(rows) for rows in draws]
 
 
 def classify(data, frozen, c, score, patches=False, pick=False, settings=()):

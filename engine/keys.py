@@ -2,7 +2,7 @@
 What files of features are named after: all that they depend on, hashed. A photo that is replaced, another network,
 another version of the code: other files. What is not in the key is never on disk: labels of classes.
 
-    weights_of   every bit of the parameters        files_of   paths, sizes and times of what --data and --tests name
+    weights_of   every bit of the parameters        files_of   paths, sizes and times of what --data and lists name
     code_of      the modules that something is made with, their constants included
 """
 
@@ -10,10 +10,13 @@ import ast
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+
+from engine.names import read_list
 
 ROOT = Path(__file__).parents[1]
 PART = 1 << 26       # bytes that leave the device at a time
@@ -43,6 +46,10 @@ def files_of(c):
             for name in sorted(files):
                 path = os.path.join(folder, name)
                 digest.update(line_of(path, os.path.relpath(path, root)))
+        for path in (Path(root, split + suffix) for split in ("train", "val") for suffix in (".csv", ".parquet")):
+            with suppress(ValueError):  # a table of another kind, that is no list of images
+                for name in read_list(path) if root and path.is_file() else ():
+                    digest.update(line_of(path.parent / name, name))
     return digest.hexdigest()
 
 

@@ -222,10 +222,10 @@ def images_of(path, column, group):
 
 
 class Drawn:
-    """Some images of a source, by their rows."""
+    """Some images of a source, by their rows: an array, which workers share, where they would copy a list."""
 
     def __init__(self, source, rows):
-        self.source, self.rows = source, rows
+        self.source, self.rows = source, np.asarray(rows, np.int64)
 
     def __len__(self):
         return len(self.rows)
@@ -253,4 +253,4 @@ class Drawn:
         return [replace(part, size=size) for part, size in zip(parts, sizes, strict=True)]
 
     def digest(self):
-        return hashlib.sha1(f"{self.source.digest()} {self.rows}".encode()).hexdigest()
+        return hashlib.sha1(f"{self.source.digest()} {self.rows.tolist()}".encode()).hexdigest()

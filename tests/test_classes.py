@@ -44,7 +44,8 @@ def test_splits_may_be_files(tmp_path, monkeypatch, form):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders(tmp_path, {"all/a": 2, "all/b": 1, "all/c": 1})
     if form == "csv":
-        (tmp_path / "train.csv").write_text("path,label\nall/b/0.png,b\nall/a/1.png,a\nall/c/0.png,a\n")
+        (tmp_path / "all/b/0.png").rename(tmp_path / "0.png")  # in no folder: its class is in the list
+        (tmp_path / "train.csv").write_text("path,label\n0.png,b\nall/a/1.png,a\nall/c/0.png,a\n")
         (tmp_path / "val.csv").write_text("path,label\nall/a/0.png,a\nall/c/0.png,b\n")
     else:
         for split, rows in dict(train=("b/0", "a/1"), val=("a/0", "b/0")).items():

@@ -201,6 +201,14 @@ def test_a_neighbour_stands_in_for_an_unreadable_image():
         Batches(CONFIG, Noise(3, range(3)), 0, 8)[0]
 
 
+def test_what_cannot_be_read_is_tried_once():
+    source = Noise(8, (5,))
+    source.load = MagicMock(side_effect=source.load)
+    batches = Batches(CONFIG, source, 0, 8)
+    assert all(batches[step]["broken"] == [("noise 5", "cut short")] for step in range(3))
+    assert [call.args[0] for call in source.load.call_args_list].count(5) == 1
+
+
 def test_a_disk_that_is_gone_is_found_after_64_tries():
     source = Noise(100_000, range(100_000))
     source.load = MagicMock(side_effect=OSError("no such device"))

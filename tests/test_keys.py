@@ -1,6 +1,7 @@
 """engine/keys.py: what code features depend on; weights and files: test_features.py."""
 
 import importlib
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,19 @@ def test_cache_knows_the_code(tmp_path, monkeypatch):
         Path(module.__file__).write_text(text)
         keys.parsed.cache_clear()
         digests.append(keys.code_of(SimpleNamespace(__module__="made_by_test")))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_photo_of_a_list_may_lie_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/train.csv").write_text("path,label\n../a.jpg,a\n")
+    (tmp_path / "lists/val.csv").write_text("of another kind\n")
+    c, digests = SimpleNamespace(data=str(tmp_path / "lists"), cache=""), []
+    for text in "a photo", "a photo", "another photo":
+        (tmp_path / "a.jpg").write_text(text)
+        os.utime(tmp_path / "a.jpg", (1e9, 1e9))
+        digests.append(keys.files_of(c))
     assert digests[0] == digests[1] != digests[2]
 
 
