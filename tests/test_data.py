@@ -3,7 +3,11 @@ data.py: crops against torchvision, draws against the recipe's numbers, batches 
 change. Its sources: test_data_sources.py.
 """
 
+import ctypes
 import itertools
+import mmap
+import os
+import sys
 from dataclasses import replace
 from unittest.mock import MagicMock
 
@@ -87,6 +91,33 @@ def test_kernel_of_cut_and_definition_are_the_same_bytes():
             ops.use_kernels("off")
             assert torch.equal(data.cut(image, box, flip, size), ours)
             ops.use_kernels("auto")
+
+
+@pytest.mark.skipif(not ops.BUILT, reason="csrc is not built")
+def test_kernel_of_cut_shrinks_as_the_definition_does():
+    """So far that weights have as many bits as they may, 22 and not what the largest has room for."""
+    rng = np.random.default_rng(3)
+    for _ in range(40):  # a bit fewer is another byte in one of some thousand
+        image = torch.from_numpy(rng.integers(0, 256, (4000, 64, 3), dtype=np.uint8)).permute(2, 0, 1)
+        exact = resize(image.contiguous(), 8, 8)
+        assert torch.equal(data.cut(image, (0, 0, 4000, 64), False, 8), exact)
+
+
+@pytest.mark.skipif(not ops.BUILT or sys.platform != "linux", reason="csrc is not built, or memory cannot be guarded")
+@pytest.mark.parametrize("height, width", [(16, 21), (32, 5), (17, 21), (1, 1)])
+def test_kernel_of_cut_reads_nothing_beyond_the_photo(height, width):
+    """It reads 16 rows of 16 bytes: the photo ends where memory does. A child, as it would be killed."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    room = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert libc.mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+    size = 3 * height * width
+    image = torch.frombuffer(room, dtype=torch.uint8, count=size, offset=page - size).view(height, width, 3)
+    child = os.fork()
+    if not child:
+        torch.ops.nanodino.cut(image.permute(2, 0, 1), (0, 0, height, width), False, 9)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_cut_is_torchvisions_resized_crop():

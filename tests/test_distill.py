@@ -362,7 +362,8 @@ def test_mistakes_end_in_one_line(teacher, tmp_path, words, says):
 
 
 def test_every_option_is_read():
-    names = "distill", "engine/groups", "engine/checkpoint", "engine/profile", "train", "recipes", "data"
+    names = ("distill", "engine/groups", "engine/checkpoint", "engine/profile", "engine/channels", "train", "recipes",
+             "data")
     source = "".join((ROOT / f"{name}.py").read_text() for name in names)
     unread = [name for name in distill.OPTIONS if not re.search(rf"\b(c|config)\.{name}\b", source)]
     assert not unread
