@@ -232,12 +232,24 @@ def test_an_interrupted_call_is_gone_on_with(tmp_path, capsys):
     assert not memory.exists(), "a whole call leaves nothing: the images may change"
 
 
-def test_rows_of_another_sample_are_left_out(tmp_path):
+def test_what_is_measured_is_on_the_disk_at_once(tmp_path):
+    """a kill asks nobody"""
+    for i in range(40):
+        save(tmp_path / f"photos/{i:02}.png", 4, 4, "red")
+    source, memory, lines = Folder(tmp_path / "photos"), tmp_path / "memory.jsonl", {}
+    load = source.load
+    source.load = lambda i: lines.update({i: len(memory.read_text().splitlines())}) or load(i)
+    list(stats.collect(source, range(40), memory))
+    assert [lines[i] for i in (0, 15, 16, 31, 32)] == [0, 0, 16, 16, 32]
+
+
+def test_rows_of_another_sample_are_left_out(tmp_path, capsys):
     for i in range(4):
         save(tmp_path / f"photos/{i}.png", 4, 4, (i, i, i))
     source, memory = Folder(tmp_path / "photos"), tmp_path / "memory.jsonl"
     memory.write_text('3\n{"i": 9}\n')
     assert [found["i"] for found in stats.collect(source, [1, 3], memory)] == [1, 3]
+    assert "going on" not in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(photos, tmp_path):
