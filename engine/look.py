@@ -185,7 +185,7 @@ def sides(view, c):
     """Of the photo; and by how much the crop that needs it most is enlarged, which adds no detail."""
     cut = (max(c.global_size, c.gram_size), view["boxes"][:2]), (c.local_size, view["boxes"][2:])
     most = max(side / box[2:].min() for side, boxes in cut for box in boxes)
-    enlarged = f"; crops enlarged up to {most:.1f} times" if most > 1 else ""
+    enlarged = f"; crops enlarged up to {most:.1f} times" if most > 1.05 else ""
     return f"{view['part']}{view['photo'].shape[2]} x {view['photo'].shape[1]} pixels{enlarged}"
 
 

@@ -35,6 +35,8 @@ from data import draw_crops, loader, read_resolutions
 from engine import config as command_line
 from engine.channels import reader
 from engine.images import UPRIGHT, ImageConfig
+from engine.order import SHARES as SAMPLES
+from engine.order import STEPS
 from engine.ranks import count_workers
 from engine.sources import open_source
 from recipes import TrainConfig, configure
@@ -66,7 +68,7 @@ def measure(source, i):
         error                               instead of all that, where it cannot be read
     """
     found = dict(i=i)
-    part, row = source.at(i) if hasattr(source, "sources") else (source, i)                          # of a mixture
+    part, row = source.at(i) if hasattr(source, "sources") else (source, i)               # of a mixture
     try:
         data = part.raw(row)[0] if hasattr(part, "raw") else None
         image = source.load(i)
@@ -186,15 +188,16 @@ def summarize(measures, source, c):
     Measures of a source, and a recipe -> one object.
 
     mean, std   over the pixels of all images, where one image weighs as much as another whatever its size: each gives
-                as many crops as the next. Of values in 0..1; --mean and --std are these numbers
+                as many crops as the next; of a mixture as often as its part is seen. Of values in 0..1; --mean and
+                --std are these numbers
     crops       of the recipe: see `enlarged`; to enlarge adds no detail
     """
     good, errors = columns(measures)
     if not good:
         raise ValueError(f"--data: none of {len(errors)} images can be read; the first: {errors[0]}")
     width, height = good["width"], good["height"]
-    mean, square = (np.nanmean(good[name] / (width * height)[:, None], axis=0)
-                    for name in ("sum", "square"))  # nan: of a channel in which nothing was measured
+    often = frequency(source, good["i"])
+    mean, square = (average(good[name] / (width * height)[:, None], often) for name in ("sum", "square"))
     std = np.sqrt((square - mean**2).clip(0))
     result = dict(data=str(c.data), images=len(width), unreadable=len(errors), of=len(source))
     result |= dict(mean=mean.tolist(), std=std.tolist(), width=percentiles(width), height=percentiles(height),
@@ -209,6 +212,22 @@ def summarize(measures, source, c):
         result["classes"] = dict(zip(source.classes, sizes, strict=True))
     result["unreadable_names"] = errors[:LISTED]
     return result | dict(crops=enlarged(width, height, c))
+
+
+def frequency(source, rows):
+    """How often training sees each of these images, beside one another: in a mixture a part's share is its images'."""
+    if not hasattr(source, "sources"):
+        return np.ones(len(rows))
+    part = np.searchsorted(source.starts, rows, "right") - 1
+    mixed = STEPS - sum(each.pure for each in source.parts)
+    shares = np.array([each.pure + mixed * each.share / SAMPLES for each in source.parts])
+    return (shares / np.bincount(part, minlength=len(shares)).clip(1))[part]
+
+
+def average(x, weights):
+    """n C -> C; nan, of a channel in which nothing was measured, does not count"""
+    there = ~np.isnan(x)
+    return weights @ np.where(there, x, 0) / (weights @ there)
 
 
 def percentiles(values):

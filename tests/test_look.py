@@ -118,7 +118,7 @@ def test_sides_are_whole_multiples_where_they_fit(side, shown, local):
 
 def test_enlarging_is_told():
     c = replace(TINY, global_size=96, gram_size=0, local_size=48)
-    boxes = np.array([[0, 0, 96, 99], [0, 0, 97, 98], [0, 0, 20, 40]])
+    boxes = np.array([[0, 0, 95, 99], [0, 0, 97, 98], [0, 0, 20, 40]])
     view = dict(part="part 1 of 2, ", photo=torch.zeros(3, 50, 100), boxes=boxes)
     assert look.sides(view, c) == "part 1 of 2, 100 x 50 pixels; crops enlarged up to 2.4 times"
     assert look.sides(view, replace(c, local_size=20)) == "part 1 of 2, 100 x 50 pixels"

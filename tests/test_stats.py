@@ -120,37 +120,32 @@ def test_generated_images_have_no_files(tmp_path):
     assert set(found["width"].values()) == {96} and "bytes" not in found and "duplicates" not in found
 
 
-class Both:
-    """Two sources as a mixture has them: of its parts one has files."""
-
-    def __init__(self, *sources):
-        self.sources = sources
-
-    def at(self, i):
-        n = len(self.sources[0])
-        return (self.sources[0], i) if i < n else (self.sources[1], i - n)
-
-    def __len__(self):
-        return sum(map(len, self.sources))
-
-    def load(self, i):
-        source, row = self.at(i)
-        return source.load(row)
-
-    def name(self, i):
-        source, row = self.at(i)
-        return source.name(row)
-
-    def label(self, i):
-        raise ValueError("a mixture has none")
-
-
 def test_of_a_mixture_those_with_files_are_counted(photos, tmp_path):
-    source, alone = Both(open_source("shapes", 3), Folder(photos)), summary(photos, tmp_path)
+    source, alone = open_source(f"shapes*0.5,{photos}*0.5", 3), summary(photos, tmp_path)
     found = stats.summarize(measured(source, tmp_path), source, RECIPES["tiny"])
     assert found["images"] == 9 and "classes" not in found
     for name in "bytes", "formats", "modes", "turned", "duplicates", "duplicate_names", "unreadable_names":
         assert found[name] == alone[name]
+
+
+@pytest.mark.parametrize(("shares", "bright"), [("*0.5 *0.5", 0.5), ("*1 *3", 0.75), ("*0.2! *1", 0.8),
+                                                ("*0.25! *0.75!", 0.75)])
+def test_a_part_of_a_mixture_counts_as_often_as_it_is_seen(shares, bright, tmp_path):
+    """Three dark images, of which one cannot be read, and a bright one."""
+    for i in range(2):
+        save(tmp_path / f"dark/{i}.png", 4, 4, "black")
+    (tmp_path / "dark/2.png").touch()
+    save(tmp_path / "bright/0.png", 8, 8, "white")
+    dark, white = shares.split()
+    found = summary(f"{tmp_path}/dark{dark},{tmp_path}/bright{white}", tmp_path)
+    assert found["mean"] == pytest.approx([bright] * 3, abs=1e-4)  # shares are in thousandths, or 65,536ths
+    assert found["std"] == pytest.approx([(bright * (1 - bright)) ** 0.5] * 3, abs=1e-4)
+    assert found["images"] == 3 and found["unreadable"] == 1
+
+
+def test_what_was_not_measured_does_not_count():
+    x = np.array([[1.0, np.nan], [3.0, 5.0]])
+    assert stats.average(x, np.array([1.0, 3.0])).tolist() == [2.5, 5.0]
 
 
 def test_workers_find_the_same(photos, tmp_path):
@@ -237,12 +232,24 @@ def test_an_interrupted_call_is_gone_on_with(tmp_path, capsys):
     assert not memory.exists(), "a whole call leaves nothing: the images may change"
 
 
-def test_rows_of_another_sample_are_left_out(tmp_path):
+def test_what_is_measured_is_on_the_disk_at_once(tmp_path):
+    """a kill asks nobody"""
+    for i in range(40):
+        save(tmp_path / f"photos/{i:02}.png", 4, 4, "red")
+    source, memory, lines = Folder(tmp_path / "photos"), tmp_path / "memory.jsonl", {}
+    load = source.load
+    source.load = lambda i: lines.update({i: len(memory.read_text().splitlines())}) or load(i)
+    list(stats.collect(source, range(40), memory))
+    assert [lines[i] for i in (0, 15, 16, 31, 32)] == [0, 0, 16, 16, 32]
+
+
+def test_rows_of_another_sample_are_left_out(tmp_path, capsys):
     for i in range(4):
         save(tmp_path / f"photos/{i}.png", 4, 4, (i, i, i))
     source, memory = Folder(tmp_path / "photos"), tmp_path / "memory.jsonl"
     memory.write_text('3\n{"i": 9}\n')
     assert [found["i"] for found in stats.collect(source, [1, 3], memory)] == [1, 3]
+    assert "going on" not in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(photos, tmp_path):
