@@ -170,11 +170,22 @@ def test_cut_short(size, whole, tmp_path):
     assert [member.name for member in found] == ["1.jpg", "2.jpg"][:whole]
 
 
+@pytest.mark.parametrize("dialect", ["gnu", "pax"])
+def test_cut_short_in_what_describes_a_header(dialect, tmp_path):
+    path = make_tar(tmp_path / "a.tar", {"1.jpg": b"x", LONG: b"y"}, dialect)
+    path.write_bytes(path.read_bytes()[: 1024 + 512 + 30])
+    with pytest.raises(CutShort, match="cut short at byte 1566"):
+        walked(path)
+
+
 def test_damage_in_the_middle(tmp_path):
     """tarfile ends there without a word."""
     path = make_tar(tmp_path / "a.tar", {f"{k}.jpg": b"x" for k in range(3)})
     change(path, 1024 + 10, b"?")
     assert len(tarfile.open(path).getmembers()) == 1
+    with pytest.raises(ValueError, match="^byte 1024: no header of a tar$"):
+        walked(path)
+    change(path, 1024, b"\0")
     with pytest.raises(ValueError, match="^byte 1024: no header of a tar$"):
         walked(path)
     change(path, 1024, bytes(512))   # a hole: what follows is read, and is data, not a header
