@@ -275,6 +275,13 @@ def test_something_before_and_after_a_zip(tmp_path):
     assert opened(path) == FILES
 
 
+def test_a_zips_names_of_old(tmp_path):
+    """Without the bit that says UTF-8."""
+    path = make_zip(tmp_path / "a.zip", {"x.jpg": b"1"})
+    path.write_bytes(path.read_bytes().replace(b"x.jpg", b"\x81.jpg"))
+    assert opened(path) == {"ü.jpg": b"1"}
+
+
 def test_zip64(tmp_path, monkeypatch):
     """A directory as those of more than 65,535 files, or 4 GB, have it."""
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
