@@ -132,9 +132,10 @@ class Archives:
     """
     def __init__(self, path, read=read_image):
         self.path, self.read = Path(path).expanduser(), read
-        self.root, self.names, stamps = shards_of(path)
-        beside = self.root / ("all.index" if self.path.is_dir() else f"{self.path.name}.index")
-        self.index, self.open = open_index(self.path, beside, self.root, self.names, stamps), descriptors()
+        root, self.names, stamps = shards_of(path)
+        self.root = str(root)
+        beside = root / ("all.index" if self.path.is_dir() else f"{self.path.name}.index")
+        self.index, self.open = open_index(self.path, beside, root, self.names, stamps), descriptors()
         self.classes = self.index.classes or []
         if not len(self.index):
             raise ValueError(f"--data: no image in {path}; looked in {len(self.names)} shards for samples with "
@@ -158,7 +159,7 @@ class Archives:
             try:
                 shard, member, _ = self.index.row(i)
                 file = self.file(shard)
-                return contents(file.number, member), self.name(i)
+                return contents(file.number, member), self.called(shard, member, i)
             except OSError as error:
                 self.open.cache_clear()  # a stale handle, as of NFS, stays so until the file is opened anew
                 if error.errno is None or wait is None:
@@ -166,7 +167,7 @@ class Archives:
                 time.sleep(wait)
 
     def file(self, shard):
-        return self.open(self.root / self.names[shard], (self.index.sizes[shard], self.index.times[shard]))
+        return self.open(os.path.join(self.root, self.names[shard]), (self.index.sizes[shard], self.index.times[shard]))
 
     def load(self, i):
         data, name = self.raw(i)
@@ -184,12 +185,15 @@ class Archives:
     def name(self, i):
         """SHARD/MEMBER; where the shard cannot be read, the number of the sample in it stands for the member."""
         shard, member, _ = self.index.row(i)
+        return self.called(shard, member, i)
+
+    def called(self, shard, member, i):
         try:
             file = self.file(shard)
             name = name_at(file.number, member)
         except (OSError, ValueError):
             name = f"image {i - self.index.first(shard)}"
-        return shown(f"{self.root / self.names[shard]}/{name}")
+        return shown(os.path.join(self.root, self.names[shard], name))
 
     def digest(self):
         """Of the shards' names, sizes and counts of images: the folder may move."""

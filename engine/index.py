@@ -165,7 +165,7 @@ class Index:
     made     whether this process has made or completed it
     """
     def __init__(self, base, said, made=False):
-        self.rows, self.classes, self.made = rows_file(base), said["classes"], made
+        self.rows, self.classes, self.made = str(rows_file(base)), said["classes"], made
         self.sizes, self.times, self.places = (array("q", said[key]) for key in ("size", "time", "row"))
         self.ends = array("q", accumulate(said["n"]))
         self.n_bytes, self.unlabelled, self.others, self.cut = (

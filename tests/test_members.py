@@ -97,10 +97,19 @@ def test_sizes_of_base_256(tmp_path):
     change(path, 124, b"\x80" + (700).to_bytes(11, "big"))
     resum(path, 0)
     assert opened(path) == {"1.jpg": b"x" * 700, "2.jpg": b"y"}
-    change(path, 124, b"\xff" * 12)  # -1
+    for size in b"\xff" * 12, b"00000000909\0", b"-0000000001\0":  # -1; no octal number; -1
+        change(path, 124, size)
+        resum(path, 0)
+        with pytest.raises(ValueError, match="byte 0: a header with no size"):
+            walked(path)
+
+
+def test_times_where_others_have_folders(tmp_path):
+    """Some of GNU's headers have them there."""
+    path = make_tar(tmp_path / "a.tar", {"1.jpg": b"x"}, "gnu")
+    change(path, 345, b"14000000000\0")
     resum(path, 0)
-    with pytest.raises(ValueError, match="byte 0: a header with no size"):
-        walked(path)
+    assert opened(path) == {"1.jpg": b"x"}
 
 
 def test_what_is_no_file_has_no_data(tmp_path):
@@ -108,7 +117,7 @@ def test_what_is_no_file_has_no_data(tmp_path):
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for kind in tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE:
             info = tarfile.TarInfo("l" * 120 if kind == tarfile.DIRTYPE else "other")
-            info.type, info.linkname = kind, "k" * 120
+            info.type, info.linkname, info.size = kind, "k" * 120, 700
             tar.addfile(info)
         info = tarfile.TarInfo("1.jpg")
         info.size = 3
@@ -128,8 +137,8 @@ def test_a_global_header_and_one_of_holes_are_passed(tmp_path):
     resum(path, 1024)
     assert opened(path) == {"2.jpg": b"y"}
     data = bytearray(path.read_bytes())
-    data[1024 + 482] = 1                                     # one more block of holes, and none after it
-    path.write_bytes(data[:1536] + bytes(512) + data[1536:])
+    data[1024 + 482] = 1                                     # two more blocks of holes
+    path.write_bytes(data[:1536] + bytes(504) + b"\1" + bytes(7 + 512) + data[1536:])
     resum(path, 1024)
     assert opened(path) == {"2.jpg": b"y"}
 
@@ -170,11 +179,22 @@ def test_cut_short(size, whole, tmp_path):
     assert [member.name for member in found] == ["1.jpg", "2.jpg"][:whole]
 
 
+@pytest.mark.parametrize("dialect", ["gnu", "pax"])
+def test_cut_short_in_what_describes_a_header(dialect, tmp_path):
+    path = make_tar(tmp_path / "a.tar", {"1.jpg": b"x", LONG: b"y"}, dialect)
+    path.write_bytes(path.read_bytes()[: 1024 + 512 + 30])
+    with pytest.raises(CutShort, match="cut short at byte 1566"):
+        walked(path)
+
+
 def test_damage_in_the_middle(tmp_path):
     """tarfile ends there without a word."""
     path = make_tar(tmp_path / "a.tar", {f"{k}.jpg": b"x" for k in range(3)})
     change(path, 1024 + 10, b"?")
     assert len(tarfile.open(path).getmembers()) == 1
+    with pytest.raises(ValueError, match="^byte 1024: no header of a tar$"):
+        walked(path)
+    change(path, 1024, b"\0")
     with pytest.raises(ValueError, match="^byte 1024: no header of a tar$"):
         walked(path)
     change(path, 1024, bytes(512))   # a hole: what follows is read, and is data, not a header
@@ -253,6 +273,13 @@ def test_something_before_and_after_a_zip(tmp_path):
         packed.writestr(link, "a/1.jpg")
     path.write_bytes(b"#!/bin/sh\n" * 99 + path.read_bytes())
     assert opened(path) == FILES
+
+
+def test_a_zips_names_of_old(tmp_path):
+    """Without the bit that says UTF-8."""
+    path = make_zip(tmp_path / "a.zip", {"x.jpg": b"1"})
+    path.write_bytes(path.read_bytes().replace(b"x.jpg", b"\x81.jpg"))
+    assert opened(path) == {"ü.jpg": b"1"}
 
 
 def test_zip64(tmp_path, monkeypatch):
