@@ -109,7 +109,7 @@ def rows_of(path):
 def as_searched(name):
     """A key by which names sort as a folder is searched: in each folder first its files, then what is below it."""
     folder, _, base = name.rpartition("/")
-    return ("\1" + folder.replace("/", "\0\1") if folder else "") + "\0\0" + base
+    return folder.replace("/", "\0\1") + "\0\0" + base
 
 
 def pack(member, label):

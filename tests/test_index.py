@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ def test_order_is_that_of_a_folder(tmp_path):
     ({"a/1.jpg": b"x", "a/1.cls": b"", "a/1.json": b'{"label": 3}'}, "3"), ({"a/b/1.jpg": b"x"}, "a"),
     ({"a/1.jpg": b"x", "a/1.json": b"[" * 99_999}, "a"), ({"a/1.jpg": b"x", "a/1.json": b'{"label": [1]}'}, "a"),
     ({"a/1.jpg": b"x", "a/1.json": b'{"label": true}'}, "a"), ({"a/1.jpg": b"x", "a/1.json": b"\xff"}, "a"),
+    ({"1.jpg": b"x", "1.json": b"3"}, None), ({"1.jpg": b"x", "1.json": b'"label"'}, None),
     ({"1.jpg": b"x", "1.json": b"[1]"}, None), ({"1.jpg": b"x"}, None)])
 def test_labels(files, label, tmp_path):
     _, labels, notes = rows_of(make_tar(tmp_path / "a.tar", files))
@@ -147,6 +149,13 @@ def test_a_shard_that_changed_is_done_again(shards, counted):
     assert seen(found)[2:4] == [(1, 4, "d"), (1, 1, "e")] and len(found) == 7
     os.utime(shards[2], (1, 1))
     assert len(opened(shards)) == 7 and counted[4:] == ["2.zip"]
+
+
+def test_shards_that_have_changed_places(shards, counted):
+    """As large as before, and as old; under other names."""
+    opened(shards)
+    moved = [shards[0].rename(shards[0].with_name("00.tar")), *shards[1:]]
+    assert seen(opened(moved)) == ALL and counted[3:] == ["00.tar"]
 
 
 def test_what_was_done_is_kept(shards, counted, monkeypatch):
@@ -236,6 +245,7 @@ def test_one_of_many_processes_makes_it(shards, monkeypatch):
     def marked(path):
         with open(marks, "a") as file:
             file.write(f"{path.name}\n")
+        time.sleep(0.05)  # the others come meanwhile
         if path.name == "2.zip" and marks.read_text().count("2.zip") == 1:
             os.kill(os.getpid(), 9)
         return walk(path)
@@ -250,6 +260,7 @@ def test_one_of_many_processes_makes_it(shards, monkeypatch):
                 os._exit(0 if right else 1)
     codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
     assert codes == [-9, 0, 0, 0] and marks.read_text().split() == ["0.tar", "1.tar", "2.zip", "2.zip"]
+    assert (shards[0].parent / "all.index").read_text().count('"of"') == 1
 
 
 def test_many_processes_walk(shards, monkeypatch):
