@@ -177,7 +177,10 @@ def test_an_image_that_cannot_be_read_is_told(tmp_path, capsys):
 
 def test_stages_need_no_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    drawn, band = [], look.band
+    monkeypatch.setattr(look, "band", lambda view, c: drawn.extend(columns := band(view, c)) or columns)
     data.main("look shapes --n_shapes 4 --stage highres --images 1".split())
+    assert drawn[1:] == ["global crops, 160 px", "local crops, 64 px", "the Gram teacher's, 240 px"]  # drawn in step 0
     assert "--stage highres" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["look.png"], "no run's folder is made"
 
