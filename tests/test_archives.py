@@ -278,6 +278,29 @@ def test_three_tries(number, times, tmp_path, monkeypatch):
     assert len(failed) == times
 
 
+def test_a_stale_handle_is_opened_anew(tmp_path, monkeypatch):
+    source, stale, before = open_source(packed(tmp_path, "tar")), [], os.pread
+    source.raw(0)
+
+    def failing(fd, n, at):
+        if n == len(FILES["a/1.png"]) and not stale:
+            stale.append(source.file(0))  # held, so that its number is not given again
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return before(fd, n, at)
+    monkeypatch.setattr(os, "pread", failing)
+    assert source.raw(1)[0] == FILES["a/1.png"] and source.file(0).number != stale[0].number
+
+
+def test_bytes_that_are_wrong_are_read_once(tmp_path, monkeypatch):
+    path = packed(tmp_path, "zip", {"1\n.png": b"dog"})
+    path.write_bytes(path.read_bytes().replace(b"dog", b"cat"))
+    source, tries, before = open_source(path), [], archives.contents
+    monkeypatch.setattr(archives, "contents", lambda *words: (tries.append(1), before(*words)))
+    with pytest.raises(OSError, match=r"x.zip/1\\n.png: its checksum is wrong"):
+        source.raw(0)
+    assert len(tries) == 1
+
+
 def test_a_shard_that_vanishes(tmp_path):
     source = open_source(packed(tmp_path, "shards"))
     (tmp_path / "x-10.tar").unlink()
