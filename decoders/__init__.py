@@ -20,7 +20,7 @@ import torch
 from decoders import depth, dpt, linear
 from weights import File, open_pth, open_safetensors, take
 
-DECODERS = dict(linear=linear)
+DECODERS = dict(linear=linear, dpt=dpt)
 BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
 FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
 NEAR = 0.001                                               # metres, of the first
@@ -77,11 +77,18 @@ def load_dpt(file, backbone, layers, depth_range):
     with torch.device("meta"):
         head = dpt.DPT(c)
     bins, least, far = (depth.mixed, 1e-8, FAR["canopy"]) if c.class_token else (depth.evenly, 0.1, FAR["dpt"])
-    return depth.Depth(backbone, take(head, file), layers, bins(*(depth_range or (NEAR, far)), c.n_out), least)
+    bins = bins(*(depth_range or (NEAR, farthest(file) or far)), c.n_out)
+    return depth.Depth(backbone, take(head, file), layers, bins, least)
+
+
+def farthest(file):
+    """Metres, of a decoder of depth that evaluate.py has kept; None for others"""
+    said = re.fullmatch(r"\d+ bins to ([\d.]+) m", file.layout)
+    return said and float(said[1])
 
 
 def load_linear(file, backbone, layers, depth_range):
-    of_depth, own = "conv_depth.weight" in file.stored, re.fullmatch(r"\d+ bins to ([\d.]+) m", file.layout)
+    of_depth, far = "conv_depth.weight" in file.stored, farthest(file)
     file, (n_out, width) = linear.renamed(file)
     layers = layers or [backbone.config.depth - 1]
     whole = width // len(layers) == 2 * backbone.config.width  # the class token beside each patch
@@ -89,8 +96,8 @@ def load_linear(file, backbone, layers, depth_range):
     with torch.device("meta"):
         head = linear.Head(width, n_out, norm="norm.weight" in file.stored)
     head = linear.OfFeatures(take(head, file), whole)
-    if of_depth or own:
-        bins = depth.evenly(*(depth_range or (NEAR, float(own[1]) if own else FAR["linear"])), n_out)
+    if of_depth or far:
+        bins = depth.evenly(*(depth_range or (NEAR, far or FAR["linear"])), n_out)
         return depth.Depth(backbone, head, layers, bins, 0.1)
     return linear.OfImages(backbone, head, layers)
 

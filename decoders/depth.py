@@ -46,8 +46,10 @@ def mean_of_bins(logits, bins, least=0.1):
 
     least  no bin has less; 0.1 for depth, 1e-8 for canopies, as released
     """
-    v = logits.float().relu() + least
-    return torch.einsum("...khw,k->...hw", v, bins.to(v)) / v.sum(-3)
+    v = logits.float().relu()
+    bins = bins.to(v)
+    both = torch.einsum("...khw,jk->j...hw", v, torch.stack([bins, torch.ones_like(bins)]))    # one pass over v
+    return (both[0] + least * bins.sum()) / (both[1] + least * len(bins))
 
 # --------------------------------------------------------------------------------
 # Losses: of predictions and truths, both B H W; truths that are not known are 0

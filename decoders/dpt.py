@@ -6,6 +6,7 @@ DPT: the patches of four blocks, each as a map of its own size, fused from coars
     Fusion        a coarse map and the next finer one -> twice as large
     DPT           Features of four blocks -> n_out h' w'
     blocks        which four
+    sized         the widths for a backbone; RECIPE
 
 Names of parameters are those of the released files. Their layers, and the bins, see depth.py.
 
@@ -13,11 +14,13 @@ paper: DINOv3 App. D.11; D.13 for canopies. Ranftl et al. 2021. Dimension letter
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from decoders.fit import BatchNorm, Recipe
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,18 @@ class DPTConfig:
     hidden: int = 32               # before the last layer
     n_out: int = 256               # bins, or classes
     class_token: bool = False      # mixed into every patch; then units have biases, and nothing is normalised first
+    dropout: float = 0.0           # before the last layer; 0.05 in the paper
 
 
-SMALL = dict(channels=(64,) * 4, fused=64, hidden=32)  # for backbones as small as tiny
+# differs: the paper has no DPT of absolute depth; batch, rate and shape of NYU's linear head, one rate for all sizes
+RECIPE = Recipe(lr=1e-3, weight_decay=1e-4, batch=16, betas=(0.9, 0.99), warmup=0.1, clip=35)
+
+
+def sized(width):
+    """Widths as released from 1024 on; below, chosen so that a step costs about what the backbone's does"""
+    for least, channels, fused in (4096, 2048, 512), (1024, 1024, 512), (384, 256, 256), (0, 64, 64):
+        if width >= least:
+            return DPTConfig(width, (channels,) * 4, fused, dropout=0.05)
 
 
 def conv(n_in, n_out, side, bias=True):
@@ -49,7 +61,7 @@ class Reassemble(nn.Module):
             self.readout_projects = nn.ModuleList(nn.Sequential(nn.Linear(2 * c.width, c.width), nn.GELU())
                                                   for _ in c.channels)
         else:
-            self.batchnorm_layers = nn.ModuleList(nn.BatchNorm2d(c.width) for _ in c.channels)
+            self.batchnorm_layers = nn.ModuleList(BatchNorm(c.width) for _ in c.channels)
         self.projects = nn.ModuleList(conv(c.width, n, 1) for n in c.channels)
         first, second, _, last = c.channels
         self.resize_layers = nn.ModuleList([
@@ -100,10 +112,12 @@ class Fusion(nn.Module):
 
 
 class Bins(nn.Module):
-    def __init__(self, d, hidden, n_out):
+    def __init__(self, c):
         super().__init__()
-        self.head = nn.Sequential(nn.Conv2d(d, d // 2, 3, padding=1), nn.UpsamplingBilinear2d(scale_factor=2),
-                                  nn.Conv2d(d // 2, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, n_out, 1))
+        self.head = nn.Sequential(OrderedDict({
+            "0": nn.Conv2d(c.fused, c.fused // 2, 3, padding=1), "1": nn.UpsamplingBilinear2d(scale_factor=2),
+            "2": nn.Conv2d(c.fused // 2, c.hidden, 3, padding=1), "3": nn.ReLU(), "dropout": nn.Dropout2d(c.dropout),
+            "4": nn.Conv2d(c.hidden, c.n_out, 1)}))
 
     def forward(self, x):
         return self.head(x)
@@ -114,12 +128,12 @@ class DPT(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.width = c.width
         self.reassemble_blocks = Reassemble(c)
         self.convs = nn.ModuleList(conv(n, c.fused, 3, bias=False) for n in c.channels)
         self.fusion_blocks = nn.ModuleList(Fusion(c.fused, c.class_token, alone=i == 0) for i in range(4))
         self.project = None if c.class_token else conv(c.fused, c.fused, 3)
-        self.conv_depth = Bins(c.fused, c.hidden, c.n_out)
+        self.conv_depth = Bins(c)
 
     def forward(self, features):
         maps = [change(x) for change, x in zip(self.convs, self.reassemble_blocks(features), strict=True)]
@@ -127,6 +141,11 @@ class DPT(nn.Module):
         for fuse, finer in zip(self.fusion_blocks[1:], maps[2::-1], strict=True):
             x = fuse(x, finer)
         return self.conv_depth(x if self.project is None else self.project(x).relu())
+
+
+def Head(width, n_out):
+    """The DPT for a backbone of that width"""
+    return DPT(replace(sized(width), n_out=n_out))
 
 
 def blocks(depth, class_token=False):

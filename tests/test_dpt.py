@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoders import depth, dpt, load_decoder
+from decoders import dpt, load_decoder
 from model import ViT, ViTConfig
 from weights import load_backbone
 
