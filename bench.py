@@ -4,7 +4,7 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py              forward, data, attention, sinkhorn, loss, gram: what a CPU can be asked in minutes
     python bench.py forward      ViT-S, 8 images of 256 px: ours beside transformers' DINOv3ViTModel (needs extra: test)
     python bench.py augment      photos to training crops on one core, beside Pillow and torchvision, and part by part
-    python bench.py loader       batches of photos from 1 and 2 workers: images per second
+    python bench.py loader       batches of photos from a folder, a tar and a zip, by 0 to 2 workers, and part by part
     python bench.py data         crops of one image for training: images per second of one core
     python bench.py sinkhorn     balanced assignments: ours beside the textbook's and what torch.compile makes of it
     python bench.py loss         the same with the cross-entropy and its gradient
@@ -33,13 +33,17 @@ a CPU, and steps as well. Options:
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -103,12 +107,12 @@ def data(machine, report, compiled):
 
 
 @contextmanager
-def photos(path, batch):
-    """The recipe of ViT-L's crops, and batches of a folder of photos, or of generated ones of 500 x 375; one thread."""
+def photos(path, batch, n=64):
+    """The recipe of ViT-L's crops, batches of a folder of photos, or of n generated ones of 500 x 375; one thread."""
     c, threads = replace(RECIPES["l"], batch=batch, group=batch), torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(path if path != "shapes" else trials.jpegs(Path(folder), 64))
+        source = open_source(path if path != "shapes" else trials.jpegs(Path(folder), n))
         yield Batches(replace(c, patch_size=c.vit.patch_size), source, 0, batch)
     torch.set_num_threads(threads)
 
@@ -118,7 +122,7 @@ def augment(machine, report, path):
     with photos(path, 1) as batches:
         batches.masks = lambda *_: {}
         c, source, n = batches.config, batches.source, 2 if machine.shapes == "dry" else 32
-        order = [next(training_data.place(c.seed, len(source), i)) for i in range(n)]
+        order = [next(batches.order(i, 0)) for i in range(n)]
         drawn = [draw_crops(np.random.default_rng([c.seed, 3, i]), c, *source.load(at).shape[1:])
                  for i, at in enumerate(order)]
         sizes = [c.global_size] * 2 + [c.local_size] * c.n_local
@@ -160,19 +164,83 @@ def parts_of(run, functions):
 
 
 def loader(machine, report, path):
-    """As the trainer asks for them; the first batches, while workers start, are not counted."""
-    more = 1 if machine.shapes == "dry" else 8
-    with photos(path, 16) as batches:
-        alone = medians(machine, dict(batch=batches.__getitem__), [(0,)], rounds=5)["batch"].seconds
-        report.add("batches of photos", workers=0, images_per_s=16 / alone, share_of_cores=1.0)
-        for workers in 1, 2:
-            stream = training_data.loader(batches, range(4 + more * workers), workers)
-            for _ in range(4):
-                next(stream)
-            start, n = time.perf_counter(), sum(1 for _ in stream)
-            rate = 16 * n / (time.perf_counter() - start)
-            report.add("batches of photos", workers=workers, images_per_s=rate,
-                       share_of_cores=rate * alone / 16 / workers)
+    """As the trainer asks for them, of the same photos in a folder, a tar and a zip; the cache warm, and cold."""
+    dry, rates, alone = machine.shapes == "dry", {}, {}
+    with photos(path, 2 if dry else 16, 8 if dry else 512) as batches, tempfile.TemporaryDirectory() as folder:
+        forms = packed(batches.source, Path(folder), 1024)
+        for _ in range(1 if dry else 3):  # in turn, so that noise meets all alike
+            for form, files in forms.items():
+                batches = Batches(batches.config, open_source(Path(folder, form)), 0, batches.samples)
+                for cache, workers in product(("warm", "cold"), (0, 1, 2)):
+                    if cache == "cold":
+                        forget(files)
+                    key = form, cache, workers
+                    rates.setdefault(key, []).append(rate(batches, workers, *(0, 1) if dry else (3, 8)))
+        for (form, cache, workers), found in rates.items():
+            median = statistics.median(found)
+            alone.setdefault(form, median)  # warm, without a worker: one core
+            share = median / alone[form] / max(workers, 1)
+            report.add("batches of photos", form=form, cache=cache, workers=workers, images_per_s=median,
+                       spread=(max(found) - min(found)) / median, share_of_cores=share,
+                       **dict(flag="LOWER than 95 %") if share < 0.95 and not dry else {})
+        for form in forms:
+            batches = Batches(batches.config, open_source(Path(folder, form)), 0, batches.samples)
+            parts = shares(batches, 1 if dry else 6)
+            for name, seconds in parts.items():
+                report.add("parts of a photo's time", form=form, part=name, ms=seconds * 1e3,
+                           share=seconds / sum(parts.values()))
+
+
+def packed(source, folder, most):
+    """Up to `most` photos of a source as copies in a folder, a tar and a zip -> {form: [its files]}"""
+    rows = range(0, len(source), max(1, len(source) // most))[:most]
+    forms = dict(folder=[], tar=[folder / "tar/x.tar"], zip=[folder / "zip/x.zip"])
+    for form in forms:
+        (folder / form).mkdir()
+    with tarfile.open(forms["tar"][0], "w") as tar, zipfile.ZipFile(forms["zip"][0], "w") as packed:
+        for k, i in enumerate(rows):
+            data, name = source.raw(i)
+            path = folder / "folder" / f"{k:08}{Path(name).suffix}"
+            path.write_bytes(data)
+            tar.add(path, path.name)
+            packed.write(path, path.name)
+            forms["folder"].append(path)
+    os.sync()  # what is not on the disk yet is not forgotten
+    return forms
+
+
+def forget(files):
+    """The next one who reads them waits for the disk; where the system can do that."""
+    for path in files if hasattr(os, "posix_fadvise") else ():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rate(batches, workers, first, more):
+    """Images per second of `more` batches for each worker; the first ones, while they start, are not counted."""
+    first, n = first * workers, more * max(workers, 1)
+    stream = training_data.loader(batches, range(first + n), workers)
+    for _ in range(first):
+        next(stream)
+    start = time.perf_counter()
+    for _ in stream:
+        pass
+    return batches.samples * n / (time.perf_counter() - start)
+
+
+def shares(batches, n):
+    """Seconds of one photo's time, on one core, that each part takes, of n batches: {part: seconds}."""
+    source, count = batches.source, n * batches.samples
+    order = [next(batches.order(*divmod(i, batches.samples))) for i in range(count)]
+    functions = [(source, "load")] + [(training_data, name) for name in ("draw_crops", "cut", "augment")]
+    found = parts_of(lambda: [batches[step] for step in range(n)], functions)
+    start = time.perf_counter()
+    for i in order:
+        source.raw(i)
+    read = time.perf_counter() - start
+    parts = dict(read=read, decode=found["load"] - read, crop=found["draw_crops"] + found["cut"],
+                 colours=found["augment"], collate=found["rest"])
+    return {name: seconds / count for name, seconds in parts.items()}
 
 
 def evaluate(machine, report, compiled):

@@ -8,6 +8,10 @@ ranks and workers.
     draw_masks       which patches the student does not see, exact in number       iBOT; DINOv2 §B.1
     Batches          step -> batch
 
+    python data.py index SHARDS     tars and zips: where each image lies           engine/archives.py
+    python data.py stats PHOTOS     what a set of images holds                     engine/stats.py
+    python data.py look PHOTOS      what the network will see of it, a picture     engine/look.py
+
 Dimension letters: see the top of model.py.
 """
 
@@ -17,35 +21,40 @@ import re
 import signal
 import threading
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
+from importlib import import_module
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ops
+from engine import config as command_line
 from engine.colours import (
     APPLY,
     BRIGHTNESS,
     CONTRAST,
     GREY,
     HUE,
+    OF_FLOATS,
     OPERATIONS,
     ORDER,
     SATURATION,
     SIGMA,
     SOLARIZE,
 )
-from engine.images import resize
+from engine.images import ImageConfig, resize
+from engine.order import Order
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
+COMMANDS = dict(index="engine.archives", stats="engine.stats", look="engine.look")  # by name: they stand on this file
 
 # --------------------------------------------------------------------------------
 # Crops
 
 
 @dataclass(frozen=True)
-class CropConfig:
+class CropConfig(ImageConfig):
     global_size: int = 256         # [1, 4096]: pixels; G = 2 crops
     local_size: int = 112          # [1, 4096]: pixels
     gram_size: int = 0             # [0, 8192]: pixels of the global crops for a Gram teacher, undistorted; 0 = none
@@ -136,7 +145,7 @@ def largest_box(height, width, ratio):
 
 
 def cut(image, box, flip, size):
-    """C H W uint8 -> C size size uint8"""
+    """C H W -> C size size"""
     if image.stride()[::2] == (1, 3) and ops.path("cut", image, 0) == "kernel":
         return torch.ops.nanodino.cut(image, box, bool(flip), size)
     top, left, height, width = box
@@ -166,27 +175,29 @@ def cut_all(image, boxes, flips, config):
 
 def augment(crops, colours, mean, std):
     """
-    Colour jitter, grey, blur, solarize, then normalisation: the bytes of Pillow and torchvision, on any device.
+    Colour jitter, grey, blur, solarize, then normalisation: the bytes of Pillow and torchvision, on any device; of
+    float crops, which are no RGB photos, OF_FLOATS.
 
-    crops    n 3 H W, uint8    colours  n 12, float32, on the host: rows of the table of draw_crops
-    returns  n 3 H W, float32, normalised
+    crops    n C H W, uint8 or float32    colours  n 12, float32, on the host: rows of the table of draw_crops
+    returns  n C H W, float32, normalised
 
     differs: a blur in two passes of 9 taps, not one of 81, is off by one level in 1.2e-5 of the values
     """
-    if min(crops.shape[2:]) > 4 and ops.path("colours", crops, 0) == "kernel":
+    operations, top = (OPERATIONS, 255) if crops.dtype == torch.uint8 else (OF_FLOATS, 1)
+    if top == 255 and min(crops.shape[2:]) > 4 and ops.path("colours", crops, 0) == "kernel":
         table = colours.to(crops.device, non_blocking=True)
         return torch.ops.nanodino.colours(crops.contiguous(), table, mean, std)
-    x, table = crops.float(), colours.numpy()
+    x, table = crops.to(torch.float32, copy=True), colours.numpy()
     steps = [((table[:, APPLY] > 0) & (table[:, ORDER][:, turn] == which), 1 + which)
              for turn in range(4) for which in range(4)]
     for chosen, column in steps + [(table[:, column] > 0, column) for column in (GREY, SIGMA, SOLARIZE)]:
-        if chosen.any():  # known to the host: it waits for no device
-            operation, amounts = OPERATIONS[column]
+        if column in operations and chosen.any():  # known to the host: it waits for no device
+            operation, amounts = operations[column]
             rows = send(np.flatnonzero(chosen), torch.int64, x.device)
             amounts = send(amounts(table[chosen, column]), torch.float32, x.device)
             x[rows] = operation(x[rows], amounts[..., None, None, None])
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to the device
-        x[:, channel].mul_(1 / (255 * s)).add_(-m / s)
+        x[:, channel].mul_(1 / (top * s)).add_(-m / s)
     return x
 
 
@@ -252,8 +263,8 @@ class Batches(Dataset):
         masks         (G B) P bool  masked  M: where they are True   weights  M: 1 / masked of its image
         indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
 
-    Sample i of step s is number s batch + i of an endless series of shuffled epochs.
-    config          a CropConfig that also has batch, end, seed, group, patch_size, mean, std
+    Which image sample i of a step is: see Order.
+    config          a CropConfig that also has batch, end, seed, order, group, patch_size, mean, std
     first, samples  what this rank holds of the global batch
     colour_here     False: on the training device, by whoever receives the batch
     noise           step, first -> what is random in the student's forward, made ahead with the batch: batch["noise"]
@@ -265,7 +276,7 @@ class Batches(Dataset):
     def __init__(self, config, source, first, samples, colour_here=True, noise=None, parts=1):
         self.config, self.source, self.first, self.samples = config, source, first, samples
         self.colour_here, self.noise, self.parts = colour_here, noise, parts
-        self.unreadable = {}
+        self.order, self.unreadable = Order(source, config.seed, config.batch, config.order), {}
 
     def __len__(self):
         return self.config.end * self.parts
@@ -276,7 +287,7 @@ class Batches(Dataset):
         c, first = self.config.at(step), self.first + part * self.samples
         for i in range(first, first + self.samples):
             rng = np.random.default_rng([c.seed, 3, step * c.batch + i])
-            index, image = self.read(step * c.batch + i, broken)
+            index, image = self.read(step, i, broken)
             boxes, flips, colour = draw_crops(rng, c, *image.shape[1:])
             cuts.append(cut_all(image, boxes.tolist(), flips, c))
             colours.append(colour)
@@ -286,7 +297,7 @@ class Batches(Dataset):
         end = n + c.n_local * self.samples
         colours = torch.from_numpy(np.stack(colours, axis=1)).split([2, c.n_local])           # G, L of B 12
         batch = dict(global_crops=torch.stack(crops[:n]), indices=torch.tensor(indices), broken=broken)
-        none = crops[0].new_empty(0, 3, c.local_size, c.local_size)
+        none = crops[0].new_empty(0, len(crops[0]), c.local_size, c.local_size)
         batch["local_crops"] = torch.stack(crops[n:end]) if c.n_local else none
         batch["colours"] = [rows.flatten(0, 1) for rows in colours]
         if c.gram_size:
@@ -299,16 +310,18 @@ class Batches(Dataset):
             batch["kept"] = self.kept.masks(step, self.kept.first)
         return colour_batch(batch, c) if self.colour_here else batch
 
-    def read(self, n, broken):
-        """The n-th sample of the series; a neighbour stands in for an image that cannot be read."""
-        for index in place(self.config.seed, len(self.source), n):
+    def read(self, step, i, broken):
+        """Sample i of a step; the next in its order stands in for an image that cannot be read."""
+        before = len(broken)
+        for index in self.order(step, i):
             if index not in self.unreadable:
                 try:
                     return index, self.source.load(index)
                 except OSError as error:
                     self.unreadable[index] = str(error)
             broken.append((self.source.name(index), self.unreadable[index]))
-        raise ValueError(f"--data: none of {len(self.source)} images can be read; the last: {broken[-1][1]}")
+        raise ValueError(f"--data: none of {len(broken) - before} images in a row can be read; the last: "
+                         f"{broken[-1][1]}")
 
     def masks(self, step, first):
         c = self.config.at(step)
@@ -330,18 +343,6 @@ def colour_batch(batch, config):
     colours = rest.pop("colours")
     parts = zip(("global_crops", "local_crops", "gram_crops")[: len(colours)], colours, strict=True)
     return rest | {key: augment(batch[key], colours, config.mean, config.std) for key, colours in parts}
-
-
-def place(seed, size, n):
-    """Indices of the source for the n-th sample: the right one, then those to try if it cannot be read."""
-    order, at = epoch_order(seed, n // size, size), n % size
-    for k in range(size):
-        yield int(order[(at + k) % size])
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed, epoch, size):
-    return np.random.default_rng([seed, 5, epoch]).permutation(size)
 
 
 def ignore_signals(worker):
@@ -373,3 +374,17 @@ def loader(dataset, steps, workers, **kwargs):
         raise ValueError(f"--workers {workers}: {str(error).partition(chr(10))[0]}") from error
     except ValueError as error:    # raised in a worker, it comes with a traceback
         raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error
+
+
+def main(argv):
+    command, rest = (argv or ["--help"])[0], argv[1:]
+    if command in ("--help", "-h"):
+        print(__doc__.strip())
+        return
+    if command not in COMMANDS:
+        raise ValueError(f"{command!r} is no command; there are: {', '.join(COMMANDS)}, each before PATH")
+    import_module(COMMANDS[command]).main(rest)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -31,6 +31,7 @@ from convnext import CONVNEXT_SIZES, ConvNeXtConfig, on_grid
 from data import Batches, CropConfig, loader
 from engine import config as command_line
 from engine.cache import Cached, folder_of
+from engine.channels import reader
 from engine.checkpoint import begin_state, load_checkpoint, load_teacher, newest, replace_text, saved, take_rows
 from engine.groups import clock, kept_by, make_group, make_plan, share, wait
 from engine.interrupt import Interrupt, Later, Peers, Verdicts
@@ -70,8 +71,8 @@ class DistillConfig(TrainConfig):
 
     @property
     def vit(self):
-        """The student's configuration: patches as large as the teacher's, statistics the teacher's."""
-        own = replace(STUDENTS[self.size], mean=self.mean, std=self.std)
+        """The student's configuration: patches as large as the teacher's, channels and statistics the teacher's."""
+        own = replace(STUDENTS[self.size], in_chans=self.in_chans, mean=self.mean, std=self.std)
         if isinstance(own, ConvNeXtConfig):
             return own
         return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
@@ -106,8 +107,8 @@ RECIPES = {
     ),
 }
 OWN = dict(convnext_b=dict(lr=1e-4, weight_decay=0.02), convnext_l=dict(lr=1e-4))  # of recipe convnext
-OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "mean", "std",
-              "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
+OF_TEACHER = {"size", "stage", "init", "depth", "patch_size", "n_registers", "key_bias", "norm_eps", "in_chans", "mean",
+              "std", "joined", "dino_prototypes", "ibot_prototypes"}  # or of the student
 FOREIGN = OF_TEACHER | {"accumulate", "replicas", "moments", "start", "began", "resolutions", "cosine_warmup",
                         "local_weight_start", "gram_teacher", "gram_size", "gram_weight", "gram_warmup", "gram_refresh",
                         "gram_refreshes"}
@@ -179,15 +180,13 @@ def of_teacher(path, mode):
     found, run = identify(path).config, bool(saved(path))
     if mode == "heads" and not run:
         raise ValueError(f"--teacher {path} has no heads: it is not the folder of a run; take --mode features")
-    if found.in_chans != 3:
-        raise ValueError(f"--teacher {path} is for images of {found.in_chans} channels; it must be for RGB")
     crops = [field.name for field in fields(CropConfig) if field.name not in FOREIGN]
     names = crops + [*OBJECTIVE] * (mode == "heads")
     said = {name: getattr(recipes.saved_config(path, DistillConfig), name) for name in names if run}
     if mode == "features":
         said |= dict(n_local=0, mask_share=1.0, mask_ratio=(1.0, 1.0))  # every patch is compared
     patch = min(found.patch_size, 16)                                   # a ConvNeXt's 32 as 2x2
-    return said | dict(mean=found.mean, std=found.std, patch_size=patch, width=found.width)
+    return said | dict(in_chans=found.in_chans, mean=found.mean, std=found.std, patch_size=patch, width=found.width)
 
 
 def read_students(text):
@@ -341,7 +340,7 @@ def autocast(c, batch):
 def step_to_time(c, teacher, source, name, ranks, n):
     """() -> a step of n images on each rank: of the teacher, or of a student's training, three of them at most."""
     noise = Noise(c.seed, 0, ranks.rank * n, n, c.group, c.drop_path, c.rope_rescale)
-    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n, ranks.device.type == "cpu")[0], {})
+    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n, ranks.device.type == "cpu")[0])
     batch |= teacher_says(c, teacher, batch)
     if name == "teacher":
         return partial(teacher_says, c, teacher, batch)
@@ -359,13 +358,13 @@ def standing(c, name, ranks):
     return done, done + recipes.saved_config(out, DistillConfig).joined
 
 
-def begin(c, ranks, source, students):
+def begin(c, ranks, source, students, data):
     """Before the first step: the students' and the run's config.json, metrics.jsonl, what will be done."""
     for student in students:
         open_log(student.c, student.step, parameters=asdict(student.c.vit))
     if ranks.main:
         Path(c.out).mkdir(parents=True, exist_ok=True)
-        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | dict(commit=commit()), indent=1))
+        replace_text(Path(c.out, "config.json"), json.dumps(asdict(c) | data | dict(commit=commit()), indent=1))
         print(f"{c.teacher}, mode {c.mode}, mean {c.mean}, std {c.std}: {c.steps} steps of {c.batch} images, of "
               f"{len(source):,} of {c.data}; crops of {c.global_size} and {c.local_size} px; to {c.out}", flush=True)
 
@@ -377,11 +376,12 @@ def distill(c, ranks, interrupt):
     counts = {name: n for name, n in read_students(c.students).items() if done[name] < c.steps}
     if not counts:
         raise ValueError(f"--students {c.students}: all have their {c.steps} steps; ask for more, or for another")
-    source, teacher = open_source(c.data, c.n_shapes, c.seed), make_teacher(c, ranks)
+    source, teacher = open_source(c.data, c.n_shapes, c.seed, reader(c, c)), make_teacher(c, ranks)
+    data = recipes.fingerprint(c, source)
     samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
     here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
-    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))
     group, keep, mine = make_group(c, ranks, plan)
     keeps, shared = kept_by(c, ranks, plan), plan[0][1] < ranks.count
@@ -392,9 +392,9 @@ def distill(c, ranks, interrupt):
                         Verdicts(group, interrupt, source.name)) for name in mine]
     end = start + c.steps - min(done[name] for name in counts)
     wait(ranks)  # all have read what stands in OUT
-    ranks.together(lambda: begin(c, ranks, source, students if group.main else []))
+    ranks.together(lambda: begin(c, ranks, source, students if group.main else [], data))
     stream = loader(batches, range(start, end), count_workers(c.workers), pin_memory=ranks.device.type == "cuda")
-    unreadable, failed, heard, progress = {}, [], None, Progress(c, ranks, start, end)
+    failed, heard, progress = [], None, Progress(c, ranks, start, end)
     trace = tracer(c, ranks, end - start)
 
     def attempt(student, work, *args):
@@ -427,7 +427,7 @@ def distill(c, ranks, interrupt):
         path = batch.pop("path", None)
         kept = batch.get("kept", dict(masks=torch.zeros(0, 1, dtype=torch.bool)))
         counts = [masks["masks"].sum(1) for masks in (batch, kept)]
-        batch = train.on_device(c, ranks, batch, unreadable)
+        batch = train.on_device(c, ranks, batch)
         t0 = clock(ranks, logs)
         if "cls" not in batch:
             batch |= teacher_says(c, teacher, batch)
@@ -450,7 +450,7 @@ def distill(c, ranks, interrupt):
             if numbers and group.main and (logs or last):
                 row |= {name: float(x) for name, x in numbers.items()} | dict(
                     ms_student=1000 * (t1 - t0), **progress.speed(step))
-                progress.log(student.c.out, dict(step=student.step - 1, **row, unreadable=len(unreadable)))
+                progress.log(student.c.out, dict(step=student.step - 1, **row, unreadable=len(progress.unreadable)))
             if numbers and last:
                 attempt(student, student.save)
                 students = [other for other in students if other is not student]
@@ -460,7 +460,7 @@ def distill(c, ranks, interrupt):
             progress.mark(step)
 
     progress.bar.close()
-    for name, reason in unreadable.items():
+    for name, reason in progress.unreadable.items():
         print(f"rank {ranks.rank}: skipped unreadable {name}: {reason}")
     wait(ranks)  # some still save
     if failed:

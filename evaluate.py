@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from engine import config as command_line
 from engine import heads
+from engine.channels import of_run
 from engine.chunks import kept, serve, turn
 from engine.features import Frozen, chosen_layers, describe, load, whole_patches
 from engine.layouts import size_of
@@ -92,7 +93,8 @@ def configure(argv):
     values, words = command_line.read_words(argv, known)
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
-    c = command_line.apply(task.config(data=values.get("data", "shapes")), values)
+    trained = {name: text for name, text in of_run(values.get("weights", "")).items() if name in known}
+    c = command_line.apply(task.config(data=values.get("data", "shapes")), trained | values)
     task.check(c)
     config = describe(c.weights)
     side, patch = c.resolution or task.sides[c.data == "shapes"], config.patch_size

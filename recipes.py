@@ -16,13 +16,15 @@ from pathlib import Path
 import ops
 from data import CropConfig, read_resolutions
 from engine import config as command_line
+from engine.channels import of_run, reader
 from engine.checkpoint import newest, saved
-from engine.layouts import size_of
+from engine.layouts import size_of, widen
 from engine.loggers import check_loggers
+from engine.order import ORDERS
 from engine.sources import open_source
 from engine.stages import gram_config, kept
 from model import SIZES, ViTConfig
-from weights import identify
+from weights import identify, inflated
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
     recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
     stage: str = "pretrain"        # pretrain; gram, highres: from --start RUN; adapt: from --init WEIGHTS
-    data: str = "shapes"           # a folder of images, or shapes: the generated set
+    data: str = "shapes"           # folder, list, tars, mixture A*0.7,B*0.3: see open_source; shapes: generated
+    data_changed: bool = False     # go on, this once, with images that are not those the run was begun with
     n_shapes: int = 4096           # [1, 100000]: images of the generated set
+    order: str = "random"          # of each epoch: random, or windows: 64 neighbours at a time, for a slow disk
     out: str = ""                  # folder of the run; empty = runs/SIZE
     init: str = ""                 # weights that student and teacher start from, of any layout; the heads start fresh
     start: str = ""                # run that a stage goes on from, with all of its newest checkpoint; or RUN@STEP
@@ -59,6 +63,7 @@ class TrainConfig(CropConfig):
     n_registers: int = 4           # [0, 1000]: R
     key_bias: bool = False         # the attention's keys have a bias
     norm_eps: float = 1e-5         # (0, 1]: of the backbone's LayerNorms
+    in_chans: int = 3              # [1, 1024]: C; of --init for RGB, the kernels of others are the mean of its three
     mean: tuple = SIZES["tiny"].mean  # [0, 1]: of the images' channels, RGB in [0, 1]; kept with the weights
     std: tuple = SIZES["tiny"].std  # (0, 1]: the same: standard deviation
     group: int = 16                # [1, 1e6]: consecutive samples that masks and stochastic depth are drawn for at once
@@ -109,8 +114,8 @@ class TrainConfig(CropConfig):
     def vit(self):
         own = SIZES[self.size]
         return replace(own, depth=self.depth or own.depth, patch_size=self.patch_size or own.patch_size,
-                       n_registers=self.n_registers, key_bias=self.key_bias, norm_eps=self.norm_eps, mean=self.mean,
-                       std=self.std)
+                       n_registers=self.n_registers, key_bias=self.key_bias, norm_eps=self.norm_eps,
+                       in_chans=self.in_chans, mean=self.mean, std=self.std)
 
     @property
     def lr_factor(self):
@@ -131,7 +136,7 @@ class TrainConfig(CropConfig):
                        local_weight=self.local_weight_start + share * (self.local_weight - self.local_weight_start))
 
 
-NETWORK = "n_registers", "key_bias", "norm_eps", "mean", "std"  # fields that are the network's own
+NETWORK = "n_registers", "key_bias", "norm_eps", "in_chans", "mean", "std"  # fields that are the network's own
 
 # ViT-L from scratch on ImageNet-1k: the released recipe's numbers, for the network of the released weights and of
 # the paper's augmentation; as it was: `released`, below
@@ -243,9 +248,9 @@ AFTER = dict(gram=("pretrain", "gram"), highres=("pretrain", "gram", "highres"))
 WARMUPS = ("lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone", "gram_warmup", "gram_refresh")
 HEADS = tuple(f"{head}_{part}" for head in ("dino", "ibot") for part in ("hidden", "bottleneck", "prototypes"))
 OF_RUN = ("size", "recipe", "depth", "patch_size", *NETWORK, *HEADS, "prototype_std", "began")
-FREE = ("out", "resume", "data", "device", "kernels", "precision", "workers", "save_every", "keep", "keep_every",
-        "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
-        "compile")  # what a resumed run may change; data must be equal
+FREE = ("out", "resume", "data", "data_changed", "device", "kernels", "precision", "workers", "save_every", "keep",
+        "keep_every", "log_every", "log", "profile", "stop_after", "steps", "checkpointing", "accumulate", "replicas",
+        "compile")  # what a resumed run may change; data by another name, or with --data_changed
 
 
 def configure(argv, starts=True):
@@ -262,18 +267,18 @@ def configure(argv, starts=True):
     if adapts and not values.get("init"):
         raise ValueError("--stage adapt goes on from weights; name them: --init WEIGHTS")
     if values.get("init"):
-        values = say_init(values["init"]) | values
+        values = say_init(values["init"], values.get("in_chans")) | values
     size = values.get("size") or size_for(values.get("recipe"))
     recipe = find_recipe(size, values.get("recipe", ""))
     if not values.get("out") and resumes(given, f"runs/{size}"):
         return resumed_config(given, f"runs/{size}")
     if adapts:
         recipe = replace(recipe, gram_teacher=values["init"], **(ADAPT | TINY_ADAPT if size == "tiny" else ADAPT))
-    c = command_line.apply(recipe, values)
+    c = command_line.apply(of_channels(recipe, values.get("in_chans")), values)
     if adapts and not c.gram_size:
         c = replace(c, gram_size=c.global_size)
     if c.recipe == "photos" or adapts:
-        K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed)), c.batch)
+        K = suited_prototypes(len(open_source(c.data, c.n_shapes, c.seed, reader(c, c))), c.batch)
         c = replace(c, **{name: K for name in ("dino_prototypes", "ibot_prototypes") if name not in values})
     return settled(c, values, recipe.steps, f"runs/{size}", starts)
 
@@ -339,6 +344,12 @@ def size_for(recipe):
     return next((size for size, name in NAMED if name == recipe), "tiny")
 
 
+def of_channels(c, in_chans):
+    """c for images of so many channels, None = c's own; mean and std of new ones are those of RGB, and their mean."""
+    n = command_line.apply(c, dict(in_chans=str(in_chans or c.in_chans))).in_chans
+    return replace(c, in_chans=n, mean=widen(c.mean, n), std=widen(c.std, n))
+
+
 def suited_prototypes(n_images, batch):
     """
     K for a set of images, a power of two from 256 to 65,536.
@@ -364,15 +375,23 @@ def derive(c):
                    checkpointing=before.get(c.checkpointing.lower(), c.checkpointing))
 
 
-def say_init(path):
-    """What a weights file says of itself, as options: those of the command line stand above them."""
+def say_init(path, in_chans):
+    """
+    What a weights file says of itself, as options: those of the command line stand above them.
+
+    in_chans  of the command line, a text, or None: weights for RGB become weights for more channels
+    """
     found = identify(path).config
     size = size_of(found).partition(",")[0]
-    if not isinstance(found, ViTConfig) or found.in_chans != 3 or size not in RECIPES:
-        raise ValueError(f"--init {path} is {size_of(found)}, {found.in_chans} channels; it must be a ViT for RGB, "
-                         f"one of {', '.join(RECIPES)}")
+    if not isinstance(found, ViTConfig) or size not in RECIPES:
+        raise ValueError(f"--init {path} is {size_of(found)}; it must be a ViT, one of {', '.join(RECIPES)}")
+    n = of_channels(TrainConfig(), in_chans).in_chans if in_chans else found.in_chans
+    if n != found.in_chans and (found.in_chans, n > 3) != (3, True):
+        raise ValueError(f"--in_chans {n}: --init {path} is for images of {found.in_chans} channels; leave it out, or "
+                         "start from weights for RGB and ask for more than 3")
+    found = found if n == found.in_chans else inflated(found, n)
     names = "depth", "patch_size", *NETWORK
-    return dict(size=size) | {name: str(getattr(found, name)) for name in names}
+    return of_run(path) | dict(size=size) | {name: str(getattr(found, name)) for name in names}
 
 
 def resumed_config(values, out):
@@ -402,7 +421,9 @@ def go_on(before, values, out, free=(), derive=derive):
 def saved_config(out, kind=TrainConfig):
     """The config in a run's folder, as a `kind`."""
     saved, given = saved_text(out), {}
-    for name, old in vars(kind()).items():
+    n = saved.get("in_chans", 3)
+    like = of_channels(kind(), n if type(n) is int and 1 <= n <= 1024 else 3)
+    for name, old in vars(like).items():
         if name in saved:
             value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
             value = str(value) if name == "checkpointing" else value  # once it was true or false
@@ -411,9 +432,20 @@ def saved_config(out, kind=TrainConfig):
                 raise ValueError(f"{out}/config.json: {name} is {value!r}, where a {type(old).__name__} belongs; "
                                  "restore it from a copy")
     try:
-        return command_line.checked(kind(**given))
+        return command_line.checked(replace(like, **given))
     except ValueError as error:
         raise ValueError(f"{out}/config.json: {error}; restore it from a copy") from error
+
+
+def fingerprint(c, source):
+    """For config.json: what tells these images from others. Raises ValueError if c.out was begun with others."""
+    digest, before = source.digest(), saved_text(c.out) if c.resume else {}
+    if before.get("data_digest", digest) != digest and not c.data_changed:
+        raise ValueError(
+            f"--data {c.data} does not hold the images that {c.out} was begun with, those of {before.get('data')}: "
+            f"before {before.get('data_images', '?')} of fingerprint {before['data_digest'][:12]}, after {len(source)} "
+            f"of {digest[:12]}; name the same ones, or another --out, or go on with these: --data_changed true")
+    return dict(data_digest=digest, data_images=len(source), data_changed=False)  # it was asked for once
 
 
 def saved_text(out):
@@ -432,6 +464,8 @@ def check(c):
     """Raises ValueError for values that cannot be trained with."""
     if c.stage not in ("pretrain", "adapt", *AFTER):
         raise ValueError(f"--stage {c.stage} is not known; there are: pretrain, adapt, {', '.join(AFTER)}")
+    if c.order not in ORDERS:
+        raise ValueError(f"--order {c.order} is not known; choose {' or '.join(ORDERS)}")
     ops.use_kernels(c.kernels)
     check_loggers(c.log)
     if c.precision not in ("auto", "bf16", "fp8", "fp32"):
@@ -442,6 +476,7 @@ def check(c):
         raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
     if c.compile and c.checkpointing == "selective":
         raise ValueError("--compile chooses by itself what of a block stays in memory; --checkpointing: none, or full")
+    reader(c, c)
     check_sides(c)
     check_gram(c)
     for name in ("group", "koleo_group"):

@@ -108,7 +108,7 @@ class TextConfig:
     beta2: float = 0.99            # [0, 1): the same
     ranks: int = 1                 # [1, 1e6]: with --plan: devices, as torchrun would start them
 
-    gram_teacher = ""              # no option: what is asked of every trainer's config, as its end is
+    order = "random"  # no option: what is asked of every trainer's config, as its end is
 
     @property
     def end(self):
@@ -205,9 +205,9 @@ class Pairs(Batches):
         c, seen, texts, indices, broken = self.config, [], [], [], []
         step, part = divmod(place, self.parts)
         first = self.first + part * self.samples
-        for n in range(step * c.batch + first, step * c.batch + first + self.samples):
-            rng = np.random.default_rng([c.seed, 6, n])
-            index, x = self.read(n, broken)
+        for i in range(first, first + self.samples):
+            rng = np.random.default_rng([c.seed, 6, step * c.batch + i])
+            index, x = self.read(step, i, broken)
             captions = self.source.captions(self.said[index])
             texts.append(captions[rng.integers(len(captions))])
             if not self.kept:
@@ -371,11 +371,11 @@ def train(c, ranks, interrupt):
 
     lr, samples = schedule(0, c.lr, 0, c.lr_warmup, c.steps), c.batch // ranks.count // c.accumulate
     batches = Pairs(c, kept, tokenizer, backbone.config, ranks.rank * samples * c.accumulate, samples)
-    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * c.accumulate, c.steps * c.accumulate), c.workers,
                     pin_memory=ranks.device.type == "cuda")
     saver = Saver(c, ranks, towers, frozen, optimizer, failed=interrupt.leave)
-    verdicts, unreadable, n_cut = Verdicts(ranks, interrupt, source.name), {}, 0
+    verdicts, n_cut = Verdicts(ranks, interrupt, source.name), 0
     progress, trace = Progress(c, ranks, start, c.steps), tracer(c, ranks, c.steps - start)
 
     for step in range(start, c.steps + 1):
@@ -391,7 +391,6 @@ def train(c, ranks, interrupt):
 
         # a batch, in parts
         parts = [progress.next(stream) for _ in range(c.accumulate)]
-        unreadable |= dict(broken for part in parts for broken in part["broken"])
         n_cut += sum(part["cut"] for part in parts)
         set_schedules(optimizer, lr[step], c.weight_decay, step)
 
@@ -415,11 +414,11 @@ def train(c, ranks, interrupt):
             row = {name: x.item() for name, x in means.items()} | progress.speed(step)
             if ranks.main:
                 progress.log(c.out, dict(step=step, **row, lr=lr[step], scale=towers.logit_scale.exp().item(),
-                                         skipped=verdicts.skipped, cut=n_cut, unreadable=len(unreadable)))
+                                         skipped=verdicts.skipped, cut=n_cut, unreadable=len(progress.unreadable)))
             progress.mark(step)
 
     progress.bar.close()
-    report(c, ranks, step, unreadable, n_cut)
+    report(c, ranks, step, progress.unreadable, n_cut)
     return step == c.steps
 
 

@@ -38,6 +38,7 @@ from engine import config as command_line
 from engine import fp8, plan
 from engine.adam import AdamW16
 from engine.adapt import Regression, apart
+from engine.channels import reader
 from engine.checkpoint import begin_state, check_space, load_checkpoint
 from engine.interrupt import Interrupt, Peers, Verdicts
 from engine.meters import health
@@ -49,7 +50,7 @@ from engine.sources import open_source
 from engine.stages import describe, first_state, gram_term, make_gram_teacher, refresh, refreshes
 from losses import balanced, dino_losses, ibot_loss, koleo_loss
 from model import Noise, ProjectionHead, ViT, initialise, to_device
-from recipes import configure, find_recipe, saved_text, size_for
+from recipes import configure, find_recipe, fingerprint, size_for
 
 # --------------------------------------------------------------------------------
 # Networks and optimizer
@@ -280,7 +281,7 @@ def train(c, ranks, interrupt):
     """Trains; returns whether all steps are done, False after an interrupt.    paper: §3.2"""
     samples = plan.samples_of_a_part(c, ranks.count)
     stays = plan.announce(c, ranks, make_networks)
-    source, held = apart(open_source(c.data, c.n_shapes, c.seed), c)
+    source, held = apart(open_source(c.data, c.n_shapes, c.seed, reader(c, c)), c)
     student, teacher = build_networks(c, ranks, stays=stays), build_networks(c, ranks)
     teacher.requires_grad_(False).eval()
     optimizer = make_optimizer(c, student)
@@ -297,10 +298,10 @@ def train(c, ranks, interrupt):
     K = c.accumulate
     batches = Batches(c, source, ranks.rank * K * samples, samples, ranks.device.type == "cpu",
                       partial(draw_noise, c, samples), K)
-    batches.read(start * c.batch, [])  # if nothing can be read, say so here and not from a worker
+    batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * K, c.end * K), count_workers(c.workers),
                     pin_memory=ranks.device.type == "cuda")
-    verdicts, unreadable = Verdicts(ranks, interrupt, source.name), {}
+    verdicts = Verdicts(ranks, interrupt, source.name)
     saver = Saver(c, ranks, *state, failed=interrupt.leave)
     regression = Regression(c, ranks, held, gram, start)
     progress, trace = Progress(c, ranks, start, c.end), tracer(c, ranks, c.end - start)
@@ -319,7 +320,7 @@ def train(c, ranks, interrupt):
             break
 
         # a batch, in parts, and this step's numbers; t counts the steps of the stage
-        parts = [on_device(c, ranks, progress.next(stream), unreadable) for _ in range(K)]
+        parts = [on_device(c, ranks, progress.next(stream)) for _ in range(K)]
         t, now = step - c.began, c.at(step)
         weights = term_weights(now)
         set_schedules(optimizer, lr[t], weight_decay[t], t)
@@ -358,25 +359,21 @@ def train(c, ranks, interrupt):
             row |= progress.speed(step)
             if ranks.main:
                 progress.log(c.out, dict(step=step, **row, lr=lr[t], skipped=verdicts.skipped,
-                                         unreadable=len(unreadable)))
+                                         unreadable=len(progress.unreadable)))
             progress.mark(step)
 
     progress.bar.close()
-    report(c, ranks, step, unreadable)
+    report(c, ranks, step, progress.unreadable)
     regression.conclude(step == c.end)
     return step == c.end
 
 
 def begin(c, ranks, start, source, student, teacher, optimizer, gram):
     """On main, before the first step: is it the same data, is there room; what will be done; config.json."""
-    digest = source.digest()
-    if c.resume and saved_text(c.out).get("data_digest", digest) != digest:
-        raise ValueError(f"--data {c.data} does not hold the images that {c.out} was begun with; name the same ones, "
-                         "or another --out")
+    notes = fingerprint(c, source) | ({} if gram is None else dict(gram=asdict(gram.config)))
     check_space(c, start, student, teacher, optimizer, gram)
     print_plan(c, ranks, source, student)
-    notes = {} if gram is None else dict(gram=asdict(gram.config))
-    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), data_digest=digest, **notes)
+    open_log(c, start, lr_scaled=c.lr * c.lr_factor, parameters=asdict(c.vit), **notes)
 
 
 def mean_of(rows):
@@ -393,9 +390,8 @@ def draw_noise(c, samples, step, first):
     return noise.draw(c.vit.depth, n_images, [1 + c.vit.n_registers + P for P in grids])
 
 
-def on_device(c, ranks, batch, unreadable):
-    """The batch on this rank's device, coloured; adds the images that could not be read. Indices stay on the host."""
-    unreadable |= dict(batch.pop("broken"))
+def on_device(c, ranks, batch):
+    """The batch on this rank's device, coloured; its indices stay on the host."""
     stays = {k: batch.pop(k) for k in ("indices", "colours") if k in batch}
     batch = to_device(batch, ranks.device) | stays
     return batch if ranks.device.type == "cpu" else colour_batch(batch, c)

@@ -47,9 +47,10 @@ from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
 from engine.attention import attention_row
+from engine.channels import of_run, reader
 from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
-from engine.images import EXTENSIONS, read_image, resize
+from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
 from engine.pictures import entitled, hues
 from engine.sources import open_source
 from losses import gram_loss
@@ -62,7 +63,7 @@ GUTTER = 4  # white pixels between pictures
 
 
 @dataclass(frozen=True)
-class VisualizeConfig:
+class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
     out: str = ""              # the .png to write, for explore the .html; its folder is made
@@ -100,28 +101,28 @@ def cropped(image, resolution, patch_size, name="image"):
     return image[:, (height - h) // 2 :, (width - w) // 2 :][:, :h, :w]
 
 
-def load_photos(names, resolution, patch_size):
+def load_photos(names, resolution, patch_size, read):
     """The images that can be read and hold a patch, for the network, and their names; others are counted and named."""
-    photos, read, broken = [], [], []
+    photos, taken, broken = [], [], []
     for name in tqdm(names, desc="reading", unit="img", leave=False, disable=None):
         try:
-            image = read_image(name) if not name.startswith("shapes:") else \
+            image = read(name) if not name.startswith("shapes:") else \
                 torch.from_numpy(shapes.scene(int(name[7:]), 192).image).permute(2, 0, 1)
             photos.append(cropped(image, resolution, patch_size, name))
-            read.append(name)
+            taken.append(name)
         except (OSError, ValueError) as error:
             broken.append(str(error))
     if not photos:
         raise ValueError(f"IMAGE: none of {len(names)} can be taken; {broken[0]}")
     if broken:
         print(f"skipped {len(broken)} of {len(names)}:", *broken, sep="\n  ")
-    return photos, read
+    return photos, taken
 
 
 def network_input(vit, image):
-    """C H W uint8 -> 1 C H W float32, normalised as in training, on the network's device."""
+    """C H W -> 1 C H W float32, normalised as in training, on the network's device."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (vit.config.mean, vit.config.std))
-    return ((image[None].float() / 255 - mean) / std).to(next(vit.parameters()).device)
+    return ((unit(image[None]) - mean) / std).to(next(vit.parameters()).device)
 
 
 @torch.no_grad()
@@ -262,8 +263,8 @@ def gram_picture(maps, image, points=None):
     for point in points or comparisons.most_different(first, second):
         a, b = (comparisons.cosines(m, patch_at(point, grid)) for m in (first, second))
         low, top = min(a.min(), b.min()), max(abs(b - a).max(), 1e-6)
-        shown = [(x - low) / max(1 - low, 1e-6) for x in (a, b)] + [comparisons.signed_colours((b - a) / top)]
-        pairs = [side_by_side(image, x) for x in shown]
+        levels = [(x - low) / max(1 - low, 1e-6) for x in (a, b)] + [comparisons.signed_colours((b - a) / top)]
+        pairs = [side_by_side(image, x) for x in levels]
         rows.append([ringed(x, point, grid) for x in (pairs[0][0], *(colours for _, colours in pairs))])
     loss = gram_loss(*(m.flatten(0, 1)[None] for m in (first, second))).item()
     means = [mean_cosine(m) for m in (first, second)]
@@ -283,8 +284,8 @@ def sizes_picture(vit, photos, names, c):
     colours = pca_picture([m for of_image in each for m in of_image], c.foreground)
     colours = [colours[i : i + len(sizes)] for i in range(0, len(colours), len(sizes))]
     curves = [[comparisons.consistency(m, of_image[-1]) for m in of_image] for of_image in each]
-    shown = [photo.permute(1, 2, 0).numpy() for photo in photos]
-    comparisons.draw_sizes(c.out, [Path(name).name for name in names], sizes, shown, colours, curves)
+    pictures = [shown(photo).permute(1, 2, 0).numpy() for photo in photos]
+    comparisons.draw_sizes(c.out, [Path(name).name for name in names], sizes, pictures, colours, curves)
     return [f"{name}: consistency " + ", ".join(f"{x} px {value:.3f}" for x, value in zip(sizes, curve, strict=True))
             for name, curve in zip(names, curves, strict=True)]
 
@@ -292,7 +293,7 @@ def sizes_picture(vit, photos, names, c):
 def training_frames(run, point, n_images=4):
     """[(words, picture)] of a run's kept steps: some of its own images, their PCA, cosines to the patch at a point."""
     c = saved_config(run)
-    source = open_source(c.data, c.n_shapes, c.seed)
+    source = open_source(c.data, c.n_shapes, c.seed, reader(c, c))
     indices = [i * len(source) // n_images for i in range(n_images)]  # apart: neighbours are of one class
     frames, before = [], None
     for step, path in comparisons.kept_steps(run):
@@ -331,13 +332,13 @@ def text_pictures(model, image, prompts):
 
 
 def side_by_side(image, colours):
-    """C H W uint8, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
+    """C H W, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
     if colours.ndim == 2:
         at = np.linspace(0, 1, len(HEAT))
         colours = np.stack([np.interp(colours, at, channel) / 255 for channel in np.transpose(HEAT)], -1)
     colours = torch.from_numpy(np.rint(colours * 255).astype(np.uint8)).permute(2, 0, 1)
     colours = F.interpolate(colours[None], image.shape[1:], mode="nearest-exact")[0]
-    return [each.permute(1, 2, 0).numpy().copy() for each in (image, colours)]
+    return [each.permute(1, 2, 0).numpy().copy() for each in (shown(image), colours)]
 
 
 def sheet(groups):
@@ -361,7 +362,8 @@ def all_of(argv, option):
 def configure(argv):
     """The command line -> mode, its images or runs, config, layers, point. What is wrong is said before any work."""
     values, words = command_line.read_words(argv, command_line.types(VisualizeConfig()))
-    c, (mode, *words) = command_line.apply(VisualizeConfig(), values), words or [""]
+    c = command_line.apply(VisualizeConfig(), of_run(values.get("weights", "")) | values)
+    mode, *words = words or [""]
     if mode == "gram":
         c = replace(c, weights=all_of(argv, "--weights"))
         if len(c.weights) != 2:
@@ -404,7 +406,8 @@ def main(argv):
     nets = [load_backbone(path, c.size or None).to(command_line.choose_device("auto"))
             for path in (c.weights if mode == "gram" else [c.weights])]
     vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
-    photos, names = load_photos(names, c.resolution, math.lcm(*(net.config.patch_size for net in nets)))
+    patch = math.lcm(*(net.config.patch_size for net in nets))
+    photos, names = load_photos(names, c.resolution, patch, reader(c, nets[0].config))
     if mode == "resolutions":
         print(*sizes_picture(vit, photos, names, c), f"wrote {c.out}", sep="\n")
         return
@@ -432,7 +435,7 @@ def main(argv):
     elif mode == "similarity":
         groups = [similarity_picture(*each, c.point) for each in zip(maps, photos, strict=True)]
     if mode == "explore":
-        html, d, error = page(maps, photos, [Path(name).name for name in names])
+        html, d, error = page(maps, [shown(photo) for photo in photos], [Path(name).name for name in names])
         Path(c.out).write_text(html, encoding="utf-8")
         said = f"{len(html) / 1e6:.1f} MB; {maps[0].shape[2]} features kept as {d} int8, cosines within {error:.3f}"
     elif Path(c.out).suffix == ".html":

@@ -171,8 +171,12 @@ def load_backbone(path, size=None, dtype=torch.float32):
     return model.eval()
 
 
-def stream_backbone(path, size=None, dtype=torch.float32):
-    """load_backbone, one tensor at a time: the network without storage, and an iterator over (name, tensor) of all."""
+def stream_backbone(path, size=None, dtype=torch.float32, in_chans=0):
+    """
+    load_backbone, one tensor at a time: the network without storage, and an iterator over (name, tensor) of all.
+
+    in_chans  of the network, as `inflated` has it; 0 = the file's
+    """
     file = identify(path)
     if size is not None and size != (found := size_of(file.config)):
         raise ValueError(f"{path} is {found}, not {size!r}; leave --size out, or name another file")
@@ -186,7 +190,12 @@ def stream_backbone(path, size=None, dtype=torch.float32):
     mend(file, model, mended)
     if file.notes:
         print(f"{path}, read as {file.layout}, {size_of(file.config)}: {'; '.join(dict.fromkeys(file.notes))}")
-    return model, ((key, mended[key] if key in mended else read(key)) for key in own)
+    tensors = ((key, mended[key] if key in mended else read(key)) for key in own)
+    if in_chans in (0, file.config.in_chans):
+        return model, tensors
+    stem = stem_of(own)
+    return empty(inflated(file.config, in_chans)), (
+        (key, inflated_stem(x, in_chans) if key == stem else x) for key, x in tensors)
 
 
 def empty(config):
@@ -318,16 +327,29 @@ def inflate(model, in_chans):
     paper:  DINOv3 §8.1: the patch-embedding weight of a new channel is the mean of the three RGB ones; the paper says
             nothing of its mean and std: the mean of the three here too
     """
-    c = model.config
-    if c.in_chans != 3 or in_chans <= 3:
-        raise ValueError(f"inflate: from {c.in_chans} to {in_chans} channels; it goes from 3 to more")
-    wide = empty(replace(c, in_chans=in_chans, mean=widen(c.mean, in_chans), std=widen(c.std, in_chans)))
-    state = model.state_dict()
-    first = next(key for key, x in state.items() if x.ndim == 4)  # the patch embedding, or the stem: D 3 p p
-    mean = state[first].float().mean(1, keepdim=True).to(state[first].dtype)
-    state[first] = torch.cat([state[first], *[mean] * (in_chans - 3)], dim=1)
+    wide, state = empty(inflated(model.config, in_chans)), model.state_dict()
+    stem = stem_of(state)
+    state[stem] = inflated_stem(state[stem], in_chans)
     wide.load_state_dict(state, assign=True)
     return wide.train(model.training)
+
+
+def inflated(config, in_chans):
+    """The configuration for images of more channels. Raises ValueError if it is for other images than RGB."""
+    if config.in_chans != 3 or in_chans <= 3:
+        raise ValueError(f"inflate: from {config.in_chans} to {in_chans} channels; it goes from 3 to more")
+    return replace(config, in_chans=in_chans, mean=widen(config.mean, in_chans), std=widen(config.std, in_chans))
+
+
+def stem_of(state):
+    """The name of the patch embedding, or of a ConvNeXt's stem."""
+    return next(key for key, x in state.items() if x.ndim == 4)
+
+
+def inflated_stem(weight, in_chans):
+    """D 3 p p -> D in_chans p p"""
+    mean = weight.float().mean(1, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, *[mean] * (in_chans - 3)], dim=1)
 
 
 @torch.no_grad()

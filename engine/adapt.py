@@ -27,7 +27,7 @@ from engine.meters import effective_rank
 from engine.sources import Drawn
 from engine.stages import normalised_for
 from engine.views import centre_crop
-from weights import load_backbone, save_backbone
+from weights import inflate, load_backbone, save_backbone
 
 HELD = 256            # photos held out, at most, and at most a tenth of all
 DRAWS = 4             # of two crops, of each of them: with 2, gains of 1.5 points in 16 are within the noise
@@ -70,7 +70,9 @@ class Regression:
         if not self.rows:
             self.rows = [dict(step=0) | self.measure(released)]
             if ranks.main:
-                save_backbone(load_backbone(c.init), Path(c.out, "best.safetensors"), "nano", dict(size=c.size, step=0))
+                first = load_backbone(c.init)
+                first = first if first.config.in_chans == c.in_chans else inflate(first, c.in_chans)
+                save_backbone(first, Path(c.out, "best.safetensors"), "nano", dict(size=c.size, step=0))
                 print(f"{len(held)} photos are held out; {said(self.rows[0], self.rows[0])}", flush=True)
 
     def look(self, step, backbone):

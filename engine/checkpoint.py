@@ -298,7 +298,7 @@ def take_rows(own, whole):
 @torch.no_grad()
 def start_from(path, ranks, *networks):
     """Copies a file's backbone into each network's, in place, every rank its rows; the heads stay as they are."""
-    model, tensors = stream_backbone(path)
+    model, tensors = stream_backbone(path, in_chans=networks[0]["backbone"].config.in_chans)
     shapes = {key: x.shape for key, x in model.state_dict().items()}
     own = [network["backbone"].state_dict() for network in networks]
     source = {key: key for key in own[0]}

@@ -1,10 +1,11 @@
 """
-The operations that recolour training crops, as Pillow and torchvision round them: levels of 0 to 255, whole ones after
-each. data.augment applies them, or the kernels of csrc/, which make the same bytes.
+The operations that recolour training crops: of RGB as Pillow and torchvision round them, levels of 0 to 255, whole ones
+after each; data.augment applies them, or the kernels of csrc/, which make the same bytes.
 
     OPERATIONS    column of the table of colours -> operation; what it takes of the amounts drawn
+    OF_FLOATS     the same of images that are no RGB photos: N channels from 0 to 1, and nothing is rounded
 
-An operation takes n 3 H W, float32, and an amount for each of the n crops, n 1 1 1; it returns the like.
+An operation takes n C H W, float32, and an amount for each of the n crops, n 1 1 1; it returns the like.
 """
 
 import numpy as np
@@ -59,6 +60,10 @@ def to_grey(x, _):
 
 
 def blur(x, taps):
+    return smooth(x, taps).round()
+
+
+def smooth(x, taps):
     """9-tap Gaussian, edges mirrored.    taps  5 n 1 1 1: the middle one and those on either side"""
     x = F.pad(x, (4, 4, 4, 4), mode="reflect")
     for dim in 3, 2:
@@ -66,7 +71,7 @@ def blur(x, taps):
         x = near[4] * taps[0]
         for t in range(1, 5):
             x = x + (near[4 - t] + near[4 + t]) * taps[t]
-    return x.round()
+    return x
 
 
 def solarize(x, _):
@@ -89,3 +94,18 @@ OPERATIONS = {  # column of the table: operation; what it takes of the amounts d
     BRIGHTNESS: (adjust_brightness, np.asarray), CONTRAST: (adjust_contrast, np.asarray),
     SATURATION: (adjust_saturation, np.asarray), HUE: (adjust_hue, hue_levels), GREY: (to_grey, np.asarray),
     SIGMA: (blur, gaussian_taps), SOLARIZE: (solarize, np.asarray)}
+
+# --------------------------------------------------------------------------------
+# Of N channels, which may be no colours: grey is their mean, there is no hue
+
+
+def mix(low, x, factor):
+    return (low + (x - low) * factor).clamp(0, 1)
+
+
+OF_FLOATS = {
+    BRIGHTNESS: (lambda x, factor: mix(0, x, factor), np.asarray),
+    CONTRAST: (lambda x, factor: mix(x.mean((1, 2, 3), keepdim=True), x, factor), np.asarray),
+    SATURATION: (lambda x, factor: mix(x.mean(1, keepdim=True), x, factor), np.asarray),
+    GREY: (lambda x, _: x.mean(1, keepdim=True).expand_as(x), np.asarray),
+    SIGMA: (smooth, gaussian_taps), SOLARIZE: (lambda x, _: torch.minimum(x, 1 - x), np.asarray)}

@@ -60,6 +60,7 @@ def convert(field, text, old):
     try:
         value = literal_eval(text.capitalize() if kind is bool else text)
         value = float(value) if kind is float and type(value) is int else value
+        value = (value,) if kind is tuple and len(old) == 1 and type(value) is not tuple else value
     except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError):
         value = text
     if not fits(value, old):

@@ -3,7 +3,7 @@ A frozen network, and what it says of images: once, in order, on disk, by any nu
 
     Frozen    tokens, maps: on disk;  walk, live: patches, on none;  keep, each: truths, scores, on disk
     Pixels    the floor under every feature: the image itself
-    load      --weights -> network;  describe: its config alone, before anything is loaded
+    load      --weights -> network;  describe: its config alone, before anything is loaded;  reads: how images are read
 
 Dimension letters: see the top of model.py.
 """
@@ -23,10 +23,12 @@ from torch import nn
 
 from convnext import CONVNEXT_SIZES, ConvNeXt, resize_map
 from data import loader
+from engine.channels import reader
 from engine.chunks import Computed, Job, Keyed, Stored, Table, everywhere, index, lent, make, named, read, write
+from engine.images import read_image, unit
 from engine.keys import code_of, files_of, weights_of
 from engine.ranks import Ranks, choose_precision
-from engine.task import skip
+from engine.task import IMAGES, skip
 from model import SIZES, Features, ViT, build
 from weights import identify, load_backbone
 
@@ -42,7 +44,8 @@ UNTRAINED = SIZES | CONVNEXT_SIZES
 class Pixels(nn.Module):
     """The floor under every feature: the image itself, 16x16 as its class token, the colours of a patch, 4x4, as it."""
 
-    config = SimpleNamespace(patch_size=16, width=48, depth=1, mean=SIZES["s"].mean, std=SIZES["s"].std)
+    config = SimpleNamespace(patch_size=16, width=48, depth=1, in_chans=3, mean=SIZES["s"].mean,
+                             std=SIZES["s"].std)
 
     def forward(self, images):
         x = F.pixel_unshuffle(F.avg_pool2d(images, 4), 4)                                      # B 48 h w
@@ -68,6 +71,11 @@ def describe(weights):
     if name not in UNTRAINED:
         raise ValueError(f"--weights {weights}: unknown size {name!r}; choose one of {', '.join(UNTRAINED)}")
     return UNTRAINED[name]
+
+
+def reads(c):
+    """What makes an image of a file, for the network of --weights: see channels.py. Raises ValueError."""
+    return reader(c, describe(c.weights)) if hasattr(c, "bands") and c.weights else read_image
 
 
 def load(weights, size="", precision="fp32"):
@@ -265,14 +273,15 @@ class Frozen:
     # ---- what they have in common
 
     def network_input(self, images):
-        return (torch.stack(images).to(self.device).float() / 255 - self.mean) / self.std
+        return (unit(torch.stack(images).to(self.device)) - self.mean) / self.std
 
     @cached_property
     def about(self):
         """What all files depend on."""
         c = self.c
         return dict(weights=weights_of(self.model), files=files_of(c), device=self.device.type, data=str(c.data),
-                    resolution=c.resolution, limit=c.limit, precision=self.precision, norm=self.norm)
+                    resolution=c.resolution, limit=c.limit, precision=self.precision, norm=self.norm,
+                    images={option.name: getattr(c, option.name) for option in IMAGES if hasattr(c, option.name)})
 
     def plan(self, job, views, say):
         """

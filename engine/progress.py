@@ -2,12 +2,14 @@
 What a run says of itself while it runs.
 
     open_log    config.json, and metrics.jsonl without what a resumed run will do again
-    Progress    the next batch and how long it took; a row of metrics.jsonl, and a line for who watches
+    Progress    the next batch, how long it took, and what of it could not be read; a row of metrics.jsonl, and a line
+                for who watches
 """
 
 import json
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from engine.loggers import Loggers
 from weights import commit
 
 SHOWN = "loss", "dino_global", "dino_local", "ibot", "koleo", "gram"  # beside the step, in a line for people
+RECENT, MOST = 10_000, 100  # samples of a rank, and how many of them may turn out unreadable before it stops
 
 
 def open_log(c, start, **notes):
@@ -43,32 +46,52 @@ def step_of(line):
 class Progress:
     """
     Of this rank, from step `start` to `end`; the first one has a bar if there is a terminal, else a line for each row.
+
+    unreadable  {name: reason} of the images that others stood in for
     """
     def __init__(self, c, ranks, start, end):
         self.c, self.ranks, self.end = c, ranks, end
         self.terminal = ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
-        self.clock, self.logged, self.waited, self.enlarged = time.perf_counter(), start, 0.0, 0
-        self.loggers = Loggers(c)
+        self.clock, self.logged, self.waited = time.perf_counter(), start, 0.0
+        self.enlarged = None  # images of this rank, in this run, that Gram crops enlarge; None: there are no such crops
+        self.loggers, self.unreadable, self.recent = Loggers(c), {}, deque()
 
     def next(self, stream):
-        """The next of the batches; what it takes counts as waiting for them."""
+        """The next of the batches; what it takes counts as waiting for them. Raises ValueError if a disk is failing."""
         before = time.perf_counter()
         batch = next(stream)
         self.waited += time.perf_counter() - before
-        small = batch.get("enlarged", 0)
-        if small and not self.enlarged and self.ranks.main:
-            print(f"{small} of these {len(batch['indices'])} images are smaller than the Gram crops; such are "
-                  "enlarged, which adds no detail, and counted in metrics.jsonl", flush=True)
-        self.enlarged += small
+        if "enlarged" in batch:
+            self.count(batch["enlarged"], len(batch["indices"]))
+        self.lose(batch.pop("broken"), len(batch["indices"]))
         return batch
+
+    def count(self, small, n):
+        """Of n images, those that a Gram crop enlarges; the first of them are said."""
+        if small and not self.enlarged and self.ranks.main:
+            print(f"{small} of these {n} images are smaller than the Gram crops; such are "
+                  "enlarged, which adds no detail, and counted in metrics.jsonl", flush=True)
+        self.enlarged = (self.enlarged or 0) + small
+
+    def lose(self, broken, n):
+        """Of n samples; a known image counts once: a small folder comes again and again, with the same holes in it."""
+        new = dict(broken).keys() - self.unreadable.keys()
+        self.unreadable |= dict(broken)
+        self.recent.append((n, len(new)))
+        while sum(n for n, _ in self.recent) - self.recent[0][0] >= RECENT:
+            self.recent.popleft()
+        seen, lost = (sum(column) for column in zip(*self.recent, strict=True))
+        if lost > MOST:
+            raise ValueError(f"--data: {lost} of the last {seen} images cannot be read; the last: {broken[-1][1]}; is "
+                             "their disk failing? data.py stats names all that are damaged")
 
     def speed(self, step):
         """What to add to the row of this step, over the steps since the last one."""
         n, seconds = step + 1 - self.logged, max(time.perf_counter() - self.clock, 1e-9)
         row = dict(images_per_s=self.c.batch * n / seconds, waiting=self.waited / seconds)
-        if self.c.gram_teacher:
-            row["enlarged"] = self.enlarged  # images of this rank, in this run
+        if self.enlarged is not None:
+            row["enlarged"] = self.enlarged
         if self.ranks.device.type == "cuda":
             row["peak_memory"] = torch.cuda.max_memory_allocated(self.ranks.device)  # bytes
         self.eta = (self.end - step - 1) * seconds / n

@@ -25,7 +25,7 @@ from engine.checkpoint import check, fill_all, newest, saved, start_from, take_r
 from engine.layouts import read_config, size_of
 from losses import gram_loss
 from model import ViTConfig, shard
-from weights import empty, identify, stream_backbone
+from weights import empty, identify, inflated, stream_backbone
 
 MASK_TOKEN = "optimizer.state.backbone.mask_token."
 
@@ -66,8 +66,9 @@ def gram_config(c):
         return read_config(path, json.dumps(json.loads(path.read_text()).get("gram")))
     found = c.vit if c.gram_teacher == "self" else identify(weights_of(c.gram_teacher)).config
     said = f"--gram_teacher {c.gram_teacher}, {size_of(found)}"
-    if not isinstance(found, ViTConfig) or found.in_chans != 3:
-        raise ValueError(f"{said}, is for images of {found.in_chans} channels; it must be a ViT for RGB")
+    if not isinstance(found, ViTConfig) or found.in_chans not in (3, c.in_chans):
+        raise ValueError(f"{said}, is for images of {found.in_chans} channels; it must be a ViT for {c.in_chans}")
+    found = found if found.in_chans == c.in_chans else inflated(found, c.in_chans)
     triples = [triple for triple, _ in read_resolutions(c.resolutions)] if c.resolutions else [
         (c.global_size, c.local_size, c.gram_size)]
     for side, _, large in triples:
@@ -102,7 +103,7 @@ def first_state(c, ranks, student, teacher, optimizer, gram):
         refresh(gram, teacher)
     elif gram is not None:
         own = gram.state_dict()
-        for name, x in stream_backbone(weights_of(c.gram_teacher))[1]:
+        for name, x in stream_backbone(weights_of(c.gram_teacher), in_chans=c.in_chans)[1]:
             take_rows(own[name], x)
     return c.began
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from typing import NamedTuple
 
 from engine import config as command_line
+from engine.images import ImageConfig
 from engine.views import fitted
 
 WIDE = 512  # pixels of --resolution
@@ -63,6 +64,8 @@ class Option(NamedTuple):
 LAYERS = Option("layers", "", "blocks, 0-based, as in 3,5, side by side; empty = the last; each = every one by itself")
 NORM = Option("norm", True, "features after the final norm; false = before it")
 OUT = Option("out", "", "folder for ", scored=False)
+IMAGES = tuple(Option(field.name, field.default, command_line.notes(ImageConfig)[field.name])
+               for field in fields(ImageConfig))
 HEAD = Option("head", "", "head.safetensors that an earlier run with --out has left: nothing is trained")
 
 
@@ -111,8 +114,9 @@ class Task:
         """A frozen EvaluateConfig with the task's own fields, defaults where none are given."""
         data = values.get("data", "shapes")
         own = [(option.name, type(option.default), option.at(data)) for option in self.all_options()]
-        ranges = {option.name: f"[{option.least}, inf)" for option in self.all_options()
-                  if type(option.default) in (int, float)}
+        images = command_line.ranges(ImageConfig)
+        ranges = {option.name: images.get(option.name, f"[{option.least}, inf)") for option in self.all_options()
+                  if type(option.default) in (int, float, tuple)}
         kind = make_dataclass("EvaluateConfig", own, bases=(EvaluateConfig,), frozen=True,
                               namespace=dict(ranges=ranges))
         return kind(task=self.name, **values)
@@ -150,4 +154,5 @@ class Task:
         """The options that the task has read, beside those that its metrics name."""
         names = ["resolution", "batch", "limit", "precision", "control", "seed"]
         names += [field.name for field in fields(c)[len(fields(EvaluateConfig)) :] if field.name != "out"]
-        return {name: getattr(c, name) for name in names if name not in metrics}
+        unsaid = {option.name for option in IMAGES if getattr(c, option.name, None) == option.default}
+        return {name: getattr(c, name) for name in names if name not in unsaid | metrics.keys()}

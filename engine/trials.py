@@ -146,7 +146,7 @@ class Step:
             block._compiled_call_impl = None
 
     def moved(self):
-        return on_device(self.c, self.ranks, dict(self.waiting), {})
+        return on_device(self.c, self.ranks, dict(self.waiting))
 
     def __call__(self):
         c, batch, group = self.c, self.batch, self.ranks.group
@@ -419,7 +419,7 @@ def pictures(machine, report, config):
     ranks = start_ranks(machine.kind)
 
     def arrive(batch):
-        batch = on_device(c, ranks, dict(batch), {})
+        batch = on_device(c, ranks, dict(batch))
         return colour_batch(batch, c) if machine.kind == "cpu" else batch
     with tempfile.TemporaryDirectory() as folder:
         root = config.data if config.data != "shapes" else jpegs(Path(folder), 2 if config.dry else 512)

@@ -4,9 +4,9 @@ Images with sentences: len, load(i) -> C H W uint8, captions(i) -> list of texts
     open_captions   shapes, or by what lies at the path:
         FOLDER of images, NAME.txt beside NAME.jpg: a caption a line     FOLDER/captions.json: [{image, captions}]
         FILE.json    COCO's: images, annotations                         FILE.csv, .parquet: a path, captions in columns
-        FILE.tar     NAME.jpg and NAME.txt, as webdataset; or a folder   FILE.txt: image,caption; Flickr's image#0<tab>
-                     of them
-    Captioned       files on disk    Packed    members of tars    Described    the generated `shapes`
+        FILE.tar or .zip: NAME.jpg and NAME.txt, as webdataset; or a     FILE.txt: image,caption; Flickr's image#0<tab>
+                     folder of them, or what else engine/archives.py takes
+    Captioned       files on disk    Packed    members of tars and zips    Described    the generated `shapes`
 
 Images are looked for beside the file that names them, and in the folders that COCO and Flickr have for them. Blank
 captions, images without any and images that are not there are left out, named and counted.
@@ -16,13 +16,16 @@ import csv
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import shapes
+from engine.archives import is_archive, shards_of
 from engine.images import EXTENSIONS, read_image
+from engine.index import Descriptor
+from engine.members import CutShort, Member, contents, images_of, members, samples, shown
 from engine.sources import Shapes
 from engine.task import skip
 from sets.pairs import evenly
@@ -60,20 +63,24 @@ class Captioned:
 
 
 class Packed(Captioned):
-    """Images in tars, by file, name, offset and size: read without unpacking."""
+    """Images in tars and zips, each by its Place: read without unpacking."""
 
     def load(self, i):
-        path, name, offset, size = self.items[i][0]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = io.BytesIO(file.read(size))
+        path, member = self.items[i][0]
+        file = Descriptor(path)
         try:
-            return read_image(data)
+            data = contents(file.number, member)
         except OSError as error:
-            raise OSError(f"{path}, {name}: it cannot be read") from error
+            raise OSError(f"{self.name(i)}: {error}") from error
+        return read_image(io.BytesIO(data), self.name(i))
 
-    def name(self, i):
-        return f"{self.items[i][0][0]}, {self.items[i][0][1]}"
+
+class Place(NamedTuple):
+    shard: Path
+    member: Member
+
+    def __str__(self):
+        return shown(f"{self.shard}/{self.member.name}")
 
 
 class Described(Shapes):
@@ -103,17 +110,17 @@ def open_captions(path, limit=0, n_shapes=2000, seed=0):
     if str(path) == "shapes":
         return Described(limit or n_shapes, seed)
     path = Path(path).expanduser()
+    if is_archive(path):
+        return Packed(whole(path, (item for shard in shards_of(path) for item in read_shard(shard)), limit))
     if not path.exists():
         raise ValueError(f"--data: {path} does not exist; name captions as in sets/captions.py, or shapes")
     listed = path / "captions.json"
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] * (path.suffix == ".tar")
-    if tars:
-        return Packed(whole(path, (item for tar in tars for item in read_tar(tar)), limit))
     if path.is_dir() and not listed.is_file():
         return Captioned(whole(path, read_folder(path), limit))
     file = listed if path.is_dir() else path
     if file.suffix not in READERS:
-        raise ValueError(f"--data: {file} is none of {', '.join([*READERS, '.tar'])}; nor a folder of images and .txt")
+        raise ValueError(f"--data: {file} is none of {', '.join([*READERS, '.tar', '.zip'])}; nor a folder of images "
+                         "and .txt")
     grouped = {}
     for image, captions in READERS[file.suffix](file):
         grouped.setdefault(image, []).extend(captions)
@@ -147,20 +154,19 @@ def read_folder(root):
         yield path, read_text(text).splitlines() if text.is_file() else []
 
 
-def read_tar(path):
-    """Members that share all of their names before the last dot"""
-    images, texts = {}, {}
+def read_shard(path):
+    """Samples of a tar or zip: an image, and .txt with a caption a line"""
+    file = Descriptor(path)
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                stem, _, kind = member.name.rpartition(".")
-                if f".{kind.lower()}" in EXTENSIONS:
-                    images[stem] = str(path), member.name, member.offset_data, member.size
-                elif kind == "txt":
-                    texts[stem] = tar.extractfile(member).read().decode("utf-8", "replace").splitlines()
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"--data: {path} cannot be read: {error}; wanted a tar that is not compressed") from error
-    return [(place, texts.get(stem, [])) for stem, place in images.items()]
+        for _, group in samples(members(path, file.number)):
+            text = contents(file.number, group["txt"]).decode("utf-8", "replace") if "txt" in group else ""
+            for image in images_of(group)[:1]:
+                yield Place(path, image), text.splitlines()
+    except CutShort as error:
+        skip(f"the end of {path}, which is {error}", 1)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--data: {path} cannot be read: {error}; wanted a tar or a zip of NAME.jpg and NAME.txt"
+                         ) from error
 
 
 def read_json(path):

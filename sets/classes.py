@@ -1,7 +1,7 @@
 """
 Sets of images with one class each: len, load(i) -> C H W uint8, label(i) -> int; classes: their names.
 
-    open_splits    train and val: folders of classes, NAME:PATH of finegrained.py, or the generated `shapes`
+    open_splits    train and val: folders of classes, lists with labels, tars, NAME:PATH of finegrained.py, or `shapes`
     Chosen         some images of such a set         Files    images by their paths
     Flat           images in one folder, labelled by a list: ImageNet's val as it is downloaded
 """
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.archives import Archives
+from engine.features import reads
 from engine.images import read_image
-from engine.sources import open_source
+from engine.sources import Folder, open_source
 from sets import finegrained
 from sets.pairs import evenly, lines
 
-LAYOUT = "train/CLASS/, val/CLASS/; or NAME:PATH, a set as it was downloaded: see sets/finegrained.py"
+LAYOUT = ("train/CLASS/, val/CLASS/; a .csv or .parquet each, with columns path and label, or a .tar or .zip; or "
+          "NAME:PATH, a set as it was downloaded: see sets/finegrained.py")
+ONE_FILE = ".csv", ".parquet", ".tar", ".zip"   # that a split may be
 KAGGLE = "ILSVRC/Data/CLS-LOC"   # where Kaggle's zip of ImageNet has train/ and val/
 SOLUTION, DEVKIT = "LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 SHAPES = 2000, 500      # images of shapes to train on, to measure on
@@ -81,6 +85,14 @@ class Files:
         return i
 
 
+def stray(source):
+    """An image of a source that has no class, by its name, or None."""
+    if isinstance(source, Archives):  # whose index has counted them
+        rows = range(len(source)) if source.index.unlabelled else ()
+        return next((source.name(i) for i in rows if source.index.row(i)[2] is None), None)
+    return next((path for path in source.paths if "/" not in path), None) if isinstance(source, Folder) else None
+
+
 def limited(source, limit):
     """All images of a source, or `limit` of them, evenly spaced."""
     return Chosen(source, evenly(range(len(source)), limit))
@@ -124,9 +136,18 @@ def classes_of_numbers(path):
         raise ValueError(f"--data: {path} cannot be read: {error}; wanted ImageNet's meta.mat") from error
 
 
+def split_of(folder, split, task):
+    """FOLDER/SPLIT, or a file of that name. Raises ValueError if there is none."""
+    found = [path for path in (folder / split, *(folder / f"{split}{suffix}" for suffix in ONE_FILE)) if path.exists()]
+    if not found or found[0] == folder / split and not found[0].is_dir():
+        raise ValueError(f"--data: {folder} has no folder {split}; {task} wants train/CLASS/ and val/CLASS/, or a file "
+                         f"each, {split}{f', {split}'.join(ONE_FILE)}")
+    return found[0]
+
+
 def open_splits(c):
     """train, val: `limit` images each of the same classes, two at least. Raises ValueError."""
-    name, colon, root = c.data.partition(":")
+    (name, colon, root), read = c.data.partition(":"), reads(c)
     if c.data == "shapes":
         n_train, n_val = (c.limit, c.limit) if c.limit else SHAPES
         sources = open_source("shapes", n_train, seed=1000), open_source("shapes", n_val, seed=1001)
@@ -134,11 +155,12 @@ def open_splits(c):
         sources = finegrained.open_known(name, root)
     else:
         folder = Path(c.data, KAGGLE) if Path(c.data, KAGGLE).is_dir() else Path(c.data)
-        for split in ("train", "val"):
-            if not (folder / split).is_dir():
-                raise ValueError(f"--data: {folder} has no folder {split}; {c.task} wants train/CLASS/ and val/CLASS/")
-        sources = [open_source(folder / split) for split in ("train", "val")]
-        if not sources[1].classes:
+        paths = [split_of(folder, split, c.task) for split in ("train", "val")]
+        sources = [open_source(path, read=read) for path in paths]
+        bare = [path for path, source in zip(paths, sources, strict=True) if path.is_file() and not source.classes]
+        if bare:
+            raise ValueError(f"--data: {bare[0]} has no labels; {c.task} wants the class of each image")
+        if not sources[1].classes and not isinstance(sources[1], Archives):
             sources[1] = labelled_val(Path(c.data), *sources)
     train, val = sources
     if train.classes != val.classes:
@@ -146,8 +168,7 @@ def open_splits(c):
         raise ValueError(f"--data: train and val of {c.data} have different classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
         raise ValueError(f"--data: {c.data}/train has {len(train.classes)} class folders; {c.task} wants at least 2")
-    stray = next((path for source in sources if not isinstance(source, Flat) for path in getattr(source, "paths", [])
-                  if "/" not in path), None)
-    if stray:
-        raise ValueError(f"--data: {stray} lies in no class folder; folders in train and val name the classes")
+    alone = next(filter(None, (stray(source) for source in sources)), None)
+    if alone:
+        raise ValueError(f"--data: {alone} lies in no class folder; folders in train and val name the classes")
     return [limited(source, c.limit) for source in sources]

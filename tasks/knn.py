@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.classify import SHOTS, batches, classify
-from engine.task import LAYERS, Task
+from engine.task import IMAGES, LAYERS, Task
 from engine.views import centre_crop
 from sets.classes import LAYOUT, open_splits
 
@@ -62,4 +62,4 @@ def nearest(asked, bank, labels, k, device):
 
 
 TASK = Task("knn", LAYOUT, open_splits, run, wants="tokens", metric="top1_k20", view=centre_crop,
-            options=(SHOTS, LAYERS))
+            options=(SHOTS, LAYERS, *IMAGES))

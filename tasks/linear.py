@@ -18,7 +18,7 @@ from tqdm import tqdm
 from engine.classify import SHOTS, averaged, batches, classify, held
 from engine.heads import head_of
 from engine.keys import weights_of
-from engine.task import HEAD, Option, Paper, Task, by_size
+from engine.task import HEAD, IMAGES, Option, Paper, Task, by_size
 from engine.views import centre_crop, middle
 from sets import variants
 from sets.classes import LAYOUT, limited, open_splits
@@ -149,4 +149,4 @@ TASK = Task(
     options=(SHOTS, HEAD, Option("iterations", 12500, "steps", least=1),
              Option("linear_batch", 1024, "samples of a step", least=1),
              Option("tests", "", "more sets to score, as in imagenet-r,imagenet-a,real.json; see sets/variants.py",
-                    scored=False)))
+                    scored=False), *IMAGES))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine.classify import PENALTIES, SHOTS, Part, classify, held, held_out
 from engine.logistic import answers, fit
-from engine.task import Task
+from engine.task import IMAGES, Task
 from engine.views import middle
 from sets.classes import LAYOUT, open_splits
 
@@ -53,4 +53,4 @@ def regress(train, val, rest, n_classes, c, device):
     return dict(top1=100 * (guess == truth).double().mean().item(), mean_per_class=float(np.mean(each)), C=float(C))
 
 
-TASK = Task("logreg", LAYOUT, open_splits, run, wants="tokens", metric="top1", view=middle, options=(SHOTS,))
+TASK = Task("logreg", LAYOUT, open_splits, run, wants="tokens", metric="top1", view=middle, options=(SHOTS, *IMAGES))

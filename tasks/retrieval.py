@@ -25,7 +25,7 @@ from engine.sources import open_source
 from engine.task import Task
 from engine.views import centre_crop, letterbox
 from sets import rankings
-from sets.classes import limited
+from sets.classes import limited, stray
 
 
 def open_set(c):
@@ -39,11 +39,12 @@ def open_set(c):
         return partial(rank_levels, *rankings.revisited(root))
     if (root / "new").is_dir() and (root / "old").is_dir():
         return partial(rank_pairs, *rankings.amstertime(root))
-    source = limited(open_source(root / "val" if (root / "val").is_dir() else root), c.limit)
-    if len(source.classes) < 2 or any("/" not in path for path in source.paths):
-        raise ValueError(f"--data: {root} has {len(source.classes)} folders of images, in which there should be all; "
+    whole = open_source(root / "val" if (root / "val").is_dir() else root)
+    if len(whole.classes) < 2 or stray(whole):
+        raise ValueError(f"--data: {root} has {len(whole.classes)} folders of images, in which there should be all; "
                          f"retrieval wants at least 2 classes, or {TASK.layout}")
-    if len({path.split("/")[0] for path in source.paths}) == len(source.paths):
+    source = limited(whole, c.limit)
+    if len({source.label(i) for i in range(len(source))}) == len(source):
         raise ValueError(f"--data: no image of {root} has another one of its class; wanted folders of classes")
     return partial(rank_classes, source)
 

@@ -21,7 +21,7 @@ from engine.sources import open_source
 from engine.task import Option, Paper, Task
 from engine.views import middle
 from sets import variants
-from sets.classes import KAGGLE, limited, open_splits
+from sets.classes import KAGGLE, limited, open_splits, stray
 from sets.prompts import NAMES, STRUCTURED, TEMPLATES, TEXT, names_of, sentences
 
 
@@ -46,10 +46,10 @@ def splits(c):
     if (root / "train").is_dir() or (root / KAGGLE).is_dir():
         return open_splits(c)
     source = open_source(root / "val" if (root / "val").is_dir() else root)
-    stray = next((path for path in source.paths if "/" not in path), None)
-    if stray or len(source.classes) < 2:
+    alone = stray(source)
+    if alone or len(source.classes) < 2:
         raise ValueError(f"--data: {c.data} has {len(source.classes)} folders of classes"
-                         + (f", and {stray} in none" if stray else "") + f"; zeroshot wants {TASK.layout}")
+                         + (f", and {alone} in none" if alone else "") + f"; zeroshot wants {TASK.layout}")
     return source, limited(source, c.limit)
 
 

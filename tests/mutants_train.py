@@ -108,6 +108,8 @@ IN_STAGES = {  # of engine/stages.py
     "coarser grids": (" or large // found.patch_size < side // c.patch_size:", ":"),
     "a resumed run wants the file": ("    if c.resume:  #", "    if False:  #"),
     "always the newest checkpoint": ("    return run, int(step)\n", "    return run, max(there)\n"),
+    "started at the newest checkpoint": ("dict(saved(run)).get(c.began, Path(run, str(c.began)))",
+                                         "max(saved(run))[1]"),
     "another shape takes its place": ("    if c.gram_refresh and c.gram_refreshes and replace(",
                                       "    if 0 and replace("),
 }
@@ -122,6 +124,15 @@ STAGES = {  # of train.py, and what stages do there
     "a straight warm-up": ("(1 - np.cos(np.pi * ramp)) / 2 if cosine_warmup else ramp", "ramp"),
     "noise of one resolution": ("    c = c.at(step)\n    grids", "    grids"),
     "the Gram weight ignored": ("gram=c.gram_weight)", "gram=1.0)"),
+}
+NUMBERS = {  # of recipes.py
+    "a straight Gram weight": ("share = (1 - math.cos(math.pi * done / self.gram_warmup)) / 2",
+                               "share = done / self.gram_warmup"),
+    "Gram crops for nobody": ("now if self.gram_teacher or not now.gram_size else replace(now, gram_size=0)", "now"),
+    "a Gram warm-up of any length": ('"freeze_backbone", "gram_warmup",', '"freeze_backbone",'),
+    "Gram's rate along a cosine": ("lr=3e-5, lr_end=3e-5,", "lr=3e-5, lr_end=0.0,"),
+    "a short warm-up of highres": ("lr_end=1.25e-5, lr_warmup=10_000,", "lr_end=1.25e-5, lr_warmup=1000,"),
+    "smaller sizes at the full rate": ("steps=25_000, lr=1e-4, lr_end=1e-4,", "steps=25_000, lr=1e-3, lr_end=1e-3,"),
 }
 LOSS = {  # of losses.py
     "half the gradient": ("E.mul_(4 * grad)", "E.mul_(2 * grad)"),
@@ -147,6 +158,7 @@ SUITES = [  # file, faults, the tests that must catch them
     ("engine/fp8.py", FLOAT8, ["test_fp8.py", "-k", QUICK]),
     ("engine/stages.py", IN_STAGES, ["test_stages.py", "-k", STAGE.removesuffix(" and not mistakes")]),
     ("train.py", STAGES, ["test_stages.py", "-k", STAGE]),
+    ("recipes.py", NUMBERS, ["test_stages.py", "-k", "numbers or share or shrink or weights_of or without_a_gram"]),
     ("losses.py", LOSS, ["test_losses.py", "-k", "gram"]),
     ("data.py", CROPS, ["test_data.py", "-k", "gram or resolutions or sides"]),
 ]

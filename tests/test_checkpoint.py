@@ -268,11 +268,21 @@ def test_other_images_are_refused(tmp_path):
             Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / name / f"{name if i == 3 else 'x'}{i}.png")
     run(tmp_path / "run", "--data", str(tmp_path / "a"), "--stop_after", "1")
     before = config_of(tmp_path / "run")
-    with pytest.raises(ValueError, match="b does not hold the images that .* was begun with"):
+    says = "b does not hold .* of .*a: before 8 of fingerprint [0-9a-f]{12}, after 8 of [0-9a-f]{12}; .*--data_changed"
+    with pytest.raises(ValueError, match=says):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--data", str(tmp_path / "b")])
     assert config_of(tmp_path / "run") == before
     (tmp_path / "a").rename(tmp_path / "c")
-    assert train.main(["--out", str(tmp_path / "run"), "--resume", "--data", str(tmp_path / "c")])
+    words = ["--out", str(tmp_path / "run"), "--resume", "--stop_after", "1", "--data"]
+    assert not train.main([*words, str(tmp_path / "c")])
+    assert not train.main([*words, str(tmp_path / "b"), "--data_changed"])
+    assert json.loads(config_of(tmp_path / "run")[0])["data_changed"] is False     # it was accepted once
+    with pytest.raises(ValueError, match="c does not hold the images"):
+        train.main([*words, str(tmp_path / "c")])
+    config = json.loads(config_of(tmp_path / "run")[0])
+    del config["data_digest"], config["data_images"]                # of a run that had none
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert not train.main([*words, str(tmp_path / "c")])
 
 
 def test_auto_begins_and_goes_on(tmp_path):

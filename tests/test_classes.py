@@ -1,10 +1,13 @@
 """sets/classes.py: folders of classes and generated ones, what is wrong with them, and some images of a set."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from test_members import make_tar
 
 from engine.sources import open_source
 from sets.classes import Chosen, Files, limited, open_splits
@@ -36,6 +39,29 @@ def test_limit_is_evenly_spaced(tmp_path, monkeypatch):
                                                                                  "b/2.png"]
 
 
+@pytest.mark.parametrize("form", ["csv", "tar"])
+def test_splits_may_be_files(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders(tmp_path, {"all/a": 2, "all/b": 1, "all/c": 1})
+    if form == "csv":
+        (tmp_path / "train.csv").write_text("path,label\nall/b/0.png,b\nall/a/1.png,a\nall/c/0.png,a\n")
+        (tmp_path / "val.csv").write_text("path,label\nall/a/0.png,a\nall/c/0.png,b\n")
+    else:
+        for split, rows in dict(train=("b/0", "a/1"), val=("a/0", "b/0")).items():
+            with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+                for row in rows:
+                    tar.add(tmp_path / f"all/{row}.png", f"{row}.png")
+    c = TASKS["knn"].config(data=str(tmp_path))
+    train, val = open_splits(c)
+    assert train.classes == val.classes == ["a", "b"] and [val.label(i) for i in (0, 1)] == [0, 1]
+    assert [train.label(i) for i in range(len(train))] == ([1, 0, 0] if form == "csv" else [0, 1])
+    assert train.load(0).shape == (3, 20, 30)
+    if form == "csv":
+        (tmp_path / "val.csv").write_text("path\nall/a/0.png\n")
+        with pytest.raises(ValueError, match="val.csv has no labels; knn wants the class of each image"):
+            open_splits(c)
+
+
 def test_chosen_and_files(tmp_path):
     folders(tmp_path, {"a": 3})
     files = Files([tmp_path / f"a/{i}.png" for i in range(3)])
@@ -47,7 +73,7 @@ def test_chosen_and_files(tmp_path):
 @pytest.mark.parametrize("counts, says", [
     ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1}, "different classes: b, c"),
     ({"train/a": 1, "val/a": 1}, "train has 1 class folders; knn wants at least 2"),
-    ({"train/a": 1, "train/b": 1}, "has no folder val; knn wants train/CLASS/ and val/CLASS/"),
+    ({"train/a": 1, "train/b": 1}, "has no folder val; knn wants train/CLASS/ and val/CLASS/, or a file each, val.csv"),
     ({"val/a": 1}, "has no folder train")])
 def test_odd_folders(counts, says, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -106,3 +132,36 @@ def test_imagenets_val_of_other_classes(numbers, says, tmp_path, monkeypatch):
     (tmp_path / "photos/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no matrix")
     with pytest.raises(ValueError, match="meta.mat cannot be read: .*; wanted ImageNet's meta.mat"):
         open_splits(c)
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """train and val as folders of shards, of the photos that lie in folders beside them; returns their root."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders(tmp_path / "folders", {"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1})
+    for split in "train", "val":
+        photos = {str(path.relative_to(tmp_path / "folders" / split)): path.read_bytes()
+                  for path in sorted((tmp_path / "folders" / split).rglob("*.png"))}
+        (tmp_path / "packed" / split).mkdir(parents=True)
+        make_tar(tmp_path / "packed" / split / "0.tar", photos)
+    return tmp_path / "packed"
+
+
+def test_shards_for_folders(shards):
+    for limit in 0, 3:
+        for ours, theirs in zip(*(open_splits(TASKS["knn"].config(data=str(root), limit=limit))
+                                  for root in (shards, shards.parent / "folders")), strict=True):
+            assert ours.classes == theirs.classes and len(ours) == len(theirs)
+            assert all(ours.label(i) == theirs.label(i) for i in range(len(ours)))
+            assert all(torch.equal(ours.load(i), theirs.load(i)) for i in range(len(ours)))
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"a/1.png": b"", "b/1.png": b"", "c.png": b""}, "val/1.tar/c.png lies in no class folder"),
+    ({"1.png": b"", "1.cls": b"c"}, "have different classes: a, b, c"),
+    ({"1.png": b""}, "have different classes: a, b")])
+def test_shards_without_classes(shards, files, says):
+    (shards / "val/0.tar").unlink()
+    make_tar(shards / "val/1.tar", files)
+    with pytest.raises(ValueError, match=says):
+        open_splits(TASKS["knn"].config(data=str(shards)))

@@ -324,14 +324,14 @@ def test_every_option_is_read():
     from visualize import VisualizeConfig
 
     for kind, files in ((TrainConfig, ["train", "recipes", "data", "engine/checkpoint", "engine/profile",
-                                       "engine/stages"]),
-                        (VisualizeConfig, ["visualize"]),
+                                       "engine/stages", "engine/channels"]),
+                        (VisualizeConfig, ["visualize", "engine/channels"]),
                         (EvaluateConfig, ["evaluate", "engine/features", "engine/chunks", "sets/pairs"])):
         assert not unread([field.name for field in fields(kind)], files)
     for task in TASKS.values():
         run = task.run.func if isinstance(task.run, partial) else task.run
         files = [run.__module__.replace(".", "/"), *(f"decoders/{name}" for name in task.decoders)]
-        files += ["engine/features", "engine/heads"] + ["engine/classify"] * (task.wants == "tokens")
+        files += ["engine/features", "engine/heads", "engine/channels"] + ["engine/classify"] * (task.wants == "tokens")
         files += ["dinotxt"] * (task.network is not None)
         assert not unread({option.name for option in task.all_options()} - {"decoder"}, files), task.name
 

@@ -195,7 +195,7 @@ def test_a_neighbour_stands_in_for_an_unreadable_image():
     kept = (good["indices"] != 5) & (good["indices"] != 6)
     assert torch.equal(batch["indices"][kept], good["indices"][kept]) and not {5, 6} & set(batch["indices"].tolist())
     assert set(batch["broken"]) == {("noise 5", "cut short"), ("noise 6", "cut short")}
-    with pytest.raises(ValueError, match="--data: none of 3 images can be read; the last: cut short"):
+    with pytest.raises(ValueError, match="--data: none of 3 images in a row can be read; the last: cut short"):
         Batches(CONFIG, Noise(3, range(3)), 0, 8)[0]
 
 # --------------------------------------------------------------------------------

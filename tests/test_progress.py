@@ -12,6 +12,7 @@ from engine import progress
 from engine.progress import Progress, step_of
 from engine.ranks import Ranks
 from recipes import TrainConfig
+from text import TextConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 ROW = dict(loss=7.4, dino_global=5.1, dino_local=4.8, ibot=2.2, koleo=0.5, lr=1e-3)
@@ -33,10 +34,10 @@ def test_speed_waiting_and_what_is_left(tmp_path, monkeypatch, capsys):
     def batches():
         for _ in range(10):
             now[0] += 0.5
-            yield {}
+            yield dict(broken=[], indices=[0] * 8)
     stream = batches()
     for _ in range(10):
-        assert shown.next(stream) == {}
+        assert shown.next(stream) == dict(indices=[0] * 8)
         now[0] += 1.5
     row = shown.speed(19)
     assert row == pytest.approx(dict(images_per_s=16, waiting=0.25))
@@ -49,6 +50,18 @@ def test_speed_waiting_and_what_is_left(tmp_path, monkeypatch, capsys):
     assert (shown.logged, shown.waited) == (20, 0)
 
 
+def test_images_that_gram_crops_enlarge_are_counted_and_said_once(capsys):
+    """of batches that have such crops; a trainer that knows of none, as text.py, has no row of them"""
+    shown = Progress(TextConfig(), ALONE, 0, 4)
+    shown.next(iter([dict(broken=[], indices=torch.arange(4))]))
+    assert "enlarged" not in shown.speed(0)
+    for small, so_far in (0, 0), (2, 2), (3, 5):
+        shown.next(iter([dict(enlarged=small, broken=[], indices=torch.arange(4))]))
+        assert shown.speed(0)["enlarged"] == so_far
+    assert capsys.readouterr().out == ("2 of these 4 images are smaller than the Gram crops; such are enlarged, which "
+                                       "adds no detail, and counted in metrics.jsonl\n")
+
+
 def test_a_terminal_has_a_bar_and_other_ranks_have_nothing(tmp_path, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -56,6 +69,22 @@ def test_a_terminal_has_a_bar_and_other_ranks_have_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(progress.sys, "stderr", Terminal())
     assert Progress(TrainConfig(), ALONE, 0, 3).terminal
     assert not Progress(TrainConfig(), Ranks(1, 2, torch.device("cpu"), object()), 0, 3).terminal
+
+
+def test_a_disk_that_fails_ends_the_run_and_known_damage_does_not():
+    shown, names = Progress(TrainConfig(), ALONE, 0, 3), iter(range(10**6))
+
+    def see(n, lost=(), indices=2000):
+        new = [(f"{next(names)}.jpg", "gone") for _ in range(n)]
+        shown.next(iter([dict(broken=[*new, *lost], indices=range(indices))]))
+    see(100)
+    for _ in range(20):
+        see(0, [("0.jpg", "gone")] * 200)                          # the same hole again, whatever its share
+    for _ in range(10):
+        see(20)                                                    # 1 % of the last 10,000, not more
+    with pytest.raises(ValueError, match="101 of the last 10000 images cannot be read; the last: gone; is their disk"):
+        see(21)
+    assert len(shown.unreadable) == 321
 
 
 def test_a_full_disk_is_one_line():

@@ -24,8 +24,9 @@ RELEASED = dict(  # ViT-L on ImageNet-1k, as the released code trains it
     backbone_lr=1.0, freeze_backbone=0, local_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, save_every=3750,
     keep=3, keep_every=0, sinkhorn_iterations=3, moments="fp32")
 OWN = {"lr_end", "out", "data", "init", "resume", "stage", "n_shapes", "seed", "device", "kernels", "precision",
-       "workers", "log_every", "log", "profile", "stop_after", "checkpointing", "mean",
-       "std", "accumulate", "replicas", "compile",  # of the run; lr_end is below; and of stages:
+       "workers", "log_every", "log", "profile", "stop_after", "checkpointing", "in_chans", "mean", "std",
+       "bands", "scale", "percentiles", "nodata", "max_pixels", "data_changed",
+       "accumulate", "replicas", "compile", "order",  # of the run; lr_end is below; and of stages:
        "start", "began", "gram_teacher", "gram_size", "gram_weight", "gram_warmup", "gram_refresh", "gram_refreshes",
        "local_weight_start", "cosine_warmup", "resolutions"}
 

@@ -5,11 +5,14 @@ of ranks, several resolutions, and what is said to mistakes.
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import start
 from safetensors.torch import load_file
 from test_train import MICRO, rows, torchrun
 
@@ -70,6 +73,15 @@ def test_all_of_the_checkpoint_goes_on(before, tmp_path):
         (tmp_path / "checkpoints/7/step.json").read_text())["step"] == 7
 
 
+def test_a_kept_step_goes_on(before, tmp_path):
+    """--start RUN@STEP: that step's weights, not the newest ones, and its number"""
+    found = go_on(f"{before}@3", tmp_path, "--gram_teacher", "self", "--stop_after", "1", *STILL)
+    a, b = tensors(before, 3), tensors(tmp_path, 4)
+    assert all(torch.equal(x, b[name]) for name, x in a.items() if not name.startswith("optimizer."))
+    assert not torch.equal(a["student.backbone.norm.weight"], tensors(before, 6)["student.backbone.norm.weight"])
+    assert [row["step"] for row in found] == [3]
+
+
 def test_metrics_go_on_counting_and_steps_are_the_stage_s_own(gram):
     assert [row["step"] for row in rows(gram)] == [6, 7, 8, 9, 10]
     config = json.loads((gram / "config.json").read_text())
@@ -104,7 +116,7 @@ def test_weights_of_a_step():
     found = [(c.at(step).gram_weight, c.at(step).local_weight) for step in range(50, 56)]
     share = [(1 - math.cos(math.pi * t / 4)) / 2 for t in range(5)] + [1]
     assert sum(found, ()) == pytest.approx([weight for x in share for weight in (2 * x, 1 - x / 2)])
-    assert train.term_weights(c.at(52))["gram"] == pytest.approx(1) and c.at(54) is c
+    assert train.term_weights(c.at(53))["gram"] == pytest.approx(2 * share[3]) and c.at(54) is c
 
 
 def test_what_a_stage_says():
@@ -185,6 +197,27 @@ def test_two_ranks_are_one(before, gram, tmp_path):
     assert apart < 2e-4
 
 
+def test_replicas_that_are_stopped_at_the_refresh_are_one(before, gram, tmp_path):
+    """four ranks in two groups, of which the scheduler tells one to leave; one rank goes on"""
+    def told(rank):
+        def stops(c, step, plain=train.refreshes):
+            if rank == 2 and step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(c, step)
+        train.refreshes = stops
+
+    words = ["--stage", "gram", "--start", str(before), *STAGE, "--gram_teacher", f"{before}@3"]
+    group = start(tmp_path / "run", *words, "--replicas", "2", ranks=4, prepare=told, base=())
+    codes, _ = group.wait(120)
+    assert codes == [0] * 4 and len(rows(tmp_path / "run")) in (3, 4), group.text()
+    train.main(["--out", str(tmp_path / "run"), "--resume", "--replicas", "1"])
+    names = "gram", "dino_global", "dino_local", "ibot", "koleo", "grad_norm_backbone"
+    pairs = zip(rows(gram), rows(tmp_path / "run"), strict=True)
+    apart = max(abs(a[name] / b[name] - 1) for a, b in pairs for name in names)
+    print(f"apart by {apart:.1e}")
+    assert apart < 2e-4
+
+
 def test_parts_are_one(before, gram, tmp_path):
     """of a batch; with a refresh, and the moments that the run before has left"""
     words = "--gram_teacher", f"{before}@3", "--koleo_group", "4", "--group", "4"
@@ -231,7 +264,8 @@ def test_highres_without_a_gram_teacher(gram, tmp_path):
     """as distilled students have it: paper, §5.2"""
     found = go_on(gram, tmp_path, "--resolutions", TRIPLES, "--batch", "8", "--group", "8", "--gram_weight", "0",
                   "--stop_after", "1", stage="highres")
-    assert "gram" not in found[0]
+    c = recipes.saved_config(tmp_path)
+    assert "gram" not in found[0] and not any(c.at(step).gram_size for step in range(11, 16))  # nor crops for one
 
 
 def test_a_stage_without_a_gram_term_refreshes_nothing(before, tmp_path):
@@ -266,10 +300,33 @@ def test_the_numbers_of_7b():
     assert (gram["gram_warmup"], gram["gram_refresh"], gram["gram_refreshes"]) == (1000, 10_000, 3)
     c = replace(recipes.RECIPES["7b"], **highres, began=1_200_000)
     assert c.batch * 2 / 8 == 512 and c.koleo_group == 16 and c.gram_weight == 1.5 and c.lr == 1.25e-5
+    assert (highres["steps"], c.lr_warmup, c.cosine_warmup, c.local_weight_start) == (30_000, 10_000, True, 0.5)
+    assert (gram["lr_warmup"], gram["local_weight_start"]) == (0, 1.0)
+    for stage in gram, highres:  # nothing moves along a cosine, and what began the run is over
+        assert (stage["lr_end"], stage["momentum_end"], stage["weight_decay_end"]) == (
+            stage["lr"], stage["momentum"], stage["weight_decay"]) and stage["momentum"] == 0.999
+        assert not (stage["teacher_temp_warmup"] or stage["freeze_last_layer"])
     shares = {sides: share for sides, share in read_resolutions(c.resolutions)}
     assert shares == pytest.approx({(512, 112, 768): 0.3, (768, 112, 1152): 0.3, (768, 168, 1152): 0.3,
                                     (768, 224, 1152): 0.05, (768, 336, 1152): 0.05})
     assert c.at(1_200_000).local_weight == 0.5 and c.at(1_200_000).gram_weight == 1.5
+
+
+def test_other_sizes_have_7b_s_share_of_their_pretraining():
+    for stage, part in ("gram", 10), ("highres", 25):
+        own, paper = recipes.STAGES["s", stage], recipes.STAGES["7b", stage]
+        scale = recipes.RECIPES["s"].steps / recipes.RECIPES["7b"].steps
+        assert own["lr"] == own["lr_end"] == recipes.RECIPES["s"].lr / part
+        for name in "steps", "lr_warmup", "gram_warmup", "gram_refresh":
+            assert own[name] == paper[name] * scale, name
+
+
+def test_warm_ups_of_a_stage_shrink_with_its_steps(before, tmp_path):
+    c = recipes.configure(["--stage", "gram", "--start", str(before), "--gram_teacher", "self", "--steps", "300",
+                           "--out", str(tmp_path / "out")])
+    tiny = recipes.STAGES["tiny", "gram"]
+    assert (c.steps, 2 * c.gram_warmup, 2 * c.gram_refresh) == (300, tiny["gram_warmup"], tiny["gram_refresh"])
+    assert c.gram_refreshes == tiny["gram_refreshes"] == 3
 
 
 @pytest.mark.parametrize("size", recipes.RECIPES)
@@ -317,7 +374,7 @@ def test_every_size_has_its_stages(size, tmp_path):
 ])
 def test_mistakes_end_in_one_line(words, says, before, tmp_path):
     other = tmp_path / "other.safetensors"
-    save_backbone(build(lambda: ViT(ViTConfig(1, 32, 2, 48, patch_size=16))), other, "nano")
+    save_backbone(build(lambda: ViT(ViTConfig(1, 128, 2, 512, patch_size=16))), other, "nano")
     for word, means in ("GRAM", "--stage gram --start BEFORE --gram_teacher"), ("BEFORE", before), ("OTHER", other):
         words = words.replace(word, str(means))
     words = words.split()
