@@ -146,10 +146,10 @@ def losses(head, views, loss_of, recipe, frozen):
     images, *truths = zip(*views, strict=True)
     with torch.no_grad():
         features = frozen.network(frozen.network_input(list(images)), frozen.layers)
-    out = head(features)
+    parts = head(features).split(recipe.part)  # their gradients come back as one; of slices each would be whole
     truths = [[x.to(frozen.device) for x in each] for each in truths]
-    return sum(loss_of(out[k : k + recipe.part], *(each[k : k + recipe.part] for each in truths))
-               for k in range(0, len(views), recipe.part))
+    return sum(loss_of(part, *(each[k * recipe.part :][: recipe.part] for each in truths))
+               for k, part in enumerate(parts))
 
 
 @torch.no_grad()

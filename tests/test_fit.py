@@ -48,6 +48,7 @@ class Head(nn.Module):
         return self.conv(self.norm(features[0].map()))
 
 
+ALONE = Ranks()
 RECIPE = Recipe(lr=0.05, weight_decay=0.01, batch=8, part=2, warmup=0.25, clip=1.0)
 
 
@@ -64,7 +65,7 @@ def loss_of(out, truths):
     return (out - torch.stack(truths)).square().mean()
 
 
-def trained(c=Config(), ranks=Ranks(), recipe=RECIPE, samples=samples, n=40):
+def trained(c=Config(), ranks=ALONE, recipe=RECIPE, samples=samples, n=40):
     head = Head()
     said = fit(head, samples, n, loss_of, recipe, c, Frozen(), ranks)
     return head, said
@@ -153,7 +154,9 @@ class Stopped(Exception):
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, capsys):
     whole, said = trained()
 
-    def stopping(row, rng, left=[60]):
+    left = [60]
+
+    def stopping(row, rng):
         left[0] -= rng is not None
         if not left[0]:
             os.kill(os.getpid(), signal.SIGTERM)
