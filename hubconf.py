@@ -6,7 +6,8 @@ For torch.hub; nothing is fetched. The weights are a file or folder of any layou
 Without weights the network is untrained, and a line says so. A decoder on its backbone, released or trained here,
 takes images and gives answers:
 
-    depth = torch.hub.load("path/to/nanodino", "decoder", source="local", weights="runs/s", head="heads/head.safetensors")
+    depth = torch.hub.load("path/to/nanodino", "decoder", source="local", weights="runs/s",
+                           head="heads/head.safetensors")
 """
 
 from functools import partial as _partial  # torch.hub lists every name without an underscore
