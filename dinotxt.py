@@ -29,7 +29,7 @@ from torch import nn
 from engine.bpe import Tokenizer
 from engine.shards import Entry, write_tensors
 from model import MLP, Block, Features, Packing, ViTConfig, build, set_std
-from weights import File, commit, open_pth, open_safetensors, sound
+from weights import File, commit, open_pth, open_safetensors, take
 
 FILE = "text.safetensors"
 HEAD_WIDTH = 64                # E of the text tower's heads
@@ -273,16 +273,8 @@ def load_dinotxt(path, backbone):
     shapes = {name: x.shape for name, x in stored.items()}
     with torch.device("meta"):
         towers = Towers(backbone.config, read_config(file, shapes, backbone.config))
-    own = {name: tuple(x.shape) for name, x in towers.state_dict().items()}
-    wrong = [name for name in own if shapes.get(name) != own[name]]
-    if wrong:
-        raise ValueError(f"{file}: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, wanted {own[wrong[0]]}; of "
-                         f"{len(own)} tensors {len(wrong)} do not fit")
-    strange = [name for name in shapes if name not in own and not name.startswith(BACKBONE)]
-    if strange:
-        print(f"{file}: {len(strange)} tensors are not known and not read: {', '.join(strange[:5])}")
-    source = File(file, "dinotxt", backbone.config, stored, [])
-    towers.load_state_dict({name: sound(source, name).float() for name in own}, assign=True)
+    stored = {name: x for name, x in stored.items() if not name.startswith(BACKBONE)}
+    take(towers, File(file, "dinotxt", backbone.config, stored, []), strange=print)
     merges = [tuple(pair) for pair in json.loads(metadata["merges"])] if "merges" in metadata else None
     return DinoTxt(backbone, towers, merges).eval()
 

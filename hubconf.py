@@ -3,7 +3,11 @@ For torch.hub; nothing is fetched. The weights are a file or folder of any layou
 
     vit = torch.hub.load("path/to/nanodino", "vits16", source="local", weights="dinov3_vits16_pretrain_lvd1689m.pth")
 
-Without weights the network is untrained, and a line says so.
+Without weights the network is untrained, and a line says so. A decoder on its backbone, released or trained here,
+takes images and gives answers:
+
+    depth = torch.hub.load("path/to/nanodino", "decoder", source="local", weights="runs/s",
+                           head="heads/head.safetensors")
 """
 
 from functools import partial as _partial  # torch.hub lists every name without an underscore
@@ -20,6 +24,13 @@ def _load(size, weights=None):
         return load_backbone(weights, size)
     print(f"{size}: untrained; name a weights file, weights=PATH, for a trained network")
     return ViT(SIZES[size]).eval() if size in SIZES else ConvNeXt(CONVNEXT_SIZES[size]).eval()
+
+
+def decoder(weights, head, **options):
+    """See decoders.load_decoder.    weights  of the backbone    head  the decoder's file"""
+    from decoders import load_decoder
+    from weights import load_backbone
+    return load_decoder(head, load_backbone(weights), **options)
 
 
 vits16 = _partial(_load, "s")

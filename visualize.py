@@ -8,6 +8,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py outliers dog.jpg --weights runs/s --out norms.png     by block: norms of patches, of channels
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
     python visualize.py text dog.jpg --weights runs/words --prompts "a dog; grass; sky" --out dog.png   or .html: a page
+    python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   metres, a scale
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -17,6 +18,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
+    depth_pictures       image -> metres, near is bright, over a scale
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -43,6 +45,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
+from decoders import load_decoder
+from decoders.depth import Depth
 from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
@@ -51,14 +55,15 @@ from engine.channels import of_run, reader
 from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
 from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
-from engine.pictures import entitled, hues
+from engine.pictures import STRIP, entitled, hues
 from engine.sources import open_source
 from losses import gram_loss
 from recipes import saved_config
 from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
-             gram=".png", resolutions=".png", text=".png .html", training=".gif")  # of OUT
+             gram=".png", resolutions=".png", text=".png .html", training=".gif",
+             depth=".png")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -66,6 +71,7 @@ GUTTER = 4  # white pixels between pictures
 class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
+    head: str = ""             # depth: a decoder's file, of evaluate.py --out or a released one
     out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
@@ -331,6 +337,23 @@ def text_pictures(model, image, prompts):
     return [entitled(photo, "image"), *heats, entitled(best, "nearest of them")], cosines
 
 
+@torch.no_grad()
+def depth_pictures(decoder, image):
+    """
+    decoder  decoders.depth.Depth    image  C H W
+    returns  H W 3 uint8 each, a strip below it: the photo; its depth, near is bright, and the scale in metres, even
+             from the nearest to the farthest;  metres, H W
+    """
+    metres = decoder(network_input(decoder.backbone, image))[None]
+    metres = F.interpolate(metres, image.shape[1:], mode="bilinear")[0, 0].cpu().numpy()
+    near, far = metres.min(), metres.max()
+    photo, heat = side_by_side(image, 1 - (metres - near) / max(far - near, 1e-6))
+    ramp = np.linspace(1, 0, heat.shape[1])[None].repeat(STRIP // 2, 0)
+    bar = side_by_side(image[:, :1].expand(-1, STRIP // 2, -1), ramp)[1]
+    return [entitled(np.vstack([photo, np.full_like(bar, 255)]), "image"),
+            entitled(np.vstack([heat, bar]), f"{near:.2f} m", right=f"{far:.2f} m")], metres
+
+
 def side_by_side(image, colours):
     """C H W, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
     if colours.ndim == 2:
@@ -372,6 +395,8 @@ def configure(argv):
     sizes = c.sizes.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
+    if bool(c.head) != (mode == "depth"):
+        raise ValueError(f"--head {c.head!r}: it is for the mode depth, which wants the file of a decoder")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
     if not (c.weights or mode in ("curves", "training")) or Path(c.out).suffix not in MODES[mode].split():
@@ -417,13 +442,21 @@ def main(argv):
     if mode == "outliers":
         groups, lines = zip(*(outliers_picture(vit, photo) for photo in photos), strict=True)
         print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
+    if mode == "depth":
+        decoder = load_decoder(c.head, vit, layers)
+        if not isinstance(decoder, Depth):
+            raise ValueError(f"--head {c.head} answers with no depth; name the head of a task of depth")
+        groups, metres = zip(*(depth_pictures(decoder.to(next(vit.parameters()).device), photo) for photo in photos),
+                             strict=True)
+        print("metres, from the nearest to the farthest:", *(f"{name}: {x.min():.2f} to {x.max():.2f}"
+              for name, x in zip(names, metres, strict=True)), sep="\n  ")
     if mode == "text":
         prompts = [prompt.strip() for prompt in c.prompts.split(";") if prompt.strip()]
         groups, cosines = zip(*(text_pictures(vit, photo, prompts) for photo in photos), strict=True)
         print("cosines, from the least to the largest:", *(f"{name}, {prompt}: {x.min():.2f} to {x.max():.2f}"
               for name, each in zip(names, cosines, strict=True)
               for prompt, x in zip(prompts, each.unbind(2), strict=True)), sep="\n  ")
-    maps = [] if mode in ("attention", "outliers", "text") else patch_features(vit, photos, layers=layers)
+    maps = [] if mode in ("attention", "outliers", "text", "depth") else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
     elif mode == "gram":

@@ -224,6 +224,28 @@ def sound(file, name):
     return x
 
 
+def take(module, file, strange=None):
+    """
+    Fills a module without storage with the tensors of a file that have its names, float32; returns it, in eval mode.
+
+    strange  what is done with the names that it lacks; None: they are an error
+    raises   ValueError: tensors that are missing, misshapen, or not known, by name
+    """
+    own, shapes = module.state_dict(), {name: x.shape for name, x in file.stored.items()}
+    wrong = [name for name in own if shapes.get(name) != tuple(own[name].shape)]
+    if wrong:
+        raise ValueError(f"{file.path}: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, wanted "
+                         f"{tuple(own[wrong[0]].shape)}; of {len(own)} tensors {len(wrong)} do not fit")
+    if unknown := [name for name in shapes if name not in own]:
+        said = f"{file.path}: {len(unknown)} tensors are not known and not read: {', '.join(unknown[:5])}"
+        if strange is None:
+            raise ValueError(said.replace(" and not read", ""))
+        strange(said)
+    module.load_state_dict({name: sound(file, name).float() if x.is_floating_point() else file.stored[name].read()
+                            for name, x in own.items()}, assign=True)
+    return module.eval()
+
+
 def mend(file, model, state):
     """In place: periods that were only rounded; bias masks that are not 1, 0, 1 (some are NaN in files, or all 0)."""
     for key in [key for key in state if key in file.stored and key.endswith(("periods", "bias_mask"))]:

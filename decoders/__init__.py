@@ -8,8 +8,107 @@ them, and a decoder no task. Each is a module with
     fit(kind, maps, truths, n_out, loss_of, c, device)    -> a head; kind: segmentation, depth
     peak(kind, c)               the learning rate that it took
     head.predict(views)         maps of an image's views -> n_out h w each, for sliding.slide to put together
+
+load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
 
-from decoders import linear
+import re
+from pathlib import Path
 
-DECODERS = dict(linear=linear)
+import torch
+
+from decoders import depth, dpt, linear
+from weights import File, open_pth, open_safetensors, take
+
+DECODERS = dict(linear=linear, dpt=dpt)
+BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
+FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
+NEAR = 0.001                                               # metres, of the first
+
+
+def load_decoder(path, backbone, layers=None, depth_range=None):
+    """
+    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a linear head of depth or
+                 segmentation, a classifier. What it is, and all sizes, its tensors say
+    backbone     a ViT of weights.load_backbone
+    layers       blocks that it sees, 0-based; None: as released
+    depth_range  metres, nearest and farthest bin; None: as released
+    returns      a module in eval mode: images B 3 H W, normalised -> metres B h' w', logits B n h w, or logits B n
+    raises       ValueError: no such file, of no known decoder, tensors that do not fit, by name
+    """
+    path = Path(path)
+    stored, about = read(path)
+    file = File(path, about.get("outputs", ""), backbone.config, stored, [])
+    for mark, load in LOADERS.items():
+        if mark in file.stored:
+            return load(file, backbone, layers, depth_range).eval()
+    first = ", ".join(list(file.stored)[:3]) or "no tensors"
+    raise ValueError(f"{path} is no decoder: it has {first}, ...; wanted one of {', '.join(LOADERS)}")
+
+
+def read(path):
+    """{name: Stored} of the decoder alone, without what wrappers put before the names; what evaluate.py says of it"""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name the file of a decoder, .pth or .safetensors")
+    stored = {}
+    about = (open_safetensors if path.suffix == ".safetensors" else open_pth)(path, stored)
+    if all(name.startswith("module.") for name in stored):
+        stored = {name.removeprefix("module."): x for name, x in stored.items()}
+    stored = {name: x for name, x in stored.items() if not name.startswith(BACKBONES)}
+    return {name.removeprefix("segmentation_model.1."): x for name, x in stored.items()}, about
+
+
+def fits(file, width, backbone, layers):
+    """Raises ValueError for a decoder of another backbone."""
+    D, depth = backbone.config.width, backbone.config.depth
+    if width != D:
+        raise ValueError(f"{file.path} is for a backbone of width {width}, this one has {D}; name the one that it was "
+                         "trained on")
+    if any(not 0 <= i < depth for i in layers):
+        raise ValueError(f"{file.path}: layers {', '.join(map(str, layers))}; this backbone has blocks 0 to "
+                         f"{depth - 1}")
+
+
+def load_dpt(file, backbone, layers, depth_range):
+    shapes = {name: x.shape for name, x in file.stored.items()}
+    c = dpt.read_config(file.path, shapes)
+    layers = layers or dpt.blocks(backbone.config.depth, c.class_token)
+    fits(file, c.width, backbone, layers)
+    with torch.device("meta"):
+        head = dpt.DPT(c)
+    bins, least, far = (depth.mixed, 1e-8, FAR["canopy"]) if c.class_token else (depth.evenly, 0.1, FAR["dpt"])
+    bins = bins(*(depth_range or (NEAR, farthest(file) or far)), c.n_out)
+    return depth.Depth(backbone, take(head, file), layers, bins, least)
+
+
+def farthest(file):
+    """Metres, of a decoder of depth that evaluate.py has kept; None for others"""
+    said = re.fullmatch(r"\d+ bins to ([\d.]+) m", file.layout)
+    return said and float(said[1])
+
+
+def load_linear(file, backbone, layers, depth_range):
+    of_depth, far = "conv_depth.weight" in file.stored, farthest(file)
+    file, (n_out, width) = linear.renamed(file)
+    layers = layers or [backbone.config.depth - 1]
+    whole = width // len(layers) == 2 * backbone.config.width  # the class token beside each patch
+    fits(file, width // (len(layers) * (1 + whole)), backbone, layers)
+    with torch.device("meta"):
+        head = linear.Head(width, n_out, norm="norm.weight" in file.stored)
+    head = linear.OfFeatures(take(head, file), whole)
+    if of_depth or far:
+        bins = depth.evenly(*(depth_range or (NEAR, far or FAR["linear"])), n_out)
+        return depth.Depth(backbone, head, layers, bins, 0.1)
+    return linear.OfImages(backbone, head, layers)
+
+
+def load_classifier(file, backbone, layers, depth_range):
+    n_out, width = file.stored["weight"].shape
+    fits(file, width // 2, backbone, [])
+    with torch.device("meta"):
+        head = torch.nn.Linear(width, n_out)
+    return linear.Classifier(backbone, take(head, file))
+
+
+LOADERS = {"reassemble_blocks.projects.0.conv.weight": load_dpt, "conv.weight": load_linear,
+           "conv_depth.weight": load_linear, "linear.weight": load_linear, "weight": load_classifier}

@@ -49,10 +49,10 @@ def windows(image, side):
 class Head(nn.Module):
     """list of h w D -> list of n_out h w"""
 
-    def __init__(self, width, n_out, dropout=0.0):
+    def __init__(self, width, n_out, dropout=0.0, norm=True):
         super().__init__()
         self.width, self.dropout = width, dropout
-        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, n_out)
+        self.norm, self.linear = nn.BatchNorm1d(width) if norm else nn.Identity(), nn.Linear(width, n_out)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
@@ -106,3 +106,58 @@ def fit(kind, maps, truths, n_out, loss_of, c, device):
             nn.utils.clip_grad_norm_(head.parameters(), recipe.clip)
             optimizer.step()
     return head.eval()
+
+# --------------------------------------------------------------------------------
+# Of a file, on a backbone
+
+THEIRS = {"batchnorm_layer": "norm", "conv": "linear", "conv_depth": "linear"}  # names in files of the released code
+
+
+def renamed(file):
+    """A file of a linear head with our names, and (n_out, width) of it"""
+    stored = {}
+    for name, x in file.stored.items():
+        part, dot, rest = name.partition(".")
+        stored[THEIRS.get(part, part) + dot + rest] = x if len(x.shape) != 4 else \
+            x._replace(shape=x.shape[:2], read=lambda x=x: x.read().flatten(1))                # n D 1 1
+    return file._replace(stored=stored), stored["linear.weight"].shape
+
+
+class OfFeatures(nn.Module):
+    """A head that sees Features:  list of them, one for each block -> B n h w"""
+
+    def __init__(self, head, class_token):
+        super().__init__()
+        self.head, self.class_token = head, class_token
+
+    def forward(self, features):
+        grid, maps = features[0].grid, []
+        for f in features:  # of one backbone, all have one grid
+            maps += [f.patches, f.cls[:, None].expand_as(f.patches)][: 1 + self.class_token]   # B P D
+        maps = torch.cat(maps, dim=2).unflatten(1, grid)                                       # B h w ND
+        return torch.stack(self.head(list(maps)))
+
+
+class OfImages(nn.Module):
+    """images B 3 H W, normalised, of whole patches -> logits B n h w"""
+
+    def __init__(self, backbone, head, layers):
+        super().__init__()
+        self.backbone, self.head, self.layers = backbone, head, layers
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.head(self.backbone.layers(images, self.layers))
+
+
+class Classifier(nn.Module):
+    """images B 3 H W, normalised -> logits B n, of the class token and the mean patch"""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    @torch.no_grad()
+    def forward(self, images):
+        features = self.backbone(images)
+        return self.head(torch.cat([features.cls, features.patches.mean(1)], dim=1))

@@ -28,7 +28,7 @@ def head_of(build, train, outputs, frozen, c):
     if c.head:
         return load(build, outputs, frozen, c)
     head, said = train()
-    if c.out:
+    if c.out and frozen.ranks.main:
         save(head, said, outputs, frozen, c)
     return head, said
 

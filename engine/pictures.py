@@ -76,10 +76,11 @@ def connected(a, b, start, end, right, side=400):
     return resize(torch.from_numpy(np.array(sheet)).permute(2, 0, 1), H // 2, W)
 
 
-def entitled(picture, title, colour=(255, 255, 255)):
+def entitled(picture, title, colour=(255, 255, 255), right=""):
     """H W 3 uint8 -> the same above a strip of this colour that has the title, cut where the picture ends"""
-    strip = Image.new("RGB", (picture.shape[1], STRIP), tuple(colour))
-    ImageDraw.Draw(strip).text((3, 1), title, "black" if sum(colour) > 300 else "white")
+    strip, ink = Image.new("RGB", (picture.shape[1], STRIP), tuple(colour)), "black" if sum(colour) > 300 else "white"
+    ImageDraw.Draw(strip).text((3, 1), title, ink)
+    ImageDraw.Draw(strip).text((picture.shape[1] - 3, 1), right, ink, anchor="ra")
     return np.concatenate([picture, np.array(strip)])
 
 

@@ -3,19 +3,29 @@ Monocular depth: 256 bins of depth for every pixel, from frozen patches and a de
 
     python evaluate.py --task depth --weights runs/tiny                                   on the generated `shapes`
     python evaluate.py --task nyu --weights runs/s --data NYU --cache features     train/rgb_*.jpg, train/depth_*.png
+    python evaluate.py --task nyu --weights runs/s --data NYU --decoder dpt --out heads
+
+    stored    linear: the features of all images once, on disk
+    live      dpt: those of new views in every step, on all ranks
 
 paper: DINOv3 Tab. 3, App. D.2. Dimension letters: see the top of model.py.
 """
 
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from decoders import DECODERS
+from decoders.depth import absolute_loss, evenly, known, mean_of_bins
+from decoders.fit import fit
 from engine.heads import head_of
 from engine.metrics import depth_scores
 from engine.pictures import SHOWN, save_pictures, shades
+from engine.ranks import linked
 from engine.sliding import resized
 from engine.task import Option, Paper, Task, by_size
 from engine.views import fitted, mirrored, nearest
@@ -23,84 +33,160 @@ from sets.depths import NEAREST, open_depth, scored_pixels
 from sets.pairs import others
 
 BINS = 256
+TURN = 2.5               # degrees at most, one way or the other
+GAMMA, BRIGHTNESS, TINT = 0.1, 0.25, 0.1  # factors of 1 +- this; gamma is an exponent
+CROP = 416 / 480, 544 / 640               # shares of height and width that a step sees
+HALF = 0.5               # how often an image is turned, mirrored, recoloured
+
+# --------------------------------------------------------------------------------
+# Loss
 
 
 def decode(logits, top):
-    """BINS h w -> metres h w: the mean of the bins, weighted by relu(logit) + 0.1"""
-    weight = logits.relu() + 0.1
-    bins = torch.linspace(NEAREST, top, BINS, device=logits.device)
-    return (weight * bins[:, None, None]).sum(0) / weight.sum(0)
+    """... BINS h w -> metres ... h w"""
+    return mean_of_bins(logits, evenly(NEAREST, top, BINS))
 
 
 def depth_loss(out, truths, top):
-    """
-    sqrt(var(g) + 0.15 mean(g)^2),  g = ln(depth + 0.001) - ln(truth + 0.001) over the pixels whose depth is known.
-
-    differs: the released code leaves out the variance for the first 100 steps
-    """
-    g = []
-    for logits, truth in zip(out, truths, strict=True):
-        known = (truth > 0) & (truth <= top)
-        found = resized(decode(logits, top)[None], truth.shape)[0]
-        g.append((found[known] + 1e-3).log() - (truth[known] + 1e-3).log())
-    g = torch.cat(g)
-    yield (g.var() + 0.15 * g.mean() ** 2 + 1e-12).sqrt()
-
-
-def truth_at(i, source, order, sizes):
-    return [nearest(source.truth(order[i]), sizes[i])]
+    """Of answers BINS h w and truths H W, of any sizes, taken together"""
+    found = [resized(decode(logits, top)[None], truth.shape)[0].flatten()
+             for logits, truth in zip(out, truths, strict=True)]
+    truth = torch.cat([truth.flatten() for truth in truths])
+    yield absolute_loss(torch.cat(found), truth, known(truth, top))
 
 
 def mean_of(truths, top):
     """Metres, over the pixels whose depth is known. Raises ValueError if there are none."""
     total = count = 0
     for truth in truths:
-        known = truth[(truth > 0) & (truth <= top)]
-        total, count = total + known.sum(dtype=np.float64), count + known.size
+        found = truth[(truth > 0) & (truth <= top)]
+        total, count = total + found.sum(dtype=np.float64), count + found.size
     if not count:
         raise ValueError(f"depth: no train image has a known depth below {top} m")
     return float(total / count)
 
+# --------------------------------------------------------------------------------
+# What is learned from, stored or live
+
+
+def truth_at(i, source, order, sizes):
+    return [nearest(source.truth(order[i]), sizes[i])]
+
+
+def train_stored(frozen, train, form, decoder, c):
+    maps = frozen.maps("train", train).row
+    sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
+    truth_of = partial(truth_at, source=train, order=others(len(train), c), sizes=sizes)
+    truths = frozen.keep("train truths", truth_of, len(train)).row
+    mean = mean_of(truths, form.top)
+    head = decoder.fit("depth", maps, truths, BINS, partial(depth_loss, top=form.top), c, frozen.device)
+    return head, dict(mean_depth=mean, n_train=len(train), iterations=c.iterations, lr=decoder.peak("depth", c))
+
+
+def seen(row, rng, source, order, size, patch):
+    """
+    An image, C H W uint8, and its truth, H W, as a step sees them: of `size`, and if there is an rng turned, mirrored,
+    recoloured and cut.
+
+    paper:   App. D.2; numbers of the released code
+    differs: gamma is of values in 0 to 1, there in 0 to 255
+    """
+    image, truth = tv.resize(source.image(row), size, InterpolationMode.BICUBIC, antialias=True), \
+        torch.from_numpy(nearest(source.truth(order[row]), size))
+    if rng is None:
+        return image, truth
+    turn, flip, recolour = rng.random(3) < HALF
+    if turn:
+        angle = rng.uniform(-TURN, TURN)
+        image = tv.rotate(image, angle, InterpolationMode.BILINEAR)
+        truth = tv.rotate(truth[None], angle, InterpolationMode.NEAREST)[0]                    # 0, not known, at edges
+    if flip:
+        image, truth = image.flip(2), truth.flip(1)
+    h, w = (max(round(share * n / patch), 1) * patch for share, n in zip(CROP, size, strict=True))
+    top, left = rng.integers(size[0] - h + 1), rng.integers(size[1] - w + 1)
+    image, truth = image[:, top : top + h, left : left + w], truth[top : top + h, left : left + w]
+    if recolour:
+        gamma, gain, tint = (1 + spread * rng.uniform(-1, 1, n)
+                             for spread, n in ((GAMMA, 1), (BRIGHTNESS, 1), (TINT, 3)))
+        x = (image / 255) ** gamma.item() * torch.from_numpy(gain * tint).float()[:, None, None]
+        image = (255 * x).round().clamp(0, 255).to(torch.uint8)
+    return image.contiguous(), truth.contiguous()
+
+
+def known_loss(out, truths, top):
+    return sum(depth_loss(out, truths, top)) if any(known(truth, top).sum() > 1 for truth in truths) else out.sum() * 0
+
+
+def train_live(frozen, train, form, decoder, ranks):
+    c, patch = frozen.c, frozen.model.config.patch_size
+    size = tuple(fitted(train.image(0), c.resolution, patch)[0].shape[1:])
+    order = others(len(train), c)
+    mean = mean_of((train.truth(i) for i in range(len(train))), form.top)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(c.seed)
+        head = decoder.Head(frozen.model.config.width, BINS)
+    views = partial(seen, source=train, order=order, size=size, patch=patch)
+    said = fit(head, views, len(train), partial(known_loss, top=form.top), decoder.RECIPE, c, frozen, ranks)
+    return head, dict(mean_depth=mean, n_train=len(train), **said)
+
+# --------------------------------------------------------------------------------
+# The task
+
+
+def stored(frozen, data, c):
+    """-> the head, what is known of it, and its answers for each val image: plain and mirrored"""
+    (train, val, form), decoder = data, DECODERS[c.decoder]
+    head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_stored, frozen, train, form, decoder, c),
+                         f"{BINS} bins to {form.top} m", frozen, c)
+    maps = frozen.maps("val", val, frozen.seen(mirrored))
+    return [measured(i, head.predict(views), val, form, said, c) for i, views in enumerate(maps)], said
+
+
+def live(frozen, data):
+    """As stored, on all ranks: each measures a share of the val images"""
+    (train, val, form), decoder, ranks = data, DECODERS[frozen.c.decoder], linked(frozen.ranks)
+    if not frozen.layers:
+        frozen.layers = decoder.blocks(frozen.model.config.depth)
+    head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_live, frozen, train, form, decoder, ranks),
+                         f"{BINS} bins to {form.top} m", frozen, frozen.c)
+
+    @torch.no_grad()
+    def answer(i):
+        return head(frozen.network(frozen.network_input(frozen.seen(mirrored)(val.image(i))), frozen.layers))
+    each = ranks.together(lambda: [(i, measured(i, answer(i), val, form, said, frozen.c))
+                                   for i in range(ranks.rank, len(val), ranks.count)])
+    return [found for _, found in sorted(sum(each, []), key=itemgetter(0))], said
+
+
+def measured(i, views, val, form, said, c):
+    """Scores of the mean of an image's answer and its mirror image's; RMSE of the mean depth; a row of pictures"""
+    truth = val.truth(i)
+    plain, mirror = (decode(x, form.top) for x in views)
+    found = resized(((plain + mirror.flip(1)) / 2)[None], truth.shape)[0].clamp(NEAREST, form.top).cpu()
+    counted = scored_pixels(truth, form)
+    if not counted.any():
+        raise ValueError(f"depth: val image {i} has no known depth below {form.top} m; leave it out")
+    there = torch.from_numpy(truth)[counted]
+    constant = depth_scores(torch.full_like(there, said["mean_depth"]), there)["rmse"]
+    shown = [val.image(i), shades(truth, form.top), shades(found.numpy(), form.top)] if c.out and i < SHOWN else None
+    return depth_scores(found[counted], there) | dict(chance_rmse=constant), shown
+
 
 def run(data, frozen, c):
     """The whole image, and at test the mean of it and its mirror image"""
-    (train, val, form), decoder = data, DECODERS[c.decoder]
-
-    def train_head():
-        maps = frozen.maps("train", train).row
-        sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
-        truth_of = partial(truth_at, source=train, order=others(len(train), c), sizes=sizes)
-        truths = frozen.keep("train truths", truth_of, len(train)).row
-        mean = mean_of(truths, form.top)
-        head = decoder.fit("depth", maps, truths, BINS, partial(depth_loss, top=form.top), c, frozen.device)
-        return head, dict(mean_depth=mean, n_train=len(train), iterations=c.iterations,
-                          lr=decoder.peak("depth", c))
-
-    head, said = head_of(partial(decoder.Head, n_out=BINS), train_head, f"{BINS} bins to {form.top} m", frozen, c)
-    mean_depth = said.pop("mean_depth")
-    scores, constant, shown = [], [], []
-    for i, views in enumerate(frozen.maps("val", val, frozen.seen(mirrored))):
-        truth = val.truth(i)
-        plain, mirror = (decode(x, form.top) for x in head.predict(views))
-        found = resized(((plain + mirror.flip(1)) / 2)[None], truth.shape)[0].clamp(NEAREST, form.top).cpu()
-        counted = scored_pixels(truth, form)
-        if not counted.any():
-            raise ValueError(f"depth: val image {i} has no known depth below {form.top} m; leave it out")
-        there = torch.from_numpy(truth)[counted]
-        scores.append(depth_scores(found[counted], there))
-        constant.append(depth_scores(torch.full_like(there, mean_depth), there)["rmse"])
-        if c.out and i < SHOWN:
-            shown.append([val.image(i), shades(truth, form.top), shades(found.numpy(), form.top)])
-    save_pictures(c, shown)
-    return dict(**{name: float(np.mean([score[name] for score in scores])) for name in scores[0]},
-                chance_rmse=float(np.mean(constant)), n_val=len(val), **said)
+    found, said = stored(frozen, data, c) if hasattr(DECODERS[c.decoder], "windows") else frozen.together(
+        partial(live, data=data))
+    save_pictures(c, [shown for _, shown in found if shown])
+    said = {name: value for name, value in said.items() if name != "mean_depth"}
+    return dict(**{name: float(np.mean([scores[name] for scores, _ in found])) for name in found[0][0]},
+                n_val=len(data[1]), **said)
 
 
 def task(name, layout, *paper, side=480):
     options = (Option("iterations", 38400, "steps of the head", shapes=300, least=1),
                Option("lr", 0.0, "peak; 0 = the decoder's own"))
     return Task(name, layout, open_depth, run, wants="maps", metric="rmse", lower=True, view=fitted, sides=(side, 160),
-                options=options, decoders=("linear",), pictures="image, truth, prediction", paper=paper)
+                options=options, decoders=("linear", "dpt"), pictures="image, truth, prediction", paper=paper)
 
 
 FOLDERS = "{train,test}/{rgb_NAME.jpg,depth_NAME.png}"

@@ -10,6 +10,7 @@ import torch
 
 import hubconf
 from convnext import CONVNEXT_SIZES, ConvNeXt
+from decoders.dpt import DPT, DPTConfig
 from model import SIZES, ViT
 from weights import save_backbone
 
@@ -21,6 +22,16 @@ ENTRIES = dict(vits16="s", vits16plus="s+", vitb16="b", vitl16="l", vitl16plus="
 
 def hub(name, **kwargs):
     return torch.hub.load(ROOT, name, source="local", **kwargs)
+
+
+def test_a_decoder_on_its_backbone(tmp_path):
+    vit = ViT(replace(SIZES["s"], depth=4, width=16, heads=2, hidden=32))
+    save_backbone(vit, tmp_path / "x.safetensors", "nano")
+    head = DPT(DPTConfig(16, channels=(4,) * 4, fused=4, hidden=2, n_out=3))
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    decoder = hub("decoder", weights=tmp_path / "x.safetensors", head=tmp_path / "head.pth", depth_range=(1, 2))
+    depth = decoder(torch.randn(1, 3, 32, 48))
+    assert depth.shape == (1, 32, 64) and 1 <= depth.min() <= depth.max() <= 2
 
 
 @pytest.mark.parametrize("layout, name", [("meta", "x.pth"), ("hf", "hf"), ("timm", "x.safetensors")])
@@ -42,7 +53,7 @@ def test_without_weights_it_says_so(capsys):
 
 def test_every_entry():
     listed = {name: entry for name, entry in vars(hubconf).items() if callable(entry) and not name.startswith("_")}
-    assert {name: entry.args[0] for name, entry in listed.items()} == ENTRIES
+    assert listed.pop("decoder") and {name: entry.args[0] for name, entry in listed.items()} == ENTRIES
     assert set(ENTRIES.values()) == set(SIZES | CONVNEXT_SIZES) - {"tiny"}
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from speaking import Colours, photo
 
 from convnext import ConvNeXt, ConvNeXtConfig
+from decoders import dpt
 from engine.attention import attention_row
 from engine.pictures import STRIP, hues
 from model import ViT, ViTConfig, build
@@ -18,6 +19,7 @@ from visualize import (
     GUTTER,
     HEAT,
     attention_picture,
+    depth_pictures,
     main,
     network_input,
     outliers,
@@ -179,6 +181,37 @@ def test_text_command(out, tmp_path, monkeypatch, vit, capsys):
         html = (tmp_path / out).read_text()
         assert html.count("<img src=") == 4 and "&lt;b&gt;blue" in html and "stripes.png" in html and "<b>" not in html
 
+
+class Sloping:
+    """A decoder of depth that sees 2 to 4 metres, from left to right"""
+    backbone = None
+
+    def __init__(self, vit):
+        self.backbone = vit
+
+    def __call__(self, x):
+        return torch.linspace(2, 4, 48).expand(1, 16, 48)
+
+
+def test_depth_is_bright_where_it_is_near(vit, tmp_path):
+    (photo, heat), metres = depth_pictures(Sloping(vit), stripes(tmp_path))
+    assert metres.shape == (16, 48) and metres.min() == 2 and metres.max() == 4
+    assert heat[8, 0].tolist() == list(HEAT[-1]) == heat[18, 0].tolist()       # the picture, and the scale below it
+    assert heat[8, 47].tolist() == list(HEAT[0]) == heat[18, 47].tolist()
+    assert photo.shape == heat.shape == (16 + STRIP // 2 + STRIP, 48, 3)
+
+
+def test_depth_command(folder, tmp_path, monkeypatch, vit, capsys):
+    head = dpt.DPT(dpt.DPTConfig(16, channels=(4,) * 4, fused=4, hidden=2, n_out=3))
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    words = f"--out {tmp_path}/a.png --head {tmp_path}/head.pth"
+    run(folder, monkeypatch, vit, f"depth 0.png 1.png {words} --layers 0,1,2,2")
+    said = capsys.readouterr().out
+    assert "metres, from the nearest to the farthest:" in said and "2 images" in said
+    torch.save(dict(weight=torch.ones(3, 32), bias=torch.ones(3)), tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="answers with no depth; name the head of a task of depth"):
+        run(folder, monkeypatch, vit, f"depth 0.png {words}")
+
 # --------------------------------------------------------------------------------
 # Mistakes
 
@@ -195,6 +228,8 @@ def test_text_command(out, tmp_path, monkeypatch, vit, capsys):
     ("pca 0.png --out a.png --prompts dog", "--prompts 'dog': it is for the mode text"),
     ("text 0.png --out a.jpg --prompts dog", "OUT a .png or .html"),
     ("text 0.png --out a.png --prompts dog", "text.safetensors|weights.safetensors does not exist; name the folder"),
+    ("depth 0.png --out a.png", "--head '': it is for the mode depth, which wants the file of a decoder"),
+    ("pca 0.png --out a.png --head x", "--head 'x': it is for the mode depth"),
     ("explore 0.png --out a.png", "OUT a .html"), ("similarity 0.png --out a.html", "OUT a .png"),
     ("explor 0.png --out a.html", "did you mean explore"), ("atention 0.png --out a.png", "did you mean attention")])
 def test_mistakes_are_named(folder, monkeypatch, vit, words, message):
