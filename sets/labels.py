@@ -4,6 +4,8 @@ Sets of images with a class for every pixel.
     ADE20k, CamVid and their like    images/{training,validation}/NAME.jpg, annotations/.../NAME.png
     Cityscapes                       leftImg8bit/, gtFine/: *_labelIds.png, as downloaded, or *_labelTrainIds.png
     VOC                              JPEGImages/, SegmentationClass/, SegmentationClassAug/, ImageSets/Segmentation/
+    Pascal Context                   JPEGImages/, SegmentationClassContext/, ImageSets/SegmentationContext/
+    COCO-Stuff                       {,images/}{train,val}2017/, {stuffthingmaps,annotations}/{train,val}2017/
 """
 
 from dataclasses import dataclass, replace
@@ -40,10 +42,12 @@ class Labels:
 
 
 SETS = dict(segmentation=Labels(), ade20k=Labels(150, first=1), cityscapes=Labels(19), voc=Labels(21),
-            camvid=Labels(11, void=11))
+            camvid=Labels(11, void=11), context=Labels(59, first=1), stuff=Labels(171))
 
 # Cityscapes' 19 classes by what labelIds calls them; all other ids are ignored
 IDS = 7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33
+# COCO-Stuff's 171 classes by what its maps call them: 182 numbers, of which some things were never labelled
+STUFF = tuple(k for k in range(182) if k not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90))
 WHOLE_LISTS = "trainaug", "train_aug"   # VOC's 10,582 images that people train on; or train and, beside it, aug
 
 
@@ -53,8 +57,10 @@ def read_labels(path, labels):
         if file.mode not in ("P", "L", "I", "I;16", "1"):
             raise ValueError(f"--data: {path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
         truth = np.asarray(file).astype(np.int64)
-    if path.name.endswith("_labelIds.png"):
-        truth = np.append(IGNORE, [IDS.index(k) if k in IDS else IGNORE for k in range(256)])[truth.clip(-1) + 1]
+    ids = IDS if path.name.endswith("_labelIds.png") else STUFF if labels == SETS["stuff"] and not path.name.endswith(
+        "_labelTrainIds.png") else ()
+    if ids:
+        truth = np.append(IGNORE, [ids.index(k) if k in ids else IGNORE for k in range(256)])[truth.clip(-1) + 1]
     out = (truth == labels.void) | (truth == IGNORE) | (truth < labels.first)
     top = int(truth[~out].max(initial=0))
     if labels.n_classes and top >= labels.first + labels.n_classes:
@@ -74,7 +80,7 @@ def open_segmentation(c):
     labels = labels if labels.void != IGNORE else replace(labels, void=c.ignore)
     if c.data == "shapes":
         return *generated(c, attrgetter("semantic")), len(shapes.CLASSES) + 1
-    layout = dict(cityscapes=cityscapes_pairs, voc=voc_pairs).get(c.task, label_pairs)
+    layout = LAYOUTS.get(c.task, label_pairs)
     read = partial(read_labels, labels=labels)
     train, val = (Pairs(layout(c, *split), read) for split in (("training", "train"), ("validation", "val")))
     in_train, in_val = (np.any(verified(c, part, seen_classes), 0)[:IGNORE] for part in (train, val))
@@ -89,8 +95,7 @@ def open_segmentation(c):
 
 def open_val(c, kind):
     """Images to measure on with their truths, of one of SETS; and the largest label of any. Raises ValueError."""
-    layout = dict(cityscapes=cityscapes_pairs, voc=voc_pairs).get(kind, label_pairs)
-    val = Pairs(layout(c, "validation", "val"), partial(read_labels, labels=SETS[kind]))
+    val = Pairs(LAYOUTS.get(kind, label_pairs)(c, "validation", "val"), partial(read_labels, labels=SETS[kind]))
     seen = np.flatnonzero(np.any(verified(c, val, seen_classes), 0)[:IGNORE])
     if not len(seen):
         raise ValueError(f"--data: all labels of {c.data} are ignored; wanted class numbers")
@@ -140,3 +145,26 @@ def voc_pairs(c, _, split):
                    masks[-1] / f"{name}.png") for name in names]
     said = listed[-1]
     return list(zip(there([photos / f"{name}.jpg" for name in names], said), there(truths, said), strict=True))
+
+
+def context_pairs(c, _, split):
+    """As people keep them: a palette PNG a photo of VOC2010, 0 background, which is ignored, 59 classes from 1."""
+    photos, truths = (folders(c, name) for name in ("JPEGImages", "SegmentationClassContext"))
+    listed = folders(c, "ImageSets/SegmentationContext") / f"{split}.txt"
+    names = evenly(lines(listed, "names"), c.limit)
+    return list(zip(there([photos / f"{name}.jpg" for name in names], listed),
+                    there([truths / f"{name}.png" for name in names], listed), strict=True))
+
+
+def stuff_pairs(c, _, split):
+    """stuffthingmaps, as downloaded, beside the photos; where others have numbered them anew, *_labelTrainIds.png"""
+    photos = folders(c, f"images/{split}2017", f"{split}2017")
+    kinds = "stuffthingmaps", "stuffthingmaps_trainval2017", "annotations"
+    truths = folders(c, *(f"{kind}/{split}2017" for kind in kinds))
+    found = keyed([path for path in images_below(truths) if path.name.endswith("_labelTrainIds.png")],
+                  lambda path: path.name.removesuffix("_labelTrainIds.png"))
+    maps = keyed([path for path in images_below(truths) if "_label" not in path.name], lambda path: path.stem)
+    return paired(c, keyed(images_below(photos), lambda path: path.stem), maps or found)
+
+
+LAYOUTS = dict(cityscapes=cityscapes_pairs, voc=voc_pairs, context=context_pairs, stuff=stuff_pairs)

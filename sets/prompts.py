@@ -35,6 +35,29 @@ SCENES = [f"{shapes.article(a)} and {b} {{}} on {SURFACES[k % 25][0]} ground bef
           for k, (a, b) in enumerate(permutations(shapes.PALETTE, 2)) if k % 4 == 0]  # as captions are: LOG.md
 OWN = dict(plain=PLAIN, shapes=SCENES)
 BACKGROUND = [f"{texture} {part}" for texture in shapes.TEXTURES for part in ("ground", "wall")]
+# COCO's 80 things, then its 91 kinds of stuff, "-other" and "-stuff" left out; Pascal Context's 59 that are scored
+STUFF = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
+laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge, building, bush, cabinet, cage,
+cardboard, carpet, ceiling, ceiling tile, cloth, clothes, clouds, counter, cupboard, curtain, desk, dirt, door,
+fence, marble floor, floor, stone floor, tiled floor, wooden floor, flower, fog, food, fruit, furniture, grass,
+gravel, ground, hill, house, leaves, light, mat, metal, mirror, moss, mountain, mud, napkin, net, paper,
+pavement, pillow, plant, plastic, platform, playing field, railing, railroad, river, road, rock, roof, rug,
+salad, sand, sea, shelf, sky, skyscraper, snow, solid, stairs, stone, straw, structure, table, tent, textile,
+towel, tree, vegetable, brick wall, concrete wall, wall, wall panel, stone wall, tiled wall, wooden wall, water,
+waterdrops, window blind, window, wood
+"""
+CONTEXT = """
+aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
+ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse,
+keyboard, light, motorbike, mountain, mouse, person, plate, platform, potted plant, road, rock, sheep, shelves,
+sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window, wood
+"""
 LABELS = dict(  # in the order of class numbers
     cityscapes=("road; street", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
                 "vegetation; tree", "terrain; grass", "sky", "person; pedestrian", "rider; cyclist", "car", "truck",
@@ -44,7 +67,8 @@ LABELS = dict(  # in the order of class numbers
          "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse", "motorbike",
          "person", "potted plant", "sheep", "sofa", "train", "tv monitor"),
     camvid=("sky", "building", "pole", "road", "pavement; sidewalk", "tree", "sign", "fence", "car", "pedestrian",
-            "bicyclist"))
+            "bicyclist"),
+    stuff=tuple(" ".join(STUFF.split()).split(", ")), context=tuple(" ".join(CONTEXT.split()).split(", ")))
 ADE = "objectInfo150.txt"      # in ADE20k's zip: a table, its last column names
 
 

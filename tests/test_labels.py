@@ -6,6 +6,7 @@ from PIL import Image
 
 import evaluate
 from sets import labels
+from sets.prompts import LABELS
 from tasks import TASKS
 
 
@@ -86,6 +87,41 @@ def write_voc(root, lists):
     for name, text in lists.items():
         (root / f"ImageSets/Segmentation/{name}.txt").write_text(text)
     return TASKS["voc"].config(data=str(root))
+
+
+def open_words(tmp_path, kind):
+    return labels.open_val(TASKS["openvocab"].config(data=str(tmp_path), set=kind), kind)
+
+
+def test_coco_stuff_as_downloaded(tmp_path):
+    write(tmp_path / "val2017/000000000139.jpg", photo(size=(2, 183)))
+    write(tmp_path / "stuffthingmaps/val2017/000000000139.png",
+          np.append(np.arange(182), 255).astype(np.uint8)[None].repeat(2, 0))
+    val, top = open_words(tmp_path, "stuff")
+    found = val.truth(0)[0].tolist()
+    assert top == 170 and [k for k in found if k != 255] == list(range(171)) and found[-1] == 255
+    # person, stop sign, parking meter, toothbrush, banner, wood: categories 1, 13, 14, 90, 92, 182
+    names = [LABELS["stuff"][found[k - 1]] for k in (1, 13, 14, 90, 92, 182)]
+    assert names == ["person", "stop sign", "parking meter", "toothbrush", "banner", "wood"]
+    assert [found[k - 1] for k in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)] == [255] * 11  # never labelled
+
+
+def test_coco_stuff_numbered_anew(tmp_path):
+    for kind, image in (("images", photo()), ("annotations", grey(90))):
+        end = ".jpg" if kind == "images" else "_labelTrainIds.png"
+        write(tmp_path / f"{kind}/val2017/1{end}", image)
+    assert open_words(tmp_path, "stuff")[0].truth(0).max() == 90
+
+
+def test_pascal_context(tmp_path):
+    (tmp_path / "ImageSets/SegmentationContext").mkdir(parents=True)
+    (tmp_path / "ImageSets/SegmentationContext/val.txt").write_text("a\nb\n")
+    for name, value in (("a", 0), ("b", 59)):
+        write(tmp_path / f"JPEGImages/{name}.jpg", photo())
+        write(tmp_path / f"SegmentationClassContext/{name}.png", grey(value))
+    val, top = open_words(tmp_path, "context")
+    assert len(val) == 2 and top == 58 and (val.truth(0) == 255).all() and (val.truth(1) == 58).all()
+    assert LABELS["context"][58] == "wood" and len(LABELS["context"]) == 59
 
 
 @pytest.mark.parametrize("lists", [

@@ -62,7 +62,7 @@ def test_ade20k_names_the_first_of_its_synonyms(tmp_path):
     (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.1\twall\n2\t0.1\tbuilding, edifice\n")
     assert label_names("ade20k", tmp_path) == [["wall"], ["building"]]
     assert label_names("ade20k", tmp_path / "images") == [["wall"], ["building"]]
-    assert [len(LABELS[name]) for name in ("cityscapes", "voc", "camvid")] == [19, 21, 11]
+    assert [len(LABELS[name]) for name in ("cityscapes", "voc", "camvid", "context", "stuff")] == [19, 21, 11, 59, 171]
     assert label_names("voc", tmp_path)[0][:2] == ["background", "sky"]
 
 
