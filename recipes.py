@@ -421,8 +421,8 @@ def go_on(before, values, out, free=(), derive=derive):
 def saved_config(out, kind=TrainConfig):
     """The config in a run's folder, as a `kind`."""
     saved, given = saved_text(out), {}
-    n = saved.get("in_chans", 3)
-    like = of_channels(kind(), n if type(n) is int and 1 <= n <= 1024 else 3)
+    n = saved.get("in_chans")  # None: of a run of words, or of before there were others than 3
+    like = of_channels(kind(), n) if type(n) is int and 1 <= n <= 1024 else kind()
     for name, old in vars(like).items():
         if name in saved:
             value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]

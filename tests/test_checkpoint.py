@@ -79,7 +79,7 @@ def test_init_of_another_family_or_nothing_is_an_error(tmp_path):
     from convnext import ConvNeXt, ConvNeXtConfig
     small = build(lambda: ConvNeXt(ConvNeXtConfig((1, 1, 1, 1), (8, 16, 16, 16))))
     save_backbone(small, tmp_path / "c.safetensors", "nano")
-    with pytest.raises(ValueError, match="must be a ViT for RGB"):
+    with pytest.raises(ValueError, match="must be a ViT, one of"):
         recipes.configure(["--init", str(tmp_path / "c.safetensors")])
     with pytest.raises(ValueError, match="does not exist"):
         recipes.configure(["--init", str(tmp_path / "nothing.pth")])
