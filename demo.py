@@ -21,7 +21,7 @@ from engine.checkpoint import newest, saved
 OUT = Path("runs/demo")
 # differs from the paper: the scenes' colours tell no class, so those of the crops vary more; a teacher that averages
 # ever more steps lags behind in so short a run, so its momentum stays; the rest fits some minutes
-OPTIONS = """--size tiny --device cpu --steps 1600 --lr 2e-3 --lr_end 1e-3 --momentum_end 0.994 --n_local 4
+OPTIONS = """--size tiny --device cpu --steps 1250 --lr 2e-3 --lr_end 1e-3 --momentum_end 0.994 --n_local 4
              --global_size 80 --global_scale 0.5,1.0 --local_scale 0.2,0.5 --blur_sigma 0.05,0.5 --solarize 0 --hue 0.5
              --rope_rescale 1.2""".split()
 ROWS = ("raw pixels", "pixels"), ("ViT, untrained", "untrained:tiny"), ("ViT, trained", str(OUT))
