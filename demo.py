@@ -31,7 +31,7 @@ TASKS = dict(knn=("top1_k20",), linear=("top1", "--iterations", "1000"), segment
 def train_or_resume():
     """Seconds that training took in all, remembered beside the run."""
     note, start = OUT / "seconds.json", time.perf_counter()
-    resumed = bool(saved(OUT))
+    resumed = bool(saved(OUT)) and (OUT / "config.json").is_file()
     before = json.loads(note.read_text()) if resumed and note.exists() else 0
     if resumed:
         if newest(OUT)[0] == json.loads((OUT / "config.json").read_text())["steps"]:

@@ -34,9 +34,10 @@ def test_an_interrupted_run_goes_on_and_its_seconds_add_up(small, monkeypatch, t
     assert (tmp_path / "whole/teacher.safetensors").read_bytes() == (small / "teacher.safetensors").read_bytes()
 
 
-def test_what_has_no_checkpoint_yet_begins_anew(small):
-    small.mkdir()
-    (small / "config.json").write_text("{")
+@pytest.mark.parametrize("left", ["config.json", "checkpoints/3/teacher.safetensors"])
+def test_what_is_no_run_yet_begins_anew(small, left):
+    (small / left).parent.mkdir(parents=True)
+    (small / left).write_text("{")
     demo.train_or_resume()
     assert len(rows(small)) == 6
     demo.loss_picture(small / "losses.png")
