@@ -94,7 +94,7 @@ def band(view, c):
     columns = {"areas of the crops": above(photo, *names)}
     cut, seen = ([tile(crop, side) for crop in crops] for crops in view["global"])
     seen = [hatched(each, mask) for each, mask in zip(seen, view["masks"], strict=True)]
-    cut, seen = ([edged(*each) for each in zip(tiles, BOXES, strict=False)] for tiles in (cut, seen))
+    cut, seen = ([edged(*each) for each in zip(tiles, BOXES[:2], strict=True)] for tiles in (cut, seen))
     notes = [told(*each) for each in zip(view["flips"], view["colours"], strict=True)][:2]
     seen = [above(each, line(note, side)) for each, note in zip(seen, notes, strict=True)]
     small = magnified(view["local"][0].shape[-1], c) if "local" in view else side
@@ -106,7 +106,7 @@ def band(view, c):
         columns[f"local crops, {view['local'][0].shape[-1]} px"] = above(cut, seen)
     if "gram" in view:  # without colours: what is cut is seen
         columns[f"the Gram teacher's, {c.gram_size} px"] = grid(
-            [edged(tile(crop, side), colour) for crop, colour in zip(view["gram"][1], BOXES, strict=False)], 1)
+            [edged(tile(crop, side), colour) for crop, colour in zip(view["gram"][1], BOXES[:2], strict=True)], 1)
     return columns
 
 
