@@ -1,6 +1,6 @@
 """
 What turns frozen patches into an answer for every pixel: one decoder a file, chosen by --decoder. A task knows none of
-them, and a decoder no task. Each is a module with
+them, and a decoder no task. One that learns from stored features is a module with
 
     stride(side)                windows of this side lie so far apart
     windows(image, side)        what it wants the network to see of an image -> views; those of frozen.maps
@@ -8,6 +8,11 @@ them, and a decoder no task. Each is a module with
     fit(kind, maps, truths, n_out, loss_of, c, device)    -> a head; kind: segmentation, depth
     peak(kind, c)               the learning rate that it took
     head.predict(views)         maps of an image's views -> n_out h w each, for sliding.slide to put together
+
+one that learns from those of new views, in fit.py, is a module with
+
+    Head(width, n_out)          Features of four blocks -> B n_out h w;  width
+    blocks(depth)               which    RECIPE  numbers of its training
 
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """

@@ -86,7 +86,7 @@ def fit(head, samples, n, loss_of, recipe, c, frozen, ranks):
     c         iterations, lr (0 = the recipe's), seed, workers, out
     returns   {what is known of it: number}
     """
-    rng, ranked = np.random.default_rng([c.seed, 7]), recipe.batch // ranks.count
+    rng, mine = np.random.default_rng([c.seed, 7]), recipe.batch // ranks.count
     if recipe.batch % (ranks.count * recipe.part):
         raise ValueError(f"a batch of {recipe.batch} in parts of {recipe.part} does not go into {ranks.count} ranks")
     rows, peak = rng.permutation(n), c.lr or recipe.lr
@@ -95,8 +95,8 @@ def fit(head, samples, n, loss_of, recipe, c, frozen, ranks):
         norm.ranks = ranks if ranks.count > 1 else None
     run = Run(head, recipe, peak, c, frozen, ranks)
     look = Computed(partial(sample, samples=samples, rows=rows, c=c, batch=recipe.batch))
-    first = ranks.rank * ranked
-    places = [(step, first + i) for step in range(run.step, c.iterations) for i in range(ranked)]
+    first = ranks.rank * mine
+    places = [(step, first + i) for step in range(run.step, c.iterations) for i in range(mine)]
     stream, every = loader(look, places, c.workers), max(c.iterations // LOOKS, 1)
     bar = tqdm(range(run.step, c.iterations + 1), "decoder", c.iterations, initial=run.step, unit="it", leave=False,
                disable=ranks.rank > 0 or None)
@@ -114,7 +114,7 @@ def fit(head, samples, n, loss_of, recipe, c, frozen, ranks):
                 raise KeyboardInterrupt
             run.save(step, every=PATIENCE)
 
-            views = [readable(next(stream)) for _ in range(ranked)]
+            views = [readable(next(stream)) for _ in range(mine)]
             with torch.random.fork_rng(devices=[frozen.device] if frozen.device.type == "cuda" else []):
                 torch.manual_seed(c.seed * 1_000_003 + step)
                 loss = losses(head, views, loss_of, recipe, frozen) * recipe.part / recipe.batch
