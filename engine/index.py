@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from engine.members import BLOCK, TAR, CutShort, Member, contents, images_of, members, read, samples, shown
+from engine.names import cache_folder
 from engine.ranks import cores
 
 ROW = np.dtype([("block", "<u4"), ("size", "<u4"), ("label", "<u2"), ("head", "u1"), ("kind", "u1")])
@@ -226,7 +227,7 @@ def rows_file(base):
 
 
 def cached(path):
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
+    cache = cache_folder()
     return cache / (hashlib.sha1(os.fsencode(Path(path).expanduser().resolve())).hexdigest()[:16] + ".index")
 
 

@@ -124,6 +124,11 @@ def write(file, chunks, notes, what):
     file.flush()
 
 
+def cache_folder():
+    """Where what is known of a set of images is remembered."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
+
+
 def remembered(root, chunks, fresh):
     """
     The Names of what is at a path: those of last time, if they are fresh; else new ones, that the next run will find.
@@ -131,7 +136,7 @@ def remembered(root, chunks, fresh):
     chunks  notes -> what `write` wants; it fills the notes    fresh  notes -> whether nothing has changed since
     raises  ValueError: no disk has room for them
     """
-    place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
+    place = cache_folder()
     place /= hashlib.sha1(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16] + ".names"
     if found := known(place, fresh):
         return found

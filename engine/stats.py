@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from data import draw_crops, loader, read_resolutions
 from engine import config as command_line
 from engine.channels import reader
 from engine.images import UPRIGHT, ImageConfig
+from engine.names import cache_folder
 from engine.order import SHARES as SAMPLES
 from engine.order import STEPS
 from engine.ranks import count_workers
@@ -164,7 +164,7 @@ def opened(memory):
 
 def memory_of(path, source, limit):
     """Where measures of this set are kept while a call is at work: beside the lists of folders."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanodino"
+    folder = cache_folder()
     where = os.path.abspath(path) if os.path.exists(path) else path
     return folder / f"stats-{hashlib.sha1(f'{where} {source.digest()} {limit}'.encode()).hexdigest()[:16]}.jsonl"
 
