@@ -102,8 +102,12 @@ def data(machine, report, compiled):
         c = replace(RECIPES[name], batch=64, group=16)
         c = replace(c, patch_size=c.vit.patch_size)
         batches = Batches(c, source, 0, 64)
-        t = medians(machine, dict(batch=lambda b=batches: b[0]), rounds=5)["batch"]
+        t = medians(machine, dict(batch=lambda b=batches: coloured(b, 0)), rounds=5)["batch"]
         report.add("crops", recipe=name, images_per_s=64 / t.seconds, spread=t.spread)
+
+
+def coloured(batches, step):
+    return training_data.colour_batch(batches[step], batches.config)
 
 
 @contextmanager
@@ -129,8 +133,9 @@ def augment(machine, report, path):
 
         def theirs(i):
             return crops_by_pillow(source.name(order[i]), *drawn[i], sizes, c.mean, c.std)
-        ways = {"Pillow and torchvision": theirs, "ours": batches.__getitem__,
-                "ours, colours by the definition": partial(with_kernels, "off", batches.__getitem__)}
+        ours = partial(coloured, batches)
+        ways = {"Pillow and torchvision": theirs, "ours": ours,
+                "ours, colours by the definition": partial(with_kernels, "off", ours)}
         times = medians(machine, ways, [(i,) for i in range(n)], rounds=5)
         base = times["Pillow and torchvision"].seconds
         for name, t in times.items():
@@ -138,7 +143,7 @@ def augment(machine, report, path):
             report.add("photo to crops", way=name, ms=t.seconds * 1e3, spread=t.spread, images_per_s=1 / t.seconds,
                        base_over_this=base / t.seconds, **dict(flag="SLOWER than 6x") if slow else {})
         functions = [(source, "load")] + [(training_data, name) for name in ("draw_crops", "cut", "augment")]
-        parts = parts_of(lambda: [batches[i] for i in range(n)], functions)
+        parts = parts_of(lambda: [ours(i) for i in range(n)], functions)
     for name, seconds in parts.items():
         report.add("parts of ours", part=name, ms=seconds / n * 1e3, share=seconds / sum(parts.values()))
 
@@ -164,7 +169,10 @@ def parts_of(run, functions):
 
 
 def loader(machine, report, path):
-    """As the trainer asks for them, of the same photos in a folder, a tar and a zip; the cache warm, and cold."""
+    """
+    As the trainer asks for them, of the same photos in a folder, a tar and a zip; the cache warm, and cold. Their
+    colours are the training device's work, and only among the parts.
+    """
     dry, rates, alone = machine.shapes == "dry", {}, {}
     with photos(path, 2 if dry else 16, 8 if dry else 512) as batches, tempfile.TemporaryDirectory() as folder:
         forms = packed(batches.source, Path(folder), 1024)
@@ -233,7 +241,7 @@ def shares(batches, n):
     source, count = batches.source, n * batches.samples
     order = [next(batches.order(*divmod(i, batches.samples))) for i in range(count)]
     functions = [(source, "load")] + [(training_data, name) for name in ("draw_crops", "cut", "augment")]
-    found = parts_of(lambda: [batches[step] for step in range(n)], functions)
+    found = parts_of(lambda: [coloured(batches, step) for step in range(n)], functions)
     start = time.perf_counter()
     for i in order:
         source.raw(i)

@@ -45,6 +45,7 @@ from engine.colours import (
 )
 from engine.images import ImageConfig, resize
 from engine.order import Order
+from engine.slots import lent
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
 COMMANDS = dict(index="engine.archives", stats="engine.stats", look="engine.look")  # by name: they stand on this file
@@ -258,25 +259,25 @@ class Batches(Dataset):
     """
     batches[step] -> this rank's part of the global batch of that step, a dict of
 
-        global_crops  (G B) C H W   local_crops  (L B) C h w: float32, or uint8 with `colours` of all beside
-        gram_crops    (G B) C H W, the global ones without colours, if gram_size   enlarged  images smaller than these
+        global_crops  (G B) C H W   local_crops  (L B) C h w: as they are cut, uint8 or float32
+        gram_crops    (G B) C H W, if gram_size   enlarged  images smaller than these
+        colours       of these, G B 12, L B 12, ...: colour_batch, on the training device, makes them of the crops
         masks         (G B) P bool  masked  M: where they are True   weights  M: 1 / masked of its image
         indices       B, in the source       broken  [(name, reason)] of unreadable images that others stand in for
 
     Which image sample i of a step is: see Order.
     config          a CropConfig that also has batch, end, seed, order, group, patch_size, mean, std
     first, samples  what this rank holds of the global batch
-    colour_here     False: on the training device, by whoever receives the batch
     noise           step, first -> what is random in the student's forward, made ahead with the batch: batch["noise"]
     parts           that this rank's samples come in, each of `samples`: batches[step parts + part]
     kept            Batches of the samples that this rank has once ranks have shared theirs: batch["kept"], their masks
     """
     kept = None
 
-    def __init__(self, config, source, first, samples, colour_here=True, noise=None, parts=1):
+    def __init__(self, config, source, first, samples, noise=None, parts=1):
         self.config, self.source, self.first, self.samples = config, source, first, samples
-        self.colour_here, self.noise, self.parts = colour_here, noise, parts
-        self.order, self.unreadable = Order(source, config.seed, config.batch, config.order), {}
+        self.noise, self.parts, self.unreadable = noise, parts, {}
+        self.order = Order(source, config.seed, config.batch, config.order)
 
     def __len__(self):
         return self.config.end * self.parts
@@ -308,7 +309,7 @@ class Batches(Dataset):
             batch["noise"] = self.noise(step, first)
         if self.kept is not None:
             batch["kept"] = self.kept.masks(step, self.kept.first)
-        return colour_batch(batch, c) if self.colour_here else batch
+        return batch
 
     def read(self, step, i, broken):
         """Sample i of a step; the next in its order stands in for an image that cannot be read."""
@@ -338,7 +339,7 @@ class Batches(Dataset):
 
 
 def colour_batch(batch, config):
-    """Replaces uint8 crops by what `augment` makes of them, on the device where they are."""
+    """Replaces the crops by what `augment` makes of them, on the device where they are."""
     rest = dict(batch)
     colours = rest.pop("colours")
     parts = zip(("global_crops", "local_crops", "gram_crops")[: len(colours)], colours, strict=True)
@@ -365,8 +366,9 @@ def ignore_signals(worker):
 def loader(dataset, steps, workers, **kwargs):
     """dataset[step] for each of `steps`, in order, made ahead by worker processes. Raises ValueError, in one line."""
     try:
-        yield from DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
-                              worker_init_fn=ignore_signals, persistent_workers=False, **kwargs)
+        with lent(dataset) as items:
+            yield from DataLoader(items if workers else dataset, batch_size=None, sampler=steps, num_workers=workers,
+                                  worker_init_fn=ignore_signals, persistent_workers=False, **kwargs)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

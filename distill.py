@@ -340,7 +340,7 @@ def autocast(c, batch):
 def step_to_time(c, teacher, source, name, ranks, n):
     """() -> a step of n images on each rank: of the teacher, or of a student's training, three of them at most."""
     noise = Noise(c.seed, 0, ranks.rank * n, n, c.group, c.drop_path, c.rope_rescale)
-    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n, ranks.device.type == "cpu")[0])
+    batch = train.on_device(c, ranks, Batches(c, source, ranks.rank * n, n)[0])
     batch |= teacher_says(c, teacher, batch)
     if name == "teacher":
         return partial(teacher_says, c, teacher, batch)
@@ -379,7 +379,7 @@ def distill(c, ranks, interrupt):
     source, teacher = open_source(c.data, c.n_shapes, c.seed, reader(c, c)), make_teacher(c, ranks)
     data = recipes.fingerprint(c, source)
     samples = -(-c.batch // ranks.count)  # as released: what the last ranks have beyond the batch is cut in `share`
-    here = c, source, ranks.rank * samples, samples, ranks.device.type == "cpu"
+    here = c, source, ranks.rank * samples, samples
     batches = Cached(*here, folder_of(c, teacher, ranks.device)) if c.cache else Batches(*here)
     batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     plan = make_plan(c, ranks, counts, partial(step_to_time, c, teacher, source))

@@ -296,8 +296,7 @@ def train(c, ranks, interrupt):
     momentum = schedule(0, c.momentum, c.momentum_end, 0, c.steps)
     teacher_temp = schedule(c.teacher_temp_start, c.teacher_temp, c.teacher_temp, c.teacher_temp_warmup, c.steps)
     K = c.accumulate
-    batches = Batches(c, source, ranks.rank * K * samples, samples, ranks.device.type == "cpu",
-                      partial(draw_noise, c, samples), K)
+    batches = Batches(c, source, ranks.rank * K * samples, samples, partial(draw_noise, c, samples), K)
     batches.read(start, 0, [])  # if nothing can be read, say so here and not from a worker
     stream = loader(batches, range(start * K, c.end * K), count_workers(c.workers),
                     pin_memory=ranks.device.type == "cuda")
@@ -393,8 +392,7 @@ def draw_noise(c, samples, step, first):
 def on_device(c, ranks, batch):
     """The batch on this rank's device, coloured; its indices stay on the host."""
     stays = {k: batch.pop(k) for k in ("indices", "colours") if k in batch}
-    batch = to_device(batch, ranks.device) | stays
-    return batch if ranks.device.type == "cpu" else colour_batch(batch, c)
+    return colour_batch(to_device(batch, ranks.device) | stays, c)
 
 
 def report(c, ranks, step, unreadable):

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from data import Batches, colour_batch
+from data import Batches
 
 SAID = "cls", "patches"  # teacher_says in distill.py
 
@@ -42,9 +42,9 @@ class Cached(Batches):
     """
     full = False
 
-    def __init__(self, config, source, first, samples, colour_here, folder):
-        super().__init__(config, source, first, samples, colour_here=False)
-        self.coloured, self.folder = colour_here, folder
+    def __init__(self, config, source, first, samples, folder):
+        super().__init__(config, source, first, samples)
+        self.folder = folder
 
     def __getitem__(self, step):
         batch, digest = super().__getitem__(step), hashlib.sha1()
@@ -55,7 +55,7 @@ class Cached(Batches):
             said = load_file(path)
         except (OSError, SafetensorError):  # not there, or damaged: the teacher says it again, and it is replaced
             said = {}
-        return (colour_batch(batch, self.config) if self.coloured else batch) | said | dict(path=str(path))
+        return batch | said | dict(path=str(path))
 
     def keep(self, path, batch):
         """Writes what the teacher says of a batch, whole or not at all; a full disk ends that, and not the run."""

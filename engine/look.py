@@ -57,7 +57,7 @@ def views(c, source, step, n):
 
     returns  those;  [(name, reason)] of the images that others stand in for
     """
-    batch = Batches(c, source, 0, n, colour_here=False)[step]
+    batch = Batches(c, source, 0, n)[step]
     c, seen = c.at(step), colour_batch(batch, c)
     kinds = [kind for kind in ("global", "local", "gram") if len(batch.get(f"{kind}_crops", ()))]
     found = []

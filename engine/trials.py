@@ -116,7 +116,7 @@ class Step:
     def prepared(self):
         """As the trainer's loader hands it over."""
         noise = partial(draw_noise, self.c, self.c.batch)
-        batches = Batches(self.c, self.source, 0, self.c.batch, self.ranks.device.type == "cpu", noise)
+        batches = Batches(self.c, self.source, 0, self.c.batch, noise)
         cuda = self.ranks.device.type == "cuda"
         return {k: v.pin_memory() if cuda and isinstance(v, torch.Tensor) else v for k, v in batches[0].items()}
 
@@ -418,17 +418,14 @@ def pictures(machine, report, config):
     c = configure(["--size", "tiny", *TINY] if config.dry else ["--size", "s", "--batch", "64"])
     ranks = start_ranks(machine.kind)
 
-    def arrive(batch):
-        batch = on_device(c, ranks, dict(batch))
-        return colour_batch(batch, c) if machine.kind == "cpu" else batch
     with tempfile.TemporaryDirectory() as folder:
         root = config.data if config.data != "shapes" else jpegs(Path(folder), 2 if config.dry else 512)
-        batches = Batches(c, open_source(str(root)), 0, c.batch, colour_here=False)
+        batches = Batches(c, open_source(str(root)), 0, c.batch)
         for i, batch in enumerate(loader(batches, range(n), workers, pin_memory=machine.kind == "cuda")):
             if i == warm:
                 machine.synchronize()
                 start = time.perf_counter()
-            arrive(batch)
+            on_device(c, ranks, dict(batch))
         machine.synchronize()
         rate = (n - warm) * c.batch / (time.perf_counter() - start)
     report.add("JPEG to batch", images="500 x 375 px, generated" if config.data == "shapes" else config.data,

@@ -104,7 +104,7 @@ def test_what_shapes_the_batch_or_the_answer_misses_and_nothing_else(teacher, tm
     def path(*more):
         c = configure(teacher, tmp_path, *more)
         folder = folder_of(c, distill.make_teacher(c, ALONE), CPU)
-        return Cached(c, open_source("shapes", 24, c.seed), 0, c.batch, True, folder)[0]["path"]
+        return Cached(c, open_source("shapes", 24, c.seed), 0, c.batch, folder)[0]["path"]
     assert (path(*words) == path()) is found
 
 
@@ -126,7 +126,7 @@ def test_a_photo_that_changes_or_breaks_has_another_name(tmp_path):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i:02}.png")
 
     def batches():
-        cached = Cached(c, open_source(tmp_path), 0, 4, True, tmp_path / "cache")
+        cached = Cached(c, open_source(tmp_path), 0, 4, tmp_path / "cache")
         return [cached[step] for step in range(3)]  # an epoch
     before, names = batches(), [batch["indices"].tolist() for batch in batches()]
     Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{names[0][1]:02}.png")
@@ -134,7 +134,7 @@ def test_a_photo_that_changes_or_breaks_has_another_name(tmp_path):
     after = batches()
     assert [a["path"] == b["path"] for a, b in zip(before, after, strict=True)] == [False, True, False]
     plain = Batches(c, open_source(tmp_path), 0, 4)[1]
-    assert torch.equal(after[1]["global_crops"], plain["global_crops"])  # coloured all the same
+    assert torch.equal(after[1]["global_crops"], plain["global_crops"])
     assert torch.equal(after[1]["local_crops"], plain["local_crops"])
 
 # --------------------------------------------------------------------------------

@@ -177,15 +177,17 @@ def test_masks_of_the_recipe():
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    tables = [torch.cat(batch.pop("colours")) if "colours" in batch else torch.empty(0) for batch in (dict(a), dict(b))]
+    return a.keys() == b.keys() and torch.equal(*tables) and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a if k != "colours")
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
     batch, again = (Batches(CONFIG, Noise(20), 0, 8)[3] for _ in range(2))
     assert equal(batch, again)
     for other in Batches(CONFIG, Noise(20), 0, 8)[4], Batches(replace(CONFIG, seed=1), Noise(20), 0, 8)[3]:
-        assert not any(torch.equal(batch[key], other[key]) for key in batch if key not in ("broken", "weights"))
+        differ = batch.keys() - {"broken", "weights", "colours"}
+        assert not any(torch.equal(batch[key], other[key]) for key in differ)
 
 
 def test_shapes_of_a_batch_and_what_its_masks_mean():
@@ -211,10 +213,14 @@ def test_ranks_share_one_batch(group):
         assert not torch.equal(parts[0]["masks"], parts[1]["masks"])
 
 
-def test_colours_may_wait_for_the_device():
-    late = Batches(CONFIG, Noise(20), 0, 8, colour_here=False)[2]
-    assert late["global_crops"].dtype == late["local_crops"].dtype == torch.uint8
-    assert equal(data.colour_batch(late, CONFIG), Batches(CONFIG, Noise(20), 0, 8)[2])
+def test_colours_wait_for_the_device():
+    batch = Batches(CONFIG, Noise(20), 0, 8)[2]
+    assert batch["global_crops"].dtype == batch["local_crops"].dtype == torch.uint8
+    done, tables = data.colour_batch(batch, CONFIG), batch.pop("colours")
+    assert done.keys() == batch.keys() and [len(table) for table in tables] == [16, 24]
+    for key, table in zip(("global_crops", "local_crops"), tables, strict=True):
+        assert torch.equal(done.pop(key), data.augment(batch.pop(key), table, CONFIG.mean, CONFIG.std))
+    assert equal(done, batch)
 
 
 def test_every_epoch_visits_every_image_once_in_its_own_order():
@@ -258,17 +264,15 @@ GRAM = replace(CONFIG, gram_teacher="self")
 def test_the_gram_teacher_sees_the_same_crops_without_colours():
     """From one cut: the small ones are what is left of the large; normalised; in the same order."""
     plain = replace(GRAM, gram_size=64, jitter=0, grey=0, blur_global_1=0, blur_global_2=0, solarize=0, flip=0.5)
-    batch, other = (Batches(c, Noise(20), 0, 8)[3] for c in (plain, replace(plain, jitter=1, grey=1, blur_global_1=1)))
+    cut, other = (Batches(c, Noise(20), 0, 8)[3] for c in (plain, replace(plain, jitter=1, grey=1, blur_global_1=1)))
+    pixels, batch, other = cut["gram_crops"], data.colour_batch(cut, plain), data.colour_batch(other, plain)
     assert batch["gram_crops"].shape == (16, 3, 64, 64) and batch["gram_crops"].dtype == torch.float32
     assert torch.equal(batch["gram_crops"], other["gram_crops"])
     assert not torch.equal(batch["global_crops"], other["global_crops"])
     mean, std = (torch.tensor(v)[:, None, None] for v in (CONFIG.mean, CONFIG.std))
-    pixels = ((batch["gram_crops"] * std + mean) * 255).round().to(torch.uint8)
+    assert torch.equal(((batch["gram_crops"] * std + mean) * 255).round().to(torch.uint8), pixels)
     small = torch.stack([resize(crop, 32, 32) for crop in pixels])
     assert torch.allclose((small / 255 - mean) / std, batch["global_crops"], atol=1e-6)   # measured: 0
-    late = Batches(plain, Noise(20), 0, 8, colour_here=False)[3]
-    assert torch.equal(late["gram_crops"], pixels)
-    assert equal(data.colour_batch(late, plain), batch)
 
 
 def test_gram_crops_leave_the_rest_of_a_batch_as_it_is():
@@ -304,15 +308,15 @@ def test_a_batch_has_the_sides_that_its_step_draws():
     """on any rank and in any part; a local crop of 28 px with patches of 8 keeps its middle 24"""
     c = replace(GRAM, resolutions=TRIPLES, group=4)
     step = next(step for step in range(100) if c.at(step).local_size == 28)
-    whole, *parts = (Batches(c, Noise(20), first, n, False)[step] for first, n in [(0, 8), (0, 4), (4, 4)])
+    whole, *parts = (Batches(c, Noise(20), first, n)[step] for first, n in [(0, 8), (0, 4), (4, 4)])
     assert whole["global_crops"].shape[2:] == (48, 48) and whole["gram_crops"].shape[2:] == (72, 72)
     assert whole["masks"].shape == (16, 36) and whole["local_crops"].shape == (24, 3, 24, 24)
     for key in "global_crops", "local_crops", "gram_crops", "masks":
         views = [part[key].unflatten(0, (-1, 4)) for part in parts]
         assert torch.equal(whole[key].unflatten(0, (-1, 8)), torch.cat(views, dim=1)), key
-    uncut = Batches(replace(c, resolutions="48x28x72*1", patch_size=4), Noise(20), 0, 8, False)[step]
+    uncut = Batches(replace(c, resolutions="48x28x72*1", patch_size=4), Noise(20), 0, 8)[step]
     assert torch.equal(uncut["local_crops"][..., 2:26, 2:26], whole["local_crops"])
-    split = Batches(c, Noise(20), 0, 4, False, parts=2)
+    split = Batches(c, Noise(20), 0, 4, parts=2)
     assert all(torch.equal(split[2 * step + i]["gram_crops"], part["gram_crops"]) for i, part in enumerate(parts))
 
 

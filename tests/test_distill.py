@@ -18,7 +18,7 @@ from test_train import MICRO, rows
 import distill
 import train
 from convnext import ConvNeXt
-from data import Batches
+from data import Batches, colour_batch
 from engine.ranks import Ranks, start_ranks
 from engine.sources import open_source
 from model import SIZES, Noise, ViT, ViTConfig, build, shard
@@ -124,7 +124,7 @@ def test_resumed_with_other_students(teacher, pair, tmp_path):
 def test_targets_are_those_of_train(teacher):
     c = distill.configure(["--teacher", str(teacher), "--students", "tiny_half", *SHORT])
     networks = distill.make_teacher(c, Ranks(0, 1, torch.device("cpu"), None))
-    batch = Batches(c, open_source("shapes", 24), 0, 8)[0]
+    batch = colour_batch(Batches(c, open_source("shapes", 24), 0, 8)[0], c)
     said = distill.teacher_says(c, networks, batch)
     assert said["cls"].shape == (16, 16) and len(said["patches"]) == len(batch["masked"])
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_two_ranks_share_the_teacher_and_it_says_the_same(teacher, tmp_path, mod
         c = distill.configure([*argv, "--precision", precision])
         whole = distill.make_teacher(replace(c, cache=str(tmp_path)), ranks)
         shared = distill.make_teacher(c, ranks)
-        batch = Batches(c, open_source("shapes", 24), 4 * ranks.rank, 4)[0]
+        batch = colour_batch(Batches(c, open_source("shapes", 24), 4 * ranks.rank, 4)[0], c)
         a, b = (distill.teacher_says(c, each, batch) for each in (whole, shared))
         apart = max(float((a[name] - b[name]).abs().max()) for name in a)
         held = [[sum(shard(p)[0].numel() for p in part.parameters()) for part in each.values()]
@@ -240,7 +240,7 @@ def test_rank_of_a_student_of_features(teacher):
     """exp of the entropy of the singular values of its class tokens"""
     c = distill.configure(["--teacher", str(teacher), "--mode", "features", "--students", "tiny_half", *SHORT])
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    networks, batch = distill.make_teacher(c, ranks), Batches(c, open_source("shapes", 24), 0, 8)[0]
+    networks, batch = distill.make_teacher(c, ranks), colour_batch(Batches(c, open_source("shapes", 24), 0, 8)[0], c)
     batch |= distill.teacher_says(c, networks, batch)
     student, noise = distill.Student(replace(c, size="tiny_half"), ranks, SIZES["tiny"].width), Noise(0, 0, 0, 8, 2)
     found = distill.feature_terms(student, networks, batch, noise)[2]()["cls_rank"]

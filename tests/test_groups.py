@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data import Batches
+from data import Batches, colour_batch
 from engine import groups
 from engine.groups import assign, describe, fit, kept_by, make_group, make_plan, share
 from engine.ranks import Ranks
@@ -130,7 +130,7 @@ def sharing(c, n_ranks, keeps):
     parts = [Batches(c, source, rank * b, b) for rank in range(n_ranks)]
     for part, keep in zip(parts, keeps, strict=True):
         part.kept = Batches(c, source, keep.start, keep.stop - keep.start) if keep.stop else None
-    parts = [part[0] for part in parts]
+    parts = [colour_batch(part[0], c) for part in parts]
     for part in parts:  # in place of features: the number of the image and crop, and of the patch
         part["cls"] = (part["indices"][None] + torch.tensor([[0], [100]])).flatten()[:, None].float()
         part["patches"] = torch.stack([part["cls"][part["masked"] // 16, 0], part["masked"] % 16.0], dim=1)
@@ -172,7 +172,7 @@ def test_share_gives_each_rank_its_samples(n_ranks, counts, group):
         if not keep.stop:
             assert len(shared["indices"]) == len(shared["patches"]) == len(shared["global_crops"]) == 0
             continue
-        whole = Batches(c, open_source("shapes", 24), keep.start, keep.stop - keep.start)[0]
+        whole = colour_batch(Batches(c, open_source("shapes", 24), keep.start, keep.stop - keep.start)[0], c)
         for name in ("global_crops", "local_crops", "masks", "masked", "weights", "indices"):
             assert torch.equal(shared[name], whole[name]), name
         cls = (whole["indices"][None] + torch.tensor([[0], [100]])).flatten().float()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import data
-from data import Batches, cut_all
+from data import Batches, colour_batch, cut_all
 from engine import look
 from engine.sources import Folder, open_source
 from recipes import RECIPES
@@ -38,7 +38,7 @@ def same(picture, crop):
 def test_views_are_those_of_the_step(photos, c):
     source = Folder(photos)
     found, broken = look.views(c, source, 3, 3)
-    batch = Batches(c, source, 0, c.batch)[3]                     # as a run has it
+    batch = colour_batch(Batches(c, source, 0, c.batch)[3], c)    # as a run has it
     assert len(found) == 3 and broken == []
     for i, view in enumerate(found):
         assert view["name"] == source.name(batch["indices"][i])

@@ -38,7 +38,7 @@ class Count(TorchDispatchMode):
 def prepare(words, tmp_path):
     c = recipes.configure([*MICRO, *words, "--out", str(tmp_path / "out")])
     source = train.open_source(c.data, c.n_shapes, c.seed)
-    batches = Batches(c, source, 0, c.batch, False, train.partial(train.draw_noise, c, c.batch))
+    batches = Batches(c, source, 0, c.batch, train.partial(train.draw_noise, c, c.batch))
     student, teacher = (train.build_networks(c, ALONE) for _ in range(2))
     teacher.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(train.parameter_groups(c, student), fused=True)
