@@ -8,6 +8,7 @@ Measure frozen features.
     python evaluate.py --task knn --weights runs/s --data PHOTOS --control        floor: shuffled labels, or patches
     torchrun --nproc-per-node 8 evaluate.py --task ade20k --weights runs/s --data ADE      features from 8 GPUs
     python evaluate.py --task ade20k --weights runs/s --data ADE --head DIR/head.safetensors    as --out DIR kept it
+    python evaluate.py --task depth --weights untrained:7b --decoder dpt --plan --memory 80      what its training needs
     python evaluate.py --task depth --help                                        the options of one task
 
 What a task is stands in tasks/, one protocol a file. Prints a table, and last one line of JSON.
@@ -125,7 +126,11 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(explain(argv))
         return
-    result = evaluate(configure(argv))
+    c = configure(argv)
+    if getattr(c, "plan", False):
+        print(json.dumps(dict(task=c.task, weights=c.weights, **TASKS[c.task].plan(c))))
+        return
+    result = evaluate(c)
     if result is None:  # a rank that served
         return
     for name, value in result.items():

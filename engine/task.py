@@ -66,6 +66,9 @@ NORM = Option("norm", True, "features after the final norm; false = before it")
 OUT = Option("out", "", "folder for ", scored=False)
 IMAGES = tuple(Option(field.name, field.default, command_line.notes(ImageConfig)[field.name])
                for field in fields(ImageConfig))
+PLAN = (Option("plan", False, "print what training the head needs, and start nothing", scored=False),
+        Option("memory", 0.0, "with --plan: GB (1e9 bytes) of one CUDA device; 0 = what this machine has",
+               scored=False))
 HEAD = Option("head", "", "head.safetensors that an earlier run with --out has left: nothing is trained")
 
 
@@ -98,6 +101,7 @@ class Task:
     decoders: tuple = ()       # names in decoders/; the first is the default
     control: str = "truth"     # what --control shuffles: truth, patches
     pictures: str = ""         # what --out draws
+    plan: Callable = None      # c -> {what: bytes} of training a head, without weights or data: --plan
     shapes: bool = True        # --data shapes works
     needs: tuple = ()          # modules to import, of the optional ones
     paper: tuple = ()          # Paper
@@ -107,6 +111,7 @@ class Task:
         own = self.options + ((LAYERS,) if self.wants == "maps" and not self.network else ())
         if self.decoders:
             own += (Option("decoder", self.decoders[0], "one of " + ", ".join(self.decoders)), HEAD)
+        own += PLAN if self.plan else ()
         left = [f"a picture: {self.pictures}"] * bool(self.pictures) + ["head.safetensors"] * (HEAD in own)
         return own + ((OUT._replace(note=OUT.note + "; ".join(left)),) if left else ())
 
@@ -153,6 +158,7 @@ class Task:
     def settings(self, c, metrics):
         """The options that the task has read, beside those that its metrics name."""
         names = ["resolution", "batch", "limit", "precision", "control", "seed"]
-        names += [field.name for field in fields(c)[len(fields(EvaluateConfig)) :] if field.name != "out"]
+        names += [field.name for field in fields(c)[len(fields(EvaluateConfig)) :]
+                  if field.name not in ("out", "plan", "memory")]
         unsaid = {option.name for option in IMAGES if getattr(c, option.name, None) == option.default}
         return {name: getattr(c, name) for name in names if name not in unsaid | metrics.keys()}

@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from decoders import DECODERS
 from decoders.depth import absolute_loss, evenly, known, mean_of_bins
-from decoders.fit import fit
+from decoders.fit import fit, plan
+from engine.features import describe
 from engine.heads import head_of
 from engine.metrics import depth_scores
 from engine.pictures import SHOWN, save_pictures, shades
@@ -102,7 +103,7 @@ def seen(row, rng, source, order, size, patch):
         truth = tv.rotate(truth[None], angle, InterpolationMode.NEAREST)[0]                    # 0, not known, at edges
     if flip:
         image, truth = image.flip(2), truth.flip(1)
-    h, w = (max(round(share * n / patch), 1) * patch for share, n in zip(CROP, size, strict=True))
+    h, w = cut(size, patch)
     top, left = rng.integers(size[0] - h + 1), rng.integers(size[1] - w + 1)
     image, truth = image[:, top : top + h, left : left + w], truth[top : top + h, left : left + w]
     if recolour:
@@ -111,6 +112,11 @@ def seen(row, rng, source, order, size, patch):
         x = (image / 255) ** gamma.item() * torch.from_numpy(gain * tint).float()[:, None, None]
         image = (255 * x).round().clamp(0, 255).to(torch.uint8)
     return image.contiguous(), truth.contiguous()
+
+
+def cut(size, patch):
+    """H W that a step sees, of images of H W"""
+    return tuple(max(round(share * n / patch), 1) * patch for share, n in zip(CROP, size, strict=True))
 
 
 def known_loss(out, truths, top):
@@ -128,6 +134,16 @@ def train_live(frozen, train, form, decoder, ranks):
     views = partial(seen, source=train, order=order, size=size, patch=patch)
     said = fit(head, views, len(train), partial(known_loss, top=form.top), decoder.RECIPE, c, frozen, ranks)
     return head, dict(mean_depth=mean, n_train=len(train), **said)
+
+def planned(c):
+    """What --plan says, for images three quarters as high as wide"""
+    config, decoder = describe(c.weights), DECODERS[c.decoder]
+    if hasattr(decoder, "windows"):
+        raise ValueError(f"--plan: {c.decoder} learns from features on disk; it is for decoders of new views, as dpt")
+    with torch.device("meta"):
+        head = decoder.Head(config.width, BINS)
+    shape = 3, *cut((c.resolution, c.resolution if c.data == "shapes" else c.resolution * 4 // 3), config.patch_size)
+    return plan(head, decoder.RECIPE, c, config, decoder.blocks(config.depth), shape)
 
 # --------------------------------------------------------------------------------
 # The task
@@ -186,7 +202,8 @@ def task(name, layout, *paper, side=480):
     options = (Option("iterations", 38400, "steps of the head", shapes=300, least=1),
                Option("lr", 0.0, "peak; 0 = the decoder's own"))
     return Task(name, layout, open_depth, run, wants="maps", metric="rmse", lower=True, view=fitted, sides=(side, 160),
-                options=options, decoders=("linear", "dpt"), pictures="image, truth, prediction", paper=paper)
+                options=options, decoders=("linear", "dpt"), plan=planned, pictures="image, truth, prediction",
+                paper=paper)
 
 
 FOLDERS = "{train,test}/{rgb_NAME.jpg,depth_NAME.png}"

@@ -1,5 +1,6 @@
 """tasks/depth.py: bins and loss against loops, an oracle against noise, images whose depth is not known."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_segmentation import Oracle, Source
 
+import evaluate
 from sets.depths import Depths
 from tasks import TASKS, depth
 
@@ -60,3 +62,19 @@ def test_images_without_depth_are_named():
         depth.run((*rooms, Depths()), oracle, c)
     with pytest.raises(ValueError, match="no train image has a known depth below 10.0 m"):
         depth.run((*rooms[::-1], Depths()), oracle, c)
+
+
+def test_what_training_needs_is_planned_without_weights_or_data(monkeypatch, capsys):
+    """The decoder of the 7B backbone, at 768 x 1024 pixels, of which a step sees 672 x 864."""
+    monkeypatch.setattr(evaluate, "load", lambda *words: 1 / 0)
+    words = "--task depth --decoder dpt --weights untrained:7b --data photos --resolution 768 --plan --memory 80"
+    evaluate.main([*words.split(), "--batch", "2"])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    P, D = 42 * 54, 4096
+    assert said["parameters_of_decoder"] == 230_687_776 and said["backbone_bytes"] == 2 * 6_716_043_264
+    assert said["features_bytes"] == 4 * 2 * 4 * (1 + 4 + P) * D and said["adam_bytes"] == 8 * 230_687_776
+    assert said["outputs_bytes"] == 3 * 4 * 2 * 256 * 672 * 864 and said["total_bytes"] < 30e9
+    with pytest.raises(ValueError, match="needs 101 GB on each rank, 16 images of 864x672 .* would fit: --batch 10 "):
+        evaluate.main(words.split())
+    with pytest.raises(ValueError, match="--plan: linear learns from features on disk"):
+        evaluate.main(words.replace("dpt", "linear").split())
