@@ -83,7 +83,7 @@ def load_dpt(file, backbone, layers, depth_range):
         head = dpt.DPT(c)
     bins, least, far = (depth.mixed, 1e-8, FAR["canopy"]) if c.class_token else (depth.evenly, 0.1, FAR["dpt"])
     bins = bins(*(depth_range or (NEAR, farthest(file) or far)), c.n_out)
-    return depth.Depth(backbone, take(head, file), layers, bins, least)
+    return depth.Depth(backbone, take(head, file), layers, bins, least, heights=c.class_token)
 
 
 def farthest(file):

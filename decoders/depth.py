@@ -125,10 +125,10 @@ def padded(images, patch):
 class Depth(nn.Module):
     """images B 3 H W, normalised -> B h' w' metres, in the decoder's own resolution, the padding not cut away"""
 
-    def __init__(self, backbone, head, layers, bins, least):
-        """head  list of Features, of `layers` -> B n h' w'"""
+    def __init__(self, backbone, head, layers, bins, least, heights=False):
+        """head  list of Features, of `layers` -> B n h' w'    heights  of canopies, and no depth"""
         super().__init__()
-        self.backbone, self.head, self.layers, self.least = backbone, head, layers, least
+        self.backbone, self.head, self.layers, self.least, self.heights = backbone, head, layers, least, heights
         self.register_buffer("bins", bins, persistent=False)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ DPT: the patches of four blocks, each as a map of its own size, fused from coars
     Fusion        a coarse map and the next finer one -> twice as large
     DPT           Features of four blocks -> n_out h' w'
     blocks        which four
-    sized         the widths for a backbone; RECIPE
+    sized         the widths for a backbone; RECIPE, of absolute depth; SYNTHMIX, of relative
 
 Names of parameters are those of the released files. Their layers, and the bins, see depth.py.
 
@@ -43,6 +43,11 @@ def sized(width):
     for least, channels, fused in (4096, 2048, 512), (1024, 1024, 512), (384, 256, 256), (0, 64, 64):
         if width >= least:
             return DPTConfig(width, (channels,) * 4, fused, dropout=0.05)
+
+
+# paper: App. D.11, at 768 x 1024 pixels; 12,000 steps of warm-up, of the 160,000 that Depth Anything V2 trains
+# differs: batch, weight decay, betas and clip are not stated there; these are RECIPE's
+SYNTHMIX = Recipe(lr=1e-3, weight_decay=1e-4, batch=16, betas=(0.9, 0.99), warmup=0.075, power=3.5, clip=35)
 
 
 def conv(n_in, n_out, side, bias=True):

@@ -3,6 +3,8 @@ One trainer for all decoders: the features of a frozen backbone, of new views in
 
     Recipe    the numbers of a decoder's training
     rate      the learning rate of a step
+    untrained a head, as its seed draws it
+    everyone  what a function says of each image, on all ranks
     fit       trains a head; goes on where the same command was stopped
     needs     the bytes that this takes, by a forward pass on the meta device; plan, what --plan prints
 
@@ -16,6 +18,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +88,18 @@ class BatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_((var * n / (n - 1).clamp(min=1)).float(), self.momentum)
             mean, std = (v.float()[:, None, None] for v in (mean, (var + self.eps).sqrt()))
         return (x - mean) / std * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def untrained(build, c):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(c.seed)
+        return build()
+
+
+def everyone(function, n, ranks):
+    """[function(i) for i in range(n)], each rank's share by it"""
+    each = ranks.together(lambda: [(i, function(i)) for i in range(ranks.rank, n, ranks.count)])
+    return [found for _, found in sorted(sum(each, []), key=itemgetter(0))]
 
 
 def fit(head, samples, n, loss_of, recipe, c, frozen, ranks, count=None):

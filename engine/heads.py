@@ -2,6 +2,7 @@
 Heads that a task has trained: kept in --out, and read again with --head, when nothing is trained.
 
     head_of   the head of --head, or one that is trained and kept
+    released  whether --head is no file of ours
     check     of --head, before anything is loaded: is it of this task, this decoder, a network of this size
     load, save
 
@@ -45,6 +46,8 @@ def check(task, c, config):
         raise ValueError("--head: nothing is trained, so --control and --shots mean nothing; leave them out")
     if getattr(c, "layers", "") == "each":
         raise ValueError("--head is of certain blocks, not of each one; name them, or leave out --layers")
+    if released(task, c):
+        return {}
     try:
         with safe_open(c.head, "pt") as file:
             about = file.metadata() or {}
@@ -55,6 +58,11 @@ def check(task, c, config):
             raise ValueError(f"--head {c.head} has {name} {about.get(name)!r}, this command {value!r}; name a head "
                              "that was trained for it")
     return about
+
+
+def released(task, c):
+    """Whether --head is a file of other layouts, which the task gives to load_decoder"""
+    return bool(c.head and task.released) and c.decoder in task.released and Path(c.head).suffix == ".pth"
 
 
 def load(build, outputs, frozen, c):

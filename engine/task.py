@@ -101,6 +101,8 @@ class Task:
     decoders: tuple = ()       # names in decoders/; the first is the default
     control: str = "truth"     # what --control shuffles: truth, patches
     pictures: str = ""         # what --out draws
+    released: tuple = ()       # decoders whose --head may also be a file that load_decoder reads
+    trains: bool = True        # on --data, where that is not shapes; else --head is wanted
     plan: Callable = None      # c -> {what: bytes} of training a head, without weights or data: --plan
     shapes: bool = True        # --data shapes works
     needs: tuple = ()          # modules to import, of the optional ones
@@ -136,6 +138,9 @@ class Task:
                 command_line.writable(getattr(c, option), option=f"--{option}")
         if c.data == "shapes" and not self.shapes:
             raise ValueError(f"--data: {self.name} does not run on shapes; name a folder with {self.layout}")
+        if not self.trains and c.data != "shapes" and not c.head:
+            raise ValueError(f"--head is missing: {self.name} has nothing to train on; name a released head, or "
+                             "head.safetensors of another task of its kind")
         if c.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"--precision {c.precision}: write auto, bf16 or fp32")
         if self.decoders and c.decoder not in self.decoders:
@@ -148,8 +153,8 @@ class Task:
 
     def beside(self, c, size, metrics):
         """{paper_METRIC: its number for a network of this size}, if it was measured as the paper did."""
-        if c.control or c.limit or any(getattr(c, each.name) != each.default
-                                       for each in self.all_options() if each.scored):
+        if c.control or c.limit or any(getattr(c, each.name) != each.default for each in self.all_options()
+                                       if each.scored and (each != HEAD or self.trains)):
             return {}
         return {f"paper_{row.metric}": row.values[size] for row in self.paper
                 if size in row.values and row.metric in metrics and c.resolution == row.side

@@ -1,36 +1,40 @@
 """
-Monocular depth: 256 bins of depth for every pixel, from frozen patches and a decoder; RMSE in metres.
+Monocular depth: 256 bins of depth for every pixel, from frozen patches and a decoder.
 
     python evaluate.py --task depth --weights runs/tiny                                   on the generated `shapes`
     python evaluate.py --task nyu --weights runs/s --data NYU --cache features     train/rgb_*.jpg, train/depth_*.png
     python evaluate.py --task nyu --weights runs/s --data NYU --decoder dpt --out heads
+    python evaluate.py --task relative --weights runs/s --data SYNTHETIC --out heads           scale and shift forgiven
+    python evaluate.py --task eth3d --weights runs/s --data ETH3D --head heads/head.safetensors
 
     stored    linear: the features of all images once, on disk
     live      dpt: those of new views in every step, on all ranks
 
-paper: DINOv3 Tab. 3, App. D.2. Dimension letters: see the top of model.py.
+Absolute: RMSE in metres. Relative: mean relative error, of depth that least squares have brought to the truth's scale
+and shift; trained on synthetic depths, measured on photos it never saw.
+
+paper: DINOv3 Tab. 3, App. D.2; relative: Tab. 12, App. D.11. Dimension letters: see the top of model.py.
 """
 
 from functools import partial
-from operator import itemgetter
 
 import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from decoders import DECODERS
-from decoders.depth import absolute_loss, evenly, known, mean_of_bins
-from decoders.fit import fit, plan
+from decoders import DECODERS, load_decoder
+from decoders.depth import Depth, absolute_loss, aligned, evenly, known, mean_of_bins, relative_loss
+from decoders.fit import everyone, fit, plan, untrained
 from engine.features import describe
-from engine.heads import head_of
+from engine.heads import head_of, released
 from engine.metrics import depth_scores
 from engine.pictures import SHOWN, save_pictures, shades
 from engine.ranks import linked
 from engine.sliding import resized
 from engine.task import Option, Paper, Task, by_size
 from engine.views import fitted, mirrored, nearest
-from sets.depths import NEAREST, open_depth, scored_pixels
+from sets.depths import NEAREST, SETS, open_depth, scored_pixels
 from sets.pairs import others
 
 BINS = 256
@@ -38,6 +42,9 @@ TURN = 2.5               # degrees at most, one way or the other
 GAMMA, BRIGHTNESS, TINT = 0.1, 0.25, 0.1  # factors of 1 +- this; gamma is an exponent
 CROP = 416 / 480, 544 / 640               # shares of height and width that a step sees
 HALF = 0.5               # how often an image is turned, mirrored, recoloured
+BLUR, NOISE, JITTER = 2.0, 0.05, 0.4      # relative: pixels, share of the range, factors of 1 +- this; chosen by eye
+CHANCE = {False: ("rmse",), True: ("abs_rel", "delta1")}  # scores of a constant that are printed
+HUE = 0.1                # the same, of a turn
 
 # --------------------------------------------------------------------------------
 # Loss
@@ -84,12 +91,12 @@ def train_stored(frozen, train, form, decoder, c):
     return head, dict(mean_depth=mean, n_train=len(train), iterations=c.iterations, lr=decoder.peak("depth", c))
 
 
-def seen(row, rng, source, order, size, patch):
+def seen(row, rng, source, order, size, patch, relative=False):
     """
     An image, C H W uint8, and its truth, H W, as a step sees them: of `size`, and if there is an rng turned, mirrored,
     recoloured and cut.
 
-    paper:   App. D.2; numbers of the released code
+    paper:   App. D.2; numbers of the released code. Relative: App. D.11
     differs: gamma is of values in 0 to 1, there in 0 to 255
     """
     image, truth = tv.resize(source.image(row), size, InterpolationMode.BICUBIC, antialias=True), \
@@ -107,11 +114,35 @@ def seen(row, rng, source, order, size, patch):
     top, left = rng.integers(size[0] - h + 1), rng.integers(size[1] - w + 1)
     image, truth = image[:, top : top + h, left : left + w], truth[top : top + h, left : left + w]
     if recolour:
-        gamma, gain, tint = (1 + spread * rng.uniform(-1, 1, n)
-                             for spread, n in ((GAMMA, 1), (BRIGHTNESS, 1), (TINT, 3)))
-        x = (image / 255) ** gamma.item() * torch.from_numpy(gain * tint).float()[:, None, None]
-        image = (255 * x).round().clamp(0, 255).to(torch.uint8)
+        image = (disturbed if relative else recoloured)(image, rng)
     return image.contiguous(), truth.contiguous()
+
+
+def recoloured(image, rng):
+    gamma, gain, tint = (1 + spread * rng.uniform(-1, 1, n) for spread, n in ((GAMMA, 1), (BRIGHTNESS, 1), (TINT, 3)))
+    x = (image / 255) ** gamma.item() * torch.from_numpy(gain * tint).float()[:, None, None]
+    return (255 * x).round().clamp(0, 255).to(torch.uint8)
+
+
+def disturbed(image, rng):
+    """
+    Its histogram stretched or made even, its colours another's, blurred and noisy: each of them or not.
+
+    paper: App. D.11 names them, without numbers: synthetic images are too clean
+    """
+    stretch, even, jitter, blur, noise = rng.random(5) < HALF
+    if stretch or even:
+        image = (tv.equalize if even else tv.autocontrast)(image)
+    if jitter:
+        gain, contrast, saturation = 1 + JITTER * rng.uniform(-1, 1, 3)
+        image = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(image, gain), contrast), saturation)
+        image = tv.adjust_hue(image, HUE * rng.uniform(-1, 1))
+    if blur:
+        image = tv.gaussian_blur(image, 2 * round(2 * BLUR) + 1, rng.uniform(0.1, BLUR))
+    if noise:
+        x = image + 255 * rng.uniform(0, NOISE) * torch.from_numpy(rng.standard_normal(image.shape)).float()
+        image = x.round().clamp(0, 255).to(torch.uint8)
+    return image
 
 
 def cut(size, patch):
@@ -123,16 +154,22 @@ def known_loss(out, truths, top):
     return sum(depth_loss(out, truths, top)) if any(known(truth, top).sum() > 1 for truth in truths) else out.sum() * 0
 
 
+def forgiving_loss(out, truths, form):
+    """Relative, of answers BINS h w and truths H W, all of one size"""
+    truths = torch.stack(truths)
+    return relative_loss(resized(decode(out, form.bins), truths.shape[1:]), truths, known(truths, form.top))
+
+
 def train_live(frozen, train, form, decoder, ranks):
     c, patch = frozen.c, frozen.model.config.patch_size
     size = tuple(fitted(train.image(0), c.resolution, patch)[0].shape[1:])
     order = others(len(train), c)
     mean = mean_of((train.truth(i) for i in range(len(train))), form.top)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(c.seed)
-        head = decoder.Head(frozen.model.config.width, BINS)
-    views = partial(seen, source=train, order=order, size=size, patch=patch)
-    said = fit(head, views, len(train), partial(known_loss, top=form.top), decoder.RECIPE, c, frozen, ranks)
+    head = untrained(partial(decoder.Head, frozen.model.config.width, BINS), c)
+    views = partial(seen, source=train, order=order, size=size, patch=patch, relative=form.relative)
+    loss, recipe = ((partial(forgiving_loss, form=form), decoder.SYNTHMIX) if form.relative else
+                    (partial(known_loss, top=form.bins), decoder.RECIPE))
+    said = fit(head, views, len(train), loss, recipe, c, frozen, ranks)
     return head, dict(mean_depth=mean, n_train=len(train), **said)
 
 def planned(c):
@@ -143,49 +180,75 @@ def planned(c):
     with torch.device("meta"):
         head = decoder.Head(config.width, BINS)
     shape = 3, *cut((c.resolution, c.resolution if c.data == "shapes" else c.resolution * 4 // 3), config.patch_size)
-    return plan(head, decoder.RECIPE, c, config, decoder.blocks(config.depth), shape)
+    recipe = decoder.SYNTHMIX if SETS[c.task].relative else decoder.RECIPE
+    return plan(head, recipe, c, config, decoder.blocks(config.depth), shape)
 
 # --------------------------------------------------------------------------------
 # The task
+
+
+def outputs(form):
+    return f"{BINS} bins to {form.bins} m"
 
 
 def stored(frozen, data, c):
     """-> the head, what is known of it, and its answers for each val image: plain and mirrored"""
     (train, val, form), decoder = data, DECODERS[c.decoder]
     head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_stored, frozen, train, form, decoder, c),
-                         f"{BINS} bins to {form.top} m", frozen, c)
+                         outputs(form), frozen, c)
     maps = frozen.maps("val", val, frozen.seen(mirrored))
-    return [measured(i, head.predict(views), val, form, said, c) for i, views in enumerate(maps)], said
+    return [measured(i, [decode(x, form.bins) for x in head.predict(views)], val, form, said, c)
+            for i, views in enumerate(maps)], said
 
 
 def live(frozen, data):
     """As stored, on all ranks: each measures a share of the val images"""
-    (train, val, form), decoder, ranks = data, DECODERS[frozen.c.decoder], linked(frozen.ranks)
+    (train, val, form), ranks = data, linked(frozen.ranks)
+    answer, said = answering(frozen, train, form, ranks)
+
+    @torch.no_grad()
+    def scores(i):
+        views = frozen.network_input(frozen.seen(mirrored)(val.image(i)))
+        return measured(i, answer(frozen.network(views, frozen.layers)), val, form, said, frozen.c)
+    return everyone(scores, len(val), ranks), said
+
+
+def answering(frozen, train, form, ranks):
+    """Features -> metres B h w, by a released head, or one of ours;  what is known of it"""
+    c, decoder = frozen.c, DECODERS[frozen.c.decoder]
+    if released(frozen.task, c):
+        found = load_decoder(c.head, frozen.model, frozen.layers or None)
+        if not isinstance(found, Depth) or found.heights:
+            raise ValueError(f"--head {c.head} answers with no depth; name a head of depth")
+        frozen.layers, head = found.layers, found.head.to(frozen.device)
+        return (lambda features: mean_of_bins(head(features), found.bins, found.least)), {}
     if not frozen.layers:
         frozen.layers = decoder.blocks(frozen.model.config.depth)
     head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_live, frozen, train, form, decoder, ranks),
-                         f"{BINS} bins to {form.top} m", frozen, frozen.c)
-
-    @torch.no_grad()
-    def answer(i):
-        return head(frozen.network(frozen.network_input(frozen.seen(mirrored)(val.image(i))), frozen.layers))
-    each = ranks.together(lambda: [(i, measured(i, answer(i), val, form, said, frozen.c))
-                                   for i in range(ranks.rank, len(val), ranks.count)])
-    return [found for _, found in sorted(sum(each, []), key=itemgetter(0))], said
+                         outputs(form), frozen, c)
+    return (lambda features: decode(head(features), form.bins)), said
 
 
 def measured(i, views, val, form, said, c):
-    """Scores of the mean of an image's answer and its mirror image's; RMSE of the mean depth; a row of pictures"""
+    """
+    Scores of the mean of an image's answer and its mirror image's, metres; of a constant: the mean depth of what was
+    trained on, or, where scale and shift are forgiven, of the image itself. And a row of pictures
+    """
     truth = val.truth(i)
-    plain, mirror = (decode(x, form.top) for x in views)
-    found = resized(((plain + mirror.flip(1)) / 2)[None], truth.shape)[0].clamp(NEAREST, form.top).cpu()
+    plain, mirror = views
     counted = scored_pixels(truth, form)
     if not counted.any():
         raise ValueError(f"depth: val image {i} has no known depth below {form.top} m; leave it out")
     there = torch.from_numpy(truth)[counted]
-    constant = depth_scores(torch.full_like(there, said["mean_depth"]), there)["rmse"]
+    found = resized(((plain + mirror.flip(1)) / 2)[None], truth.shape)[0].cpu()
+    if form.relative:
+        found, constant = aligned(found, torch.from_numpy(truth), counted), there.double().mean().item()
+    else:
+        constant = said.get("mean_depth", there.double().mean().item())
+    found = found.clamp(NEAREST, form.top)
+    chance = depth_scores(torch.full_like(there, constant), there)
     shown = [val.image(i), shades(truth, form.top), shades(found.numpy(), form.top)] if c.out and i < SHOWN else None
-    return depth_scores(found[counted], there) | dict(chance_rmse=constant), shown
+    return depth_scores(found[counted], there) | {f"chance_{x}": chance[x] for x in CHANCE[form.relative]}, shown
 
 
 def run(data, frozen, c):
@@ -198,12 +261,23 @@ def run(data, frozen, c):
                 n_val=len(data[1]), **said)
 
 
-def task(name, layout, *paper, side=480):
-    options = (Option("iterations", 38400, "steps of the head", shapes=300, least=1),
-               Option("lr", 0.0, "peak; 0 = the decoder's own"))
-    return Task(name, layout, open_depth, run, wants="maps", metric="rmse", lower=True, view=fitted, sides=(side, 160),
-                options=options, decoders=("linear", "dpt"), plan=planned, pictures="image, truth, prediction",
-                paper=paper)
+ITERATIONS = Option("iterations", 38400, "steps of the head", shapes=300, least=1)
+
+
+def task(name, layout, *paper, **more):
+    options = more.pop("options", (ITERATIONS, Option("lr", 0.0, "peak; 0 = the decoder's own")))
+    more = dict(metric="rmse", sides=(480, 160), decoders=("linear", "dpt")) | more
+    return Task(name, layout, open_depth, run, wants="maps", lower=True, view=fitted, options=options,
+                released=("dpt",), plan=planned, pictures="image, truth, prediction", paper=paper, **more)
+
+
+def relative(name, layout, abs_rel=None, delta1=None, n_val=0):
+    """paper: Tab. 12; App. D.11: 160,000 steps are those of Depth Anything V2"""
+    options = ITERATIONS._replace(default=160000), Option("lr", 0.0, "peak; 0 = the decoder's own")
+    paper = [Paper(metric, {"7b": value}, 768, dict(n_val=n_val))
+             for metric, value in (("abs_rel", abs_rel), ("delta1", delta1)) if n_val]
+    return task(name, layout, *paper, metric="abs_rel", sides=(768, 160), decoders=("dpt",), options=options,
+                trains=not n_val)
 
 
 FOLDERS = "{train,test}/{rgb_NAME.jpg,depth_NAME.png}"
@@ -212,4 +286,10 @@ TASKS = (
     task("nyu", FOLDERS + ", or nyu_{train,test}.txt", Paper("rmse", by_size(
         0.403, 0.399, 0.373, 0.352, 0.352, 0.309, 0.448, 0.432, 0.420, 0.403), 480, dict(n_val=654))),  # Tab. 14
     task("kitti", "kitti_eigen_{train,test}.txt, input/, gt_depth/",
-         Paper("rmse", {"7b": 2.346}, 352, dict(n_val=652)), side=352))                        # Tab. 3; native
+         Paper("rmse", {"7b": 2.346}, 352, dict(n_val=652)), sides=(352, 160)),                # Tab. 3; native
+    relative("relative", FOLDERS),
+    relative("nyu_relative", "nyu_test.txt, or filename_list_test.txt, or test/", 0.043, 0.980, 654),
+    relative("kitti_relative", "kitti_eigen_test.txt, input/, gt_depth/", 0.073, 0.967, 652),
+    relative("eth3d", "eth3d_filename_list.txt, rgb/, depth/", 0.054, 0.975, 454),
+    relative("scannet", "scannet_val_sampled_list_800_1.txt, SCENE/{color,depth}/", 0.044, 0.981, 800),
+    relative("diode", "diode_val_all_filename_list.txt, {indoors,outdoor}/", 0.256, 0.822, 771))

@@ -145,3 +145,79 @@ def test_folder_and_lists(tmp_path):
 def test_lower_middle_is_kittis_crop():
     array = np.arange(375 * 1242).reshape(375, 1242)
     np.testing.assert_array_equal(depths.lower_middle(array, (352, 1216)), array[23:, 13:1229])
+
+
+def put(folder, name, array):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array.tofile(path) if path.suffix == ".JPG" else np.save(path, array)
+
+
+def opened(task, folder):
+    SKIPPED.clear()
+    return depths.open_depth(TASKS[task].config(data=str(folder), head="x"))
+
+
+def test_eth3d_as_marigold_lists_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(depths, "ETH3D", (40, 60))
+    truth = np.arange(2400, dtype=np.float32).reshape(40, 60) / 100 + 0.5
+    truth[3, 4] = np.inf
+    image, raw = "rgb/pipes/images/dslr_images/DSC_1.JPG", "depth/pipes_dslr_depth/pipes/ground_truth_depth/DSC_1.JPG"
+    write(tmp_path / image, photo())
+    put(tmp_path, raw, truth)
+    (tmp_path / "eth3d_filename_list.txt").write_text(f"{image} {raw}\n")
+    train, val, form = opened("eth3d", tmp_path)
+    assert train is None and val.truth(0)[3, 4] == 0 and val.truth(0)[3, 5] == truth[3, 5] and form.bins == 100
+    assert not SKIPPED and depths.scored_pixels(val.truth(0), form).sum() == 2399
+    put(tmp_path, raw, truth[:20])
+    with pytest.raises(ValueError, match="DSC_1.JPG holds 1,200 numbers; wanted 60x40 of 32 bits"):
+        opened("eth3d", tmp_path)
+
+
+def test_diode_as_marigold_lists_it(tmp_path, capsys):
+    truth = np.full((40, 60, 1), 20, np.float32)
+    truth[:2, :2, 0] = [[0.5, 0.7], [np.nan, 351]]
+    mask = np.ones((40, 60), np.float32)
+    mask[9] = 0
+    name = "outdoor/scene_00022/scan_00195/00022_00195_outdoor_280_030"
+    write(tmp_path / f"{name}.png", photo())
+    put(tmp_path, f"{name}_depth.npy", truth)
+    put(tmp_path, f"{name}_depth_mask.npy", mask)
+    (tmp_path / "diode_val_all_filename_list.txt").write_text(f"{name}.png {name}_depth.npy {name}_depth_mask.npy\n")
+    _, val, form = opened("diode", tmp_path)
+    scored = depths.scored_pixels(val.truth(0), form)
+    assert scored[:2, :3].tolist() == [[False, True, True], [False, False, True]] and not scored[9].any()
+    assert "skipped the pixels that are nan of 1 depths" in capsys.readouterr().out and [*SKIPPED.values()] == [1]
+    put(tmp_path, f"{name}_depth_mask.npy", mask[1:])
+    with pytest.raises(ValueError, match=r"has float32 \(40, 60\), its mask \(39, 60\); wanted float32, and a mask"):
+        opened("diode", tmp_path)
+    (tmp_path / f"{name}_depth_mask.npy").unlink()
+    with pytest.raises(ValueError, match="or .*_depth_mask.npy cannot be read"):
+        opened("diode", tmp_path)
+    (tmp_path / "diode_val_all_filename_list.txt").unlink()
+    with pytest.raises(ValueError, match="diode_val_all_filename_list.txt cannot be read"):
+        opened("diode", tmp_path)
+
+
+def test_relative_nyu_and_kitti(tmp_path):
+    for k in 1, 2:
+        write(tmp_path / f"test/bath/rgb_{k}.png", photo())
+        write(tmp_path / f"test/bath/depth_{k}.png", np.full((40, 60), 1000 * k, np.uint16))
+    (tmp_path / "filename_list_test.txt").write_text("test/bath/rgb_2.png test/bath/depth_2.png filled_2.png\n")
+    train, val, form = opened("nyu_relative", tmp_path)
+    assert train is None and len(val) == 1 and val.truth(0).max() == 2 and form.relative and form.top == 10
+    assert depths.SETS["nyu"].scored == form.scored and not depths.SETS["nyu"].relative
+    scored = depths.scored_pixels(np.full((352, 1216), 9, np.float32), depths.SETS["kitti_relative"])
+    rows, cols = (scored.any(k).nonzero() for k in (1, 0))
+    assert (rows[0], rows[-1], cols[0], cols[-1]) == (117, 320, 43, 1171)
+
+
+def test_images_to_train_on_without_depth_are_counted(tmp_path, capsys):
+    for split, n in ("train", 3), ("test", 1):
+        for i in range(n):
+            write(tmp_path / f"{split}/rgb_{i}.jpg", photo())
+            write(tmp_path / f"{split}/depth_{i}.png", np.full((40, 60), 2000 * (i != 1), np.uint16))
+    SKIPPED.clear()
+    train, val, _ = depths.open_depth(TASKS["depth"].config(data=str(tmp_path)))
+    assert len(train) == 2 and len(val) == 1 and [*SKIPPED.values()] == [1]
+    assert "skipped 1 images of train of which no depth is known" in capsys.readouterr().out
