@@ -12,7 +12,8 @@ them, and a decoder no task. One that learns from stored features is a module wi
 one that learns from those of new views, in fit.py, is a module with
 
     Head(width, n_out)          Features of four blocks -> B n_out h w;  width
-    blocks(depth)               which    RECIPE  numbers of its training
+    layers_of(config, layers)   which, of a backbone; those named, or as released
+    RECIPE                      numbers of its training
 
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
@@ -51,6 +52,14 @@ def load_decoder(path, backbone, layers=None, depth_range=None):
     raise ValueError(f"{path} is no decoder: it has {first}, ...; wanted one of {', '.join(LOADERS)}")
 
 
+def load_depth(path, backbone, layers, heights=False):
+    """As load_decoder, of depth alone, or of heights of canopies; raises ValueError for others"""
+    found, what = load_decoder(path, backbone, layers), "heights" if heights else "depth"
+    if not isinstance(found, depth.Depth) or found.heights != heights:
+        raise ValueError(f"{path} answers with no {what}; name a head of {'canopies' if heights else what}")
+    return found
+
+
 def read(path):
     """{name: Stored} of the decoder alone, without what wrappers put before the names; what evaluate.py says of it"""
     if not path.is_file():
@@ -77,7 +86,7 @@ def fits(file, width, backbone, layers):
 def load_dpt(file, backbone, layers, depth_range):
     shapes = {name: x.shape for name, x in file.stored.items()}
     c = dpt.read_config(file.path, shapes)
-    layers = layers or dpt.blocks(backbone.config.depth, c.class_token)
+    layers = dpt.layers_of(backbone.config, layers, c.class_token)
     fits(file, c.width, backbone, layers)
     with torch.device("meta"):
         head = dpt.DPT(c)

@@ -5,7 +5,7 @@ DPT: the patches of four blocks, each as a map of its own size, fused from coars
     Reassemble    patches of four blocks -> maps of 4, 2, 1 and 1/2 times the grid
     Fusion        a coarse map and the next finer one -> twice as large
     DPT           Features of four blocks -> n_out h' w'
-    blocks        which four
+    blocks        which four; layers_of, of a backbone
     sized         the widths for a backbone; RECIPE, of absolute depth; SYNTHMIX, of relative
 
 Names of parameters are those of the released files. Their layers, and the bins, see depth.py.
@@ -148,16 +148,25 @@ class DPT(nn.Module):
         return self.conv_depth(x if self.project is None else self.project(x).relu())
 
 
-def Head(width, n_out):
+def Head(width, n_out, class_token=False):
     """The DPT for a backbone of that width"""
-    return DPT(replace(sized(width), n_out=n_out))
+    return DPT(replace(sized(width), n_out=n_out, class_token=class_token))
 
 
 def blocks(depth, class_token=False):
     """The four blocks, 0-based, of a backbone of that depth, as released"""
     if class_token:
-        return [i * depth // 4 - 1 for i in (1, 2, 3, 4)]
-    return [4, 11, 17, 23] if depth == 24 else [i * (depth // 4) - 1 for i in (1, 2, 3, 4)]
+        return [max(i * depth // 4 - 1, 0) for i in (1, 2, 3, 4)]
+    return [4, 11, 17, 23] if depth == 24 else [max(i * (depth // 4) - 1, 0) for i in (1, 2, 3, 4)]
+
+
+def layers_of(config, layers, class_token=False):
+    """The blocks that it sees of a backbone: those, or as released. Raises ValueError if a DPT cannot see them."""
+    if hasattr(config, "dims"):
+        raise ValueError("a DPT sees four blocks of one width and grid; a ConvNeXt has stages of several: name a ViT")
+    if layers and len(layers) != 4:
+        raise ValueError(f"--layers {','.join(map(str, layers))}: a DPT sees four blocks; name four, or none")
+    return layers or blocks(config.depth, class_token)
 
 
 def read_config(path, shapes):

@@ -4,6 +4,7 @@ on. Adding a task is a file, and a line here. See engine/task.py.
 """
 
 from tasks import (
+    canopy,
     captions,
     correspondence,
     depth,
@@ -31,6 +32,7 @@ TASKS = {task.name: task for task in (
     met.TASK,
     *segmentation.TASKS,
     *depth.TASKS,
+    canopy.TASK,
     discovery.TASK,
     *tracking.TASKS,
     *keypoints.TASKS,

@@ -23,10 +23,10 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from decoders import DECODERS, load_decoder
-from decoders.depth import Depth, absolute_loss, aligned, evenly, known, mean_of_bins, relative_loss
+from decoders import DECODERS, load_depth
+from decoders.depth import absolute_loss, aligned, evenly, known, mean_of_bins, relative_loss
 from decoders.fit import everyone, fit, plan, untrained
-from engine.features import describe
+from engine.features import chosen_layers, describe
 from engine.heads import head_of, released
 from engine.metrics import depth_scores
 from engine.pictures import SHOWN, save_pictures, shades
@@ -181,7 +181,7 @@ def planned(c):
         head = decoder.Head(config.width, BINS)
     shape = 3, *cut((c.resolution, c.resolution if c.data == "shapes" else c.resolution * 4 // 3), config.patch_size)
     recipe = decoder.SYNTHMIX if SETS[c.task].relative else decoder.RECIPE
-    return plan(head, recipe, c, config, decoder.blocks(config.depth), shape)
+    return plan(head, recipe, c, config, decoder.layers_of(config, chosen_layers(c, config)), shape)
 
 # --------------------------------------------------------------------------------
 # The task
@@ -217,13 +217,10 @@ def answering(frozen, train, form, ranks):
     """Features -> metres B h w, by a released head, or one of ours;  what is known of it"""
     c, decoder = frozen.c, DECODERS[frozen.c.decoder]
     if released(frozen.task, c):
-        found = load_decoder(c.head, frozen.model, frozen.layers or None)
-        if not isinstance(found, Depth) or found.heights:
-            raise ValueError(f"--head {c.head} answers with no depth; name a head of depth")
+        found = load_depth(c.head, frozen.model, frozen.layers)
         frozen.layers, head = found.layers, found.head.to(frozen.device)
         return (lambda features: mean_of_bins(head(features), found.bins, found.least)), {}
-    if not frozen.layers:
-        frozen.layers = decoder.blocks(frozen.model.config.depth)
+    frozen.layers = decoder.layers_of(frozen.model.config, frozen.layers)
     head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_live, frozen, train, form, decoder, ranks),
                          outputs(form), frozen, c)
     return (lambda features: decode(head(features), form.bins)), said

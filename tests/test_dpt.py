@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from convnext import CONVNEXT_SIZES
 from decoders import dpt, load_decoder
 from model import ViT, ViTConfig
 from weights import load_backbone
@@ -111,7 +112,15 @@ def test_sizes_of_the_paper():
         head = dpt.DPT(dpt.DPTConfig(4096, channels=(2048,) * 4))
     assert sum(p.numel() for p in head.parameters()) == 230_687_776
     assert dpt.blocks(24) == [4, 11, 17, 23] and dpt.blocks(40) == [9, 19, 29, 39] and dpt.blocks(12) == [2, 5, 8, 11]
-    assert dpt.blocks(24, class_token=True) == [5, 11, 17, 23]
+    assert dpt.blocks(24, class_token=True) == [5, 11, 17, 23] and dpt.blocks(2) == [0] * 4
+
+
+def test_backbones_and_layers_that_do_not_do():
+    with pytest.raises(ValueError, match="a ConvNeXt has stages of several: name a ViT"):
+        dpt.layers_of(CONVNEXT_SIZES["convnext_t"], [])
+    with pytest.raises(ValueError, match="--layers 0,3: a DPT sees four blocks; name four, or none"):
+        dpt.layers_of(VIT, [0, 3])
+    assert dpt.layers_of(VIT, [0, 0, 1, 1]) == [0, 0, 1, 1] and len(dpt.layers_of(VIT, [])) == 4
 
 
 NAMES = ((r"^head\.", ""), ("reassemble_stage", "reassemble_blocks"), ("fusion_layers", "fusion_blocks"),

@@ -1,0 +1,122 @@
+"""tasks/canopy.py: blocks and R2 by hand, the loss in a loop, heads that are trained, kept, released."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_labels import photo, write
+
+import evaluate
+from decoders import dpt, load_decoder
+from decoders.depth import mean_of_bins, mixed
+from engine.features import load
+from engine.images import resize
+from tasks import canopy
+
+
+def run(*words):
+    words = " ".join(map(str, ("--task canopy --device cpu --workers 0", *words)))
+    return evaluate.evaluate(evaluate.configure(words.split()))
+
+
+def test_blocks_are_the_means_of_fifty_pixels_once_three_are_cut():
+    heights = torch.rand(256, 160, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = torch.rand(256, 160, generator=torch.Generator().manual_seed(1)) > 0.3
+    known[3:53, 53:103] = False
+    found = canopy.blocks(heights, known)
+    assert len(found) == 5 * 3
+    for k, value in enumerate(found.tolist()):
+        top, left = 3 + 50 * (k // 3), 3 + 50 * (k % 3)
+        values = [heights[y, x].item() for y in range(top, top + 50) for x in range(left, left + 50) if known[y, x]]
+        assert (value != value) == (not values) == (k == 1)
+        assert not values or value == pytest.approx(sum(values) / len(values))
+
+
+def test_r2():
+    truth, found = torch.tensor([1.0, 2, 3, 6]), torch.tensor([1.0, 3, 3, 4])
+    assert canopy.r2(found, truth)["block_r2"] == pytest.approx(1 - 5 / 14)
+    assert canopy.r2(found, torch.ones(4)) == {} and canopy.r2(truth, truth) == dict(block_r2=1)
+
+
+def test_the_loss_is_the_mean_error_of_what_is_known():
+    out = torch.randn(2, 256, 3, 4)
+    truths = [torch.full((6, 8), 5.0), torch.full((6, 8), torch.nan)]
+    truths[0][2:, 3] = torch.nan
+    metres = F.interpolate(mean_of_bins(out[:1], mixed(0.001, 96, 256), 1e-8)[None], (6, 8), mode="bilinear")[0, 0]
+    errors = [abs(metres[y, x].item() - 5) for y in range(6) for x in range(8) if x != 3 or y < 2]
+    assert canopy.mean_error(out, truths).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert canopy.mean_error(out.requires_grad_(), [truths[1]] * 2) == 0
+
+
+def test_heights_turn_with_their_image():
+    class Land:
+        def image(self, i):
+            return torch.arange(48 * 48, dtype=torch.float32).view(1, 48, 48).expand(3, -1, -1) / 10
+
+        def truth(self, i):
+            return self.image(i)[0].numpy()
+    seen = [canopy.seen(0, np.random.default_rng(k), Land(), [0], (48, 48)) for k in range(40)]
+    for image, truth in seen:
+        assert (image[0] - truth).abs().max() <= 0.51
+    assert len({tuple(truth[0, :2].tolist()) for _, truth in seen}) == 8
+    image, truth = canopy.seen(0, None, Land(), [0], (48, 48))
+    assert torch.equal(truth, Land().image(0)[0])
+
+
+@pytest.fixture
+def land(tmp_path):
+    for split in "train", "test":
+        for i in range(2):
+            write(tmp_path / f"{split}/rgb_{i}.png", photo(i, (112, 112)))
+            truth = np.linspace(0, 20, 112, dtype=np.float32)[None].repeat(112, 0)
+            truth[:5] = np.nan
+            write(tmp_path / f"{split}/height_{i}.tif", truth)
+    return tmp_path
+
+
+def test_a_head_is_trained_kept_and_read(land, monkeypatch):
+    monkeypatch.setattr(dpt, "RECIPE", replace(dpt.RECIPE, batch=2))
+    words = "--weights untrained:tiny --resolution 64 --data", land
+    trained = run(*words, "--iterations 2 --out", land / "out")
+    assert trained["n_blocks"] == 2 * 4 and trained["n_train"] == 2 and "mean_height" not in trained
+    assert trained["chance_mae"] == pytest.approx(5.045, abs=0.01) and (land / "out/canopy.png").is_file()
+    again = run(*words, "--head", land / "out/head.safetensors")
+    assert (again["mae"], again["block_r2"]) == (trained["mae"], trained["block_r2"])
+    decoder = load_decoder(land / "out/head.safetensors", load("untrained:tiny"))
+    assert decoder.heights and decoder.bins[-1] == 96
+    with pytest.raises(ValueError, match="has metric 'mae', this command 'rmse'"):
+        evaluate.main(["--task", "depth", "--decoder", "dpt", "--weights", "untrained:tiny", "--head",
+                       str(land / "out/head.safetensors")])
+
+
+@pytest.mark.parametrize("canopies", [True, False])
+def test_a_released_head(canopies, land):
+    torch.manual_seed(0)
+    head = dpt.DPT(dpt.DPTConfig(128, (8,) * 4, 8, hidden=8, class_token=canopies))
+    torch.save(head.state_dict(), land / "x.pth")
+    words = "--weights untrained:tiny --resolution 64 --data", land, "--head", land / "x.pth"
+    if not canopies:
+        with pytest.raises(ValueError, match="x.pth answers with no heights; name a head of canopies"):
+            run(*words)
+        return
+    found = run(*words)
+    vit, errors = load("untrained:tiny"), []
+    mean, std = (torch.tensor(v)[:, None, None] for v in (vit.config.mean, vit.config.std))
+    for i in range(2):
+        view = resize(torch.from_numpy(photo(i, (112, 112))).permute(2, 0, 1), 64, 64)
+        metres = load_decoder(land / "x.pth", vit)(((view / 255 - mean) / std)[None])
+        metres = F.interpolate(metres[None], (112, 112), mode="bilinear")[0, 0]
+        errors.append((metres - torch.linspace(0, 20, 112))[5:].abs().mean().item())
+    assert found["mae"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert found["chance_mae"] == pytest.approx(10, abs=0.01)  # of no trees at all: what it was trained on is not known
+
+
+def test_pixels_and_what_is_planned(capsys):
+    with pytest.raises(ValueError, match="no class token is as wide as a patch"):
+        run("--weights pixels --limit 2 --resolution 64")
+    evaluate.main("--task canopy --weights untrained:l --data land --plan --memory 80".split())
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["outputs_bytes"] == 3 * 4 * 16 * 256 * 512 * 512 and said["room_bytes"] == 80e9
