@@ -154,10 +154,10 @@ def Head(width, n_out, class_token=False):
 
 
 def blocks(depth, class_token=False):
-    """The four blocks, 0-based, of a backbone of that depth, as released"""
-    if class_token:
-        return [max(i * depth // 4 - 1, 0) for i in (1, 2, 3, 4)]
-    return [4, 11, 17, 23] if depth == 24 else [max(i * (depth // 4) - 1, 0) for i in (1, 2, 3, 4)]
+    """The four blocks, 0-based, of a backbone of that depth, as released; of any other depth evenly, to the last"""
+    if depth == 24 and not class_token:
+        return [4, 11, 17, 23]
+    return [max(i * depth // 4 - 1, 0) for i in (1, 2, 3, 4)]
 
 
 def layers_of(config, layers, class_token=False):
