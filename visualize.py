@@ -8,7 +8,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py outliers dog.jpg --weights runs/s --out norms.png     by block: norms of patches, of channels
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
     python visualize.py text dog.jpg --weights runs/words --prompts "a dog; grass; sky" --out dog.png   or .html: a page
-    python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   metres, a scale
+    python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   .html; FILM: .mp4
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -18,7 +18,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
-    depth_pictures       image -> metres, near is bright, over a scale
+    depth_pictures       image -> metres, near is bright, over a scale; depth_film, of a video       film.py
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -54,16 +54,18 @@ from engine.attention import attention_row
 from engine.channels import of_run, reader
 from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
+from engine.film import is_film, redrawn
 from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
 from engine.pictures import STRIP, entitled, hues
 from engine.sources import open_source
+from engine.views import fitted
 from losses import gram_loss
 from recipes import saved_config
 from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
-             depth=".png")  # of OUT
+             depth=".png .html .mp4")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -338,20 +340,40 @@ def text_pictures(model, image, prompts):
 
 
 @torch.no_grad()
-def depth_pictures(decoder, image):
+def depth_pictures(decoder, image, ends=None):
     """
-    decoder  decoders.depth.Depth    image  C H W
+    decoder  decoders.depth.Depth    image  C H W    ends  metres, of the scale; None = the nearest and the farthest
     returns  H W 3 uint8 each, a strip below it: the photo; its depth, near is bright, and the scale in metres, even
-             from the nearest to the farthest;  metres, H W
+             from end to end;  metres, H W
     """
     metres = decoder(network_input(decoder.backbone, image))[None]
     metres = F.interpolate(metres, image.shape[1:], mode="bilinear")[0, 0].cpu().numpy()
-    near, far = metres.min(), metres.max()
-    photo, heat = side_by_side(image, 1 - (metres - near) / max(far - near, 1e-6))
+    near, far = ends or (metres.min(), metres.max())
+    photo, heat = side_by_side(image, 1 - ((metres - near) / max(far - near, 1e-6)).clip(0, 1))
     ramp = np.linspace(1, 0, heat.shape[1])[None].repeat(STRIP // 2, 0)
     bar = side_by_side(image[:, :1].expand(-1, STRIP // 2, -1), ramp)[1]
     return [entitled(np.vstack([photo, np.full_like(bar, 255)]), "image"),
             entitled(np.vstack([heat, bar]), f"{near:.2f} m", right=f"{far:.2f} m")], metres
+
+
+def depth_decoder(c, vit, layers):
+    decoder = load_decoder(c.head, vit, layers)
+    if not isinstance(decoder, Depth):
+        raise ValueError(f"--head {c.head} answers with no depth; name the head of a task of depth")
+    return decoder.to(next(vit.parameters()).device)
+
+
+def depth_film(decoder, film, c):
+    """Writes OUT, photo and depth side by side; returns a line. All frames have the scale of the first one."""
+    ends, patch = [], decoder.backbone.config.patch_size
+
+    def draw(frame):
+        pictures, metres = depth_pictures(decoder, fitted(frame, c.resolution, patch)[0], ends[0] if ends else None)
+        ends.append((metres.min(), metres.max()))
+        return np.hstack(pictures)
+    n, width, height = redrawn(film, c.out, draw)
+    near, far = min(near for near, _ in ends), max(far for _, far in ends)
+    return f"wrote {c.out}: {n} frames, {width}x{height} pixels; {near:.2f} to {far:.2f} m, on the first one's scale"
 
 
 def side_by_side(image, colours):
@@ -410,6 +432,9 @@ def configure(argv):
         raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; for attention only one")
     if mode == "training" and len(words) != 1:
         raise ValueError(f"RUN {' '.join(words) or '(none)'}: training shows one run; name its folder")
+    if (Path(c.out).suffix == ".mp4") != any(map(is_film, words)) or len(words) > 1 and any(map(is_film, words)):
+        raise ValueError(f"IMAGE {' '.join(words)}: a video becomes a video, in the mode depth: name one, and --out "
+                         "X.mp4")
     words = find_runs(words) if mode == "curves" else words if mode == "training" else find_images(words)
     return mode, words, c, [int(layer) for layer in layers] or None, c.point if "point" in values else None
 
@@ -432,6 +457,9 @@ def main(argv):
             for path in (c.weights if mode == "gram" else [c.weights])]
     vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
     patch = math.lcm(*(net.config.patch_size for net in nets))
+    if is_film(c.out):
+        print(depth_film(depth_decoder(c, vit, layers), names[0], c))
+        return
     photos, names = load_photos(names, c.resolution, patch, reader(c, nets[0].config))
     if mode == "resolutions":
         print(*sizes_picture(vit, photos, names, c), f"wrote {c.out}", sep="\n")
@@ -443,11 +471,8 @@ def main(argv):
         groups, lines = zip(*(outliers_picture(vit, photo) for photo in photos), strict=True)
         print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
     if mode == "depth":
-        decoder = load_decoder(c.head, vit, layers)
-        if not isinstance(decoder, Depth):
-            raise ValueError(f"--head {c.head} answers with no depth; name the head of a task of depth")
-        groups, metres = zip(*(depth_pictures(decoder.to(next(vit.parameters()).device), photo) for photo in photos),
-                             strict=True)
+        decoder = depth_decoder(c, vit, layers)
+        groups, metres = zip(*(depth_pictures(decoder, photo) for photo in photos), strict=True)
         print("metres, from the nearest to the farthest:", *(f"{name}: {x.min():.2f} to {x.max():.2f}"
               for name, x in zip(names, metres, strict=True)), sep="\n  ")
     if mode == "text":
@@ -472,8 +497,9 @@ def main(argv):
         Path(c.out).write_text(html, encoding="utf-8")
         said = f"{len(html) / 1e6:.1f} MB; {maps[0].shape[2]} features kept as {d} int8, cosines within {error:.3f}"
     elif Path(c.out).suffix == ".html":
-        Path(c.out).write_text(gallery(groups, [Path(name).name for name in names], c.prompts), encoding="utf-8")
-        said = f"{len(prompts)} prompts"
+        html = gallery(groups, [Path(name).name for name in names], c.prompts or mode)
+        Path(c.out).write_text(html, encoding="utf-8")
+        said = "a page"
     else:
         picture = sheet(groups)
         Image.fromarray(picture).save(c.out)

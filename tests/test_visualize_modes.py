@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from speaking import Colours, photo
+from test_film import film
 
 from convnext import ConvNeXt, ConvNeXtConfig
 from decoders import dpt
@@ -194,6 +196,8 @@ class Sloping:
 
 
 def test_depth_is_bright_where_it_is_near(vit, tmp_path):
+    (_, heat), metres = depth_pictures(Sloping(vit), stripes(tmp_path), (3, 5))  # nearer than the scale is its end
+    assert heat[8, 0].tolist() == heat[8, 23].tolist() == list(HEAT[-1]) and metres.min() == 2
     (photo, heat), metres = depth_pictures(Sloping(vit), stripes(tmp_path))
     assert metres.shape == (16, 48) and metres.min() == 2 and metres.max() == 4
     assert heat[8, 0].tolist() == list(HEAT[-1]) == heat[18, 0].tolist()       # the picture, and the scale below it
@@ -208,6 +212,20 @@ def test_depth_command(folder, tmp_path, monkeypatch, vit, capsys):
     run(folder, monkeypatch, vit, f"depth 0.png 1.png {words} --layers 0,1,2,2")
     said = capsys.readouterr().out
     assert "metres, from the nearest to the farthest:" in said and "2 images" in said
+    (tmp_path / "album").mkdir()
+    for name in "0.png", "1.png":
+        shutil.copy(folder / name, tmp_path / "album")
+    run(folder, monkeypatch, vit, f"depth {tmp_path}/album {words.replace('a.png', 'a.html')} --layers 0,1,2,2")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<img src=") == 4 and "0.png" in page and "2 images, a page" in capsys.readouterr().out
+    film(tmp_path / "a.mp4", 3)
+    words = words.replace("a.png", "b.mp4")
+    run(folder, monkeypatch, vit, f"depth {tmp_path}/a.mp4 {words} --layers 0,1,2,2")
+    assert re.search(r"b.mp4: 3 frames, 80x44 pixels; [\d.]+ to [\d.]+ m, on the first", capsys.readouterr().out)
+    for images in "0.png", f"{tmp_path}/a.mp4 0.png":
+        with pytest.raises(ValueError, match="a video becomes a video, in the mode depth: name one, and --out X.mp4"):
+            run(folder, monkeypatch, vit, f"depth {images} {words}")
+    words = words.replace("b.mp4", "a.png")
     torch.save(dict(weight=torch.ones(3, 32), bias=torch.ones(3)), tmp_path / "head.pth")
     with pytest.raises(ValueError, match="answers with no depth; name the head of a task of depth"):
         run(folder, monkeypatch, vit, f"depth 0.png {words}")
