@@ -11,9 +11,10 @@ them, and a decoder no task. One that learns from stored features is a module wi
 
 one that learns from those of new views, in fit.py, is a module with
 
-    Head(width, n_out)          Features of four blocks -> B n_out h w;  width
-    layers_of(config, layers)   which, of a backbone; those named, or as released
-    RECIPE                      numbers of its training
+    Head(width)                 Features of four blocks -> B n_out h w;  width
+    sized(width).n_out          how many
+    layers_of(config, layers)   which blocks, of a backbone; those named, or as released
+    recipe(width, relative)     numbers of its training
 
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """

@@ -3,7 +3,7 @@ What --out gets: rows of pictures, C H W uint8 each.
 
     hues, shades    class numbers and depths as colours        framed       boxes
     connected       two views and what was matched             entitled     a title below
-    save_pictures
+    save_pictures   rows in one file                           ruler        the metres that shades stand for
 """
 
 import math
@@ -37,6 +37,16 @@ def shades(depths, top):
     """Metres H W -> C H W uint8: near is bright; not known is black."""
     grey = np.where(depths > 0, 255 * (1 - np.clip(depths / top, 0, 1) ** 0.5), 0)
     return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+
+
+def ruler(top, width):
+    """C STRIP width uint8: the shades of 0 to `top` metres, and what they stand for"""
+    metres = np.linspace(top / width, top, width)[None].repeat(STRIP, 0)
+    strip = Image.fromarray(shades(metres, top).permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(strip)
+    for share, anchor, ink in (0, "la", "black"), (0.25, "ma", "white"), (0.5, "ma", "white"), (1, "ra", "white"):
+        pen.text((3 + share * (width - 6), 1), f"{share * top:g} m", ink, anchor=anchor)
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
 def framed(image, boxes):
@@ -84,13 +94,15 @@ def entitled(picture, title, colour=(255, 255, 255), right=""):
     return np.concatenate([picture, np.array(strip)])
 
 
-def save_pictures(c, rows, shown="image, truth, prediction"):
-    """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png"""
+def save_pictures(c, rows, shown="image, truth, prediction", top=0):
+    """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png.    top  metres: a ruler for shades"""
     if not rows:
         return
     height, width = rows[0][0].shape[1:]
     tiles = [[F.interpolate(each[None], (height, width), mode="nearest-exact")[0] for each in row] for row in rows]
     sheet = torch.cat([torch.cat([F.pad(tile, (0, 4, 0, 4), value=255) for tile in row], 2) for row in tiles], 1)
+    if top:
+        sheet = torch.cat([sheet, ruler(top, sheet.shape[2])], 1)
     Path(c.out).mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(Path(c.out, f"{c.task}.png"))
     print(f"wrote {Path(c.out, f'{c.task}.png')}: {shown}")
