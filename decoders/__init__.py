@@ -15,6 +15,11 @@ one that learns from those of new views, in fit.py, is a module with
     layers_of(config, layers)   which, of a backbone; those named, or as released
     RECIPE                      numbers of its training
 
+one whose answers are masks, such a module with
+
+    trained(source, order, n_out, per, frozen, ranks)    -> a head, what is known of it
+    stride(side)                                         of windows, at test
+
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
 
@@ -26,7 +31,7 @@ import torch
 from decoders import depth, dpt, linear, mask2former
 from weights import File, open_pth, open_safetensors, take
 
-DECODERS = dict(linear=linear, dpt=dpt)
+DECODERS = dict(linear=linear, dpt=dpt, mask2former=mask2former)
 BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
 FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
 MASKS = "segmentation_model.0.level_embed"                  # is in a file of a Mask2Former alone

@@ -8,6 +8,7 @@ Mask2Former: queries, each of which becomes a class and a mask, on the maps of a
     OfImages            on its backbone: images -> classes and masks, or scores of all classes for each pixel
     blocks              which four
     sized               the sizes for a backbone; STAGES, recipe
+    trained             a head from images and truths; begin: from another one
 
 Names of parameters are those of the released file. Losses and what becomes of the answers: masks.py.
 
@@ -22,14 +23,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from decoders import masks
 from decoders.adapter import HEADS, Adapter, DeformableAttention, centres
-from decoders.fit import Recipe
+from decoders.fit import Recipe, fit
 
 LEVELS = 3        # maps that queries look at: strides 32, 16, 8
 GROUPS = 32       # of a GroupNorm
+UNDECAYED = "level_e", "query_"   # embeddings
 
 resized = partial(F.interpolate, mode="bilinear", align_corners=False)
 
@@ -69,27 +72,23 @@ def recipe(task, width):
     """
     if task in STAGES and width >= 384:
         stage = STAGES[task]
-        return Recipe(stage.lr, 0.05, 16, warmup=stage.warmup / (stage.iterations or 20000))
-    return Recipe(1e-4 if width >= 384 else 1e-3, 0.05, 16, warmup=0.075, clip=1.0)
+        return Recipe(stage.lr, 0.05, 16, warmup=stage.warmup / (stage.iterations or 20000), undecayed=UNDECAYED)
+    return Recipe(1e-4, 0.05, 16, warmup=0.075, clip=1.0, undecayed=UNDECAYED) if width >= 384 else \
+        Recipe(1e-3, 0.05, 8, warmup=0.075, clip=1.0, undecayed=UNDECAYED)
 
 
 def sized(width):
     """As released for 7B, and the paper's baselines' 1024 from there on; below, chosen so that a laptop can train it"""
-    for least, decoder, hidden, queries, encoder_layers, layers, stem in (
-            (4096, 2048, 4096, 100, 6, 9, 64), (1024, 1024, 4096, 100, 6, 9, 64), (384, 256, 1024, 100, 6, 9, 64),
-            (0, 64, 256, 24, 2, 3, 16)):
-        if width >= least:
-            return Mask2FormerConfig(width, 150, decoder, hidden, queries, encoder_layers, layers, stem)
+    if width < 384:
+        return Mask2FormerConfig(width, decoder=64, hidden=256, queries=24, encoder_layers=2, layers=3, stem=16, drop=0)
+    decoder, hidden = (2048, 4096) if width >= 4096 else (1024, 4096) if width >= 1024 else (256, 1024)
+    return Mask2FormerConfig(width, decoder=decoder, hidden=hidden)
 
 
 class Answers(NamedTuple):
-    """Of all L+1 predictions, the last one last; split like one tensor"""
+    """Of all L+1 predictions, the last one last"""
     logits: tuple    # B Q n+1 each: the last class is none of them
     masks: tuple     # B Q H/4 W/4 each: logits
-
-    def split(self, part):
-        logits, found = (zip(*(x.split(part) for x in each), strict=True) for each in self)
-        return [Answers(*both) for both in zip(logits, found, strict=True)]
 
 # --------------------------------------------------------------------------------
 # Pixel decoder
@@ -288,17 +287,21 @@ class Segmenter(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """Features of four blocks, shallow first, and the images B 3 H W that they are of, normalised -> Answers"""
-    sees_images = True
+    """(Features of four blocks, shallow first, the images B 3 H W that they are of, normalised) -> Answers"""
 
     def __init__(self, c):
         super().__init__()
         self.width = c.width
         self.segmentation_model = nn.ModuleList([Adapter(c.width, c.stem, c.drop), Segmenter(c)])
 
-    def forward(self, features, images):
+    def see(self, frozen, images):
+        """What forward takes, of C H W uint8 each"""
+        x = frozen.network_input(images)
+        return frozen.network(x, frozen.layers), x
+
+    def forward(self, seen):
         adapter, segmenter = self.segmentation_model
-        return segmenter(adapter(features, images))
+        return segmenter(adapter(*seen))
 
 
 class OfImages(nn.Module):
@@ -310,7 +313,7 @@ class OfImages(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        found = self.head(self.backbone.layers(images, self.layers), images)
+        found = self.head((self.backbone.layers(images, self.layers), images))
         return dict(logits=found.logits[-1], masks=found.masks[-1])
 
     def semantic(self, images):
@@ -324,9 +327,46 @@ def Head(width, n_out):
     return Mask2Former(Mask2FormerConfig(**(vars(c) | dict(n_out=n_out))))
 
 
+def stride(side):
+    """Windows of this side lie so far apart: 896, 596"""
+    return round(side * 596 / 896)
+
+
 def blocks(depth):
     """The four blocks, 0-based, of a backbone of that depth, as released"""
     return [4, 11, 17, 23] if depth == 24 else [i * depth // 4 - 1 for i in (1, 2, 3, 4)]
+
+
+def trained(source, order, n_classes, per, frozen, ranks):
+    """A head of images and truths, as masks.sample takes them, and what is known of it; see fit.py"""
+    c, D = frozen.c, frozen.model.config.width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(c.seed)
+        head = Head(D, n_classes)
+    if c.init:
+        begin(head, c.init)
+    seen = partial(masks.sample, source=source, order=order, side=c.resolution, per=per)
+    loss = partial(masks.masks_loss, n_points=min(masks.POINTS, max(c.resolution**2 // 16, 256)))
+    return head, fit(head, seen, len(source), loss, recipe(c.task, D), c, frozen, ranks)
+
+
+def begin(head, path):
+    """With the parameters of evaluate.py's --out; without the classes', if there are others. Raises ValueError."""
+    own = head.state_dict()
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--init {path} cannot be read ({error}); wanted head.safetensors of an --out") from error
+    wrong = [name for name in own if name not in stored or
+             stored[name].shape != own[name].shape and "class_embed" not in name]
+    if wrong:
+        found = tuple(stored[wrong[0]].shape) if wrong[0] in stored else "missing"
+        raise ValueError(f"--init {path}: {wrong[0]} is {found}, wanted {tuple(own[wrong[0]].shape)}; name a head of "
+                         "this decoder, for a backbone of this width")
+    new = [name for name in own if stored[name].shape != own[name].shape]
+    head.load_state_dict({name: own[name] if name in new else stored[name] for name in own})
+    print(f"--init {path}: " + ("classes are others, and begin anew" if new else "classes too, they are as many"))
 
 
 def read_config(path, shapes):

@@ -1,7 +1,8 @@
 """
 What decoders of masks share: which query is meant for which segment, the loss of that, and what the answers say.
 
-    segments_of        class numbers H W -> segments, one for each class
+    segments_of        numbers H W -> segments and their classes
+    sample             an image as a step sees it, with its segments
     match              queries and segments, each with at most one of the other      Hungarian: Carion et al. 2020
     masks_loss         classes of all queries, masks of the matched, at points       Cheng et al. 2022
     semantic           answers -> scores of all classes for each pixel
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine import crops
 from engine.metrics import IGNORE
 
 CLASS, MASK, DICE = 2.0, 5.0, 5.0  # weights, of costs and of losses
 NOTHING = 0.1                      # weight of the class `none of them`
-POINTS = 12544                     # at which masks are compared
+POINTS = 12544                     # at which masks are compared: one of 64 pixels of the paper's crops of 896
 OVERSAMPLED = 3                    # so many times as many are drawn; of these
 UNSURE = 0.75                      # of POINTS are those at which a mask is least sure; the others are drawn anew
 SURE, WON = 0.8, 0.8               # panoptic: least score of a segment; least share of it that others leave
@@ -28,14 +30,30 @@ SURE, WON = 0.8, 0.8               # panoptic: least score of a segment; least s
 # Loss
 
 
-def segments_of(labels):
-    """Class numbers H W -> segments H W int64, their classes n int64; what is ignored is void"""
-    labels = labels.long()
-    counted = labels != IGNORE
-    classes, numbers = labels[counted].unique(return_inverse=True)
-    segments = torch.zeros_like(labels)
-    segments[counted] = numbers + 1
-    return segments, classes
+def segments_of(truth, per=1):
+    """
+    Numbers H W -> segments H W int64, their classes n int64
+
+    per  numbers of one class, consecutive: 1 = a segment is a class, of an image's whole; void is class IGNORE
+    """
+    truth = truth.long()
+    known = truth // per != IGNORE
+    found, numbers = truth[known].unique(return_inverse=True)
+    segments = torch.zeros_like(truth)
+    segments[known] = numbers + 1
+    return segments, found // per
+
+
+def sample(row, rng, source, order, side, per=1):
+    """
+    What a step sees of one image:  C H W uint8, its segments, their classes, a seed for the points
+
+    rng  None: as it is, its middle    order  whose truth it has
+    """
+    image, truth = source.image(row), source.truth(order[row])
+    image, truth = crops.held(image, truth, side, IGNORE * per) if rng is None else \
+        crops.augmented(image, truth, rng, side, IGNORE * per, per)
+    return image, *segments_of(truth, per), torch.tensor(0 if rng is None else rng.integers(2**62))
 
 
 def read_at(maps, points):
