@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from decoders import masks
 from decoders.adapter import HEADS, Adapter, DeformableAttention, centres
 from decoders.fit import Recipe, fit
+from decoders.masks import POINTS, masks_loss, sample, semantic
 
 LEVELS = 3        # maps that queries look at: strides 32, 16, 8
 GROUPS = 32       # of a GroupNorm
@@ -318,7 +318,7 @@ class OfImages(nn.Module):
 
     def semantic(self, images):
         """-> B n H W, sums of the queries' scores: no probabilities"""
-        return masks.semantic(**self(images), size=images.shape[2:])
+        return semantic(**self(images), size=images.shape[2:])
 
 
 def Head(width, n_out):
@@ -345,8 +345,8 @@ def trained(source, order, n_classes, per, frozen, ranks):
         head = Head(D, n_classes)
     if c.init:
         begin(head, c.init)
-    seen = partial(masks.sample, source=source, order=order, side=c.resolution, per=per)
-    loss = partial(masks.masks_loss, n_points=min(masks.POINTS, max(c.resolution**2 // 16, 256)))
+    seen = partial(sample, source=source, order=order, side=c.resolution, per=per)
+    loss = partial(masks_loss, n_points=min(POINTS, max(c.resolution**2 // 16, 256)))
     return head, fit(head, seen, len(source), loss, recipe(c.task, D), c, frozen, ranks)
 
 
