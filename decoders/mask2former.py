@@ -8,7 +8,7 @@ Mask2Former: queries, each of which becomes a class and a mask, on the maps of a
     OfImages            on its backbone: images -> classes and masks, or scores of all classes for each pixel
     blocks              which four
     sized               the sizes for a backbone; STAGES, recipe
-    trained             a head from images and truths; begin: from another one
+    trained             a head from images and truths; begin: from another one; check: options
 
 Names of parameters are those of the released file. Losses and what becomes of the answers: masks.py.
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from decoders.adapter import HEADS, Adapter, DeformableAttention, centres
+from decoders.adapter import COARSEST, HEADS, Adapter, DeformableAttention, centres
 from decoders.fit import Recipe, fit
 from decoders.masks import POINTS, masks_loss, sample, semantic
 
@@ -348,6 +348,16 @@ def trained(source, order, n_classes, per, frozen, ranks):
     seen = partial(sample, source=source, order=order, side=c.resolution, per=per)
     loss = partial(masks_loss, n_points=min(POINTS, max(c.resolution**2 // 16, 256)))
     return head, fit(head, seen, len(source), loss, recipe(c.task, D), c, frozen, ranks)
+
+
+def check(c):
+    """The options of a task. Raises ValueError."""
+    if c.resolution % COARSEST:
+        raise ValueError(f"--resolution {c.resolution}: mask2former wants a multiple of {COARSEST}")
+    if c.layers and c.layers.count(",") != 3:
+        raise ValueError(f"--layers {c.layers}: mask2former sees four blocks; name four, or leave out --layers")
+    if c.init and c.head:
+        raise ValueError("--init and --head: one is trained further, with the other nothing is; name one")
 
 
 def begin(head, path):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import crops
-from engine.metrics import IGNORE
+from engine.metrics import CROWD, IGNORE
 
 CLASS, MASK, DICE = 2.0, 5.0, 5.0  # weights, of costs and of losses
 NOTHING = 0.1                      # weight of the class `none of them`
@@ -34,10 +34,11 @@ def segments_of(truth, per=1):
     """
     Numbers H W -> segments H W int64, their classes n int64
 
-    per  numbers of one class, consecutive: 1 = a segment is a class, of an image's whole; void is class IGNORE
+    per  numbers of one class, consecutive: 1 = a segment is a class, of an image's whole; void is class IGNORE, and
+         so are crowds
     """
     truth = truth.long()
-    known = truth // per != IGNORE
+    known = (truth // per != IGNORE) & ((truth % per != CROWD) | (per == 1))
     found, numbers = truth[known].unique(return_inverse=True)
     segments = torch.zeros_like(truth)
     segments[known] = numbers + 1

@@ -2,6 +2,7 @@
 What --out gets: rows of pictures, C H W uint8 each.
 
     hues, shades    class numbers and depths as colours        framed       boxes
+    outlined        segments, coloured by their classes
     connected       two views and what was matched             entitled     a title below
     save_pictures
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from engine.images import resize
-from engine.metrics import IGNORE
+from engine.metrics import IGNORE, PER
 from engine.views import scaled
 
 SHOWN = 8            # images that --out gets
@@ -37,6 +38,17 @@ def shades(depths, top):
     """Metres H W -> C H W uint8: near is bright; not known is black."""
     grey = np.where(depths > 0, 255 * (1 - np.clip(depths / top, 0, 1) ** 0.5), 0)
     return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+
+
+def outlined(image, segments):
+    """C H W uint8, and class x 1000 + number H W: half image, half the class's hue; white lines between segments"""
+    segments = torch.as_tensor(segments)
+    edges = torch.zeros(segments.shape, dtype=torch.bool)
+    for axis in 0, 1:
+        differs = segments.diff(dim=axis) != 0
+        edges |= F.pad(differs, (0, 0, 1, 0) if axis == 0 else (1, 0))
+    mixed = (image.float() + hues((segments // PER).clamp(max=IGNORE)).float()) / 2
+    return torch.where(edges, 255, mixed).to(torch.uint8)
 
 
 def framed(image, boxes):

@@ -165,12 +165,7 @@ def opened(c):
     """As open_segmentation, once the options of a decoder are what they should be. Raises ValueError."""
     scales_of(c)
     if c.decoder == "mask2former":
-        if c.resolution % COARSEST:
-            raise ValueError(f"--resolution {c.resolution}: mask2former wants a multiple of {COARSEST}")
-        if c.layers and c.layers.count(",") != 3:
-            raise ValueError(f"--layers {c.layers}: mask2former sees four blocks; name four, or leave out --layers")
-        if c.init and c.head:
-            raise ValueError("--init and --head: one is trained further, with the other nothing is; name one")
+        DECODERS[c.decoder].check(c)
     elif c.scales or c.init:
         raise ValueError(f"--{'scales' if c.scales else 'init'}: the decoder {c.decoder} does not read it; name "
                          "--decoder mask2former")

@@ -119,6 +119,12 @@ def test_segments_of_labels():
     assert segments.sum() == 0 and len(classes) == 0
 
 
+def test_segments_of_numbers_without_crowds():
+    truth = torch.tensor([[3000, 3001, 3999], [255000, 3001, 7000]])
+    segments, classes = masks.segments_of(truth, 1000)
+    assert segments.tolist() == [[1, 2, 0], [0, 2, 3]] and classes.tolist() == [3, 3, 7]
+
+
 def test_scipy_is_named(monkeypatch):
     def without(name, *args):
         if name.startswith("scipy"):
