@@ -18,6 +18,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -326,8 +327,8 @@ def fitting(head, recipe, c, config, layers, shape, backbone, room, ranks):
     found = of(n_images)
     if found["total"] <= room:
         return found
-    fewer = [n for n in range(n_images - recipe.part, 0, -recipe.part) if of(n)["total"] <= room][:1]
-    ways = [f"--batch {n} ({of(n)['total'] / GB:.3g} GB)" for n in fewer]
+    fewer = ((n, of(n)["total"]) for n in range(n_images - recipe.part, 0, -recipe.part))
+    ways = [f"--batch {n} ({size / GB:.3g} GB)" for n, size in islice((each for each in fewer if each[1] <= room), 1)]
     raise ValueError(f"the decoder's training needs {found['total'] / GB:.3g} GB on each rank, {n_images} images of "
                      f"{shape[2]}x{shape[1]} at once, where there are {room / GB:.3g}; what would fit: "
                      f"{', '.join(ways) or 'a smaller --resolution, or backbone'}")

@@ -8,7 +8,8 @@ Mask2Former: queries, each of which becomes a class and a mask, on the maps of a
     OfImages            on its backbone: images -> classes and masks, or scores of all classes for each pixel
     blocks              which four
     sized               the sizes for a backbone; STAGES, recipe
-    trained             a head from images and truths; begin: from another one; check: options
+    trained             a head from images and truths; begin: from another one; planned
+    check               options
 
 Names of parameters are those of the released file. Losses and what becomes of the answers: masks.py.
 
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from decoders.adapter import COARSEST, HEADS, Adapter, DeformableAttention, centres
-from decoders.fit import Recipe, fit
+from decoders.fit import Recipe, fit, plan, untrained
 from decoders.masks import POINTS, masks_loss, sample, semantic
 
 LEVELS = 3        # maps that queries look at: strides 32, 16, 8
@@ -67,13 +68,15 @@ STAGES = dict(stuff=Stage(1280, 80000, 1.5e-5, 6000), hypersim=Stage(896, 10000,
 
 def recipe(task, width):
     """
+    Wide decoders have one image at a time: two of 896 pixels take more than 80 GB beside the 7B backbone.
+
     differs: the paper is silent on weight decay, and on what is not decayed: ViT-Adapter's; and on clipping: none is.
              For a set that it does not train on, rate and clipping are Mask2Former's own, times ten for small decoders
     """
     if task in STAGES and width >= 384:
         stage = STAGES[task]
-        return Recipe(stage.lr, 0.05, 16, warmup=stage.warmup / (stage.iterations or 20000), undecayed=UNDECAYED)
-    return Recipe(1e-4, 0.05, 16, warmup=0.075, clip=1.0, undecayed=UNDECAYED) if width >= 384 else \
+        return Recipe(stage.lr, 0.05, 16, 1, warmup=stage.warmup / (stage.iterations or 20000), undecayed=UNDECAYED)
+    return Recipe(1e-4, 0.05, 16, 1, warmup=0.075, clip=1.0, undecayed=UNDECAYED) if width >= 384 else \
         Recipe(1e-3, 0.05, 8, warmup=0.075, clip=1.0, undecayed=UNDECAYED)
 
 
@@ -340,14 +343,19 @@ def blocks(depth):
 def trained(source, order, n_classes, per, frozen, ranks):
     """A head of images and truths, as masks.sample takes them, and what is known of it; see fit.py"""
     c, D = frozen.c, frozen.model.config.width
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(c.seed)
-        head = Head(D, n_classes)
+    head = untrained(partial(Head, D, n_classes), c)
     if c.init:
         begin(head, c.init)
     seen = partial(sample, source=source, order=order, side=c.resolution, per=per)
     loss = partial(masks_loss, n_points=min(POINTS, max(c.resolution**2 // 16, 256)))
     return head, fit(head, seen, len(source), loss, recipe(c.task, D), c, frozen, ranks)
+
+
+def planned(c, config, n_classes):
+    """What --plan says, of crops; see fit.py"""
+    with torch.device("meta"):
+        head = Head(config.width, n_classes)
+    return plan(head, recipe(c.task, config.width), c, config, blocks(config.depth), (3, c.resolution, c.resolution))
 
 
 def check(c):

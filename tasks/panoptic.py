@@ -14,6 +14,7 @@ import torch
 
 from decoders import DECODERS, masks
 from decoders.adapter import COARSEST
+from decoders.fit import everyone
 from engine.heads import head_of
 from engine.metrics import IGNORE, PER, panoptic_counts, panoptic_scores
 from engine.pictures import SHOWN, outlined, save_pictures
@@ -51,14 +52,13 @@ def live(frozen, data):
         truth = val.truth(i)
         found = segments_of(val.image(i), truth.shape, head, frozen, form.stuff)
         shown = [val.image(i), *(outlined(val.image(i), x) for x in (truth, found))] if c.out and i < SHOWN else None
-        return i, panoptic_counts(found, truth, n), shown
-    each = ranks.together(lambda: [measured(i) for i in range(ranks.rank, len(val), ranks.count)])
-    return sorted(sum(each, []), key=lambda found: found[0]), said
+        return panoptic_counts(found, truth, n), shown
+    return everyone(measured, len(val), ranks), said
 
 
 def run(data, frozen, c):
     found, said = frozen.together(partial(live, data=data))
-    _, counts, shown = zip(*found, strict=True)
+    counts, shown = zip(*found, strict=True)
     save_pictures(c, [row for row in shown if row])
     return dict(**panoptic_scores(sum(counts), data[2].stuff), n_classes=len(data[2].names), n_val=len(data[1]), **said)
 

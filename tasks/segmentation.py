@@ -21,7 +21,6 @@ of model.py.
 """
 
 from functools import partial
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -29,6 +28,8 @@ import torch.nn.functional as F
 
 from decoders import DECODERS, masks
 from decoders.adapter import COARSEST
+from decoders.fit import everyone
+from engine.features import describe
 from engine.heads import head_of
 from engine.metrics import IGNORE, confusion, segmentation_scores
 from engine.pictures import SHOWN, hues, save_pictures
@@ -36,9 +37,11 @@ from engine.ranks import linked
 from engine.sliding import enlarged, places, resized, slide, windows
 from engine.task import Option, Paper, Task, by_size
 from engine.views import nearest
-from sets.labels import open_segmentation
+from sets.labels import SETS, open_segmentation
 from sets.pairs import others
+from shapes import CLASSES
 
+MANY = 150               # classes that a plan is of, where a set's number is not known
 COUNTED = 1000           # truths, at most, that tell which class is the commonest
 
 
@@ -98,10 +101,8 @@ def live(frozen, data):
         return head, dict(commonest=commonest, n_train=len(train), **said)
 
     head, said = head_of(partial(decoder.Head, n_out=n_classes), train_head, f"{n_classes} classes", frozen, c)
-    each = ranks.together(lambda: [
-        (i, measured(i, scores(val.image(i), val.truth(i).shape, head, frozen), data, said, c))
-        for i in range(ranks.rank, len(val), ranks.count)])
-    return [found for _, found in sorted(sum(each, []), key=itemgetter(0))], said
+    return everyone(lambda i: measured(i, scores(val.image(i), val.truth(i).shape, head, frozen), data, said, c),
+                    len(val), ranks), said
 
 
 @torch.no_grad()
@@ -172,6 +173,15 @@ def opened(c):
     return open_segmentation(c)
 
 
+def planned(c):
+    if c.decoder != "mask2former":
+        raise ValueError(f"--plan: {c.decoder} learns from features on disk; it is for decoders of new views, as "
+                         "mask2former")
+    DECODERS[c.decoder].check(c)
+    n_classes = len(CLASSES) + 1 if c.data == "shapes" else SETS[c.task].n_classes or MANY
+    return DECODERS[c.decoder].planned(c, describe(c.weights), n_classes)
+
+
 def task(name, layout, *paper):
     options = (Option("iterations", 40000, "steps of the head", shapes=300, least=1),
                Option("lr", 0.0, "peak; 0 = the decoder's own"),
@@ -180,7 +190,7 @@ def task(name, layout, *paper):
                Option("scales", "", "mask2former, at test: multiples of --resolution, as in 0.9,1,1.1, each also "
                                     "mirrored; empty = once"))
     return Task(name, layout, opened, run, wants="maps", metric="miou", sides=(512, 160), options=options,
-                decoders=("linear", "mask2former"), pictures="image, truth, prediction", paper=paper)
+                decoders=("linear", "mask2former"), plan=planned, pictures="image, truth, prediction", paper=paper)
 
 
 FOLDERS = "{images,annotations}/{training,validation}/"
@@ -191,4 +201,6 @@ TASKS = (
     task("cityscapes", "leftImg8bit/, gtFine/*_labelTrainIds.png", Paper("miou", {"7b": 81.1}, 512, dict(n_val=500))),
     task("voc", "JPEGImages/, SegmentationClass[Aug]/, ImageSets/Segmentation/",
          Paper("miou", {"7b": 86.6}, 512, dict(n_val=1449))),                               # Tab. 3
+    task("stuff", "{,images/}{train,val}2017/, stuffthingmaps/{train,val}2017/"),
+    task("hypersim", "ai_*/images/*_final_preview/, *_geometry_hdf5/, metadata_images_split_scene_v1.csv"),
     task("camvid", FOLDERS + ": 11 = void"))

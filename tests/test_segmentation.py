@@ -156,6 +156,17 @@ def test_masks_from_one_end_to_the_other(tmp_path, capsys):
     assert decoder.layers == [0, 2, 3, 5] and decoder.semantic(torch.zeros(1, 3, 64, 64)).shape == (1, 13, 64, 64)
 
 
+def test_what_training_masks_needs_is_planned(capsys):
+    words = "--task ade20k --decoder mask2former --weights untrained:s --data photos --resolution 512 --plan --memory"
+    evaluate.main([*words.split(), "24", "--batch", "8"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["parameters_of_decoder"] > 1e7 and 10e9 < found["total_bytes"] < 24e9
+    with pytest.raises(ValueError, match="2 images of 512x512 at once, .* what would fit: --batch 1 "):
+        evaluate.main([*words.split(), str(found["total_bytes"] / 3e9), "--batch", "2"])
+    with pytest.raises(ValueError, match="--plan: linear learns from features on disk"):
+        evaluate.main([*words.replace("mask2former", "linear").split(), "24"])
+
+
 @pytest.mark.parametrize("more, says", [
     (["--resolution", "48"], "--resolution 48: mask2former wants a multiple of 32"),
     (["--layers", "1,2"], "--layers 1,2: mask2former sees four blocks; name four"),
