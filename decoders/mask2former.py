@@ -313,6 +313,7 @@ class OfImages(nn.Module):
     def __init__(self, backbone, head, layers):
         super().__init__()
         self.backbone, self.head, self.layers = backbone, head, layers
+        self.n_out = head.segmentation_model[1].predictor.class_embed.out_features - 1
 
     @torch.no_grad()
     def forward(self, images):
