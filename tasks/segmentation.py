@@ -3,6 +3,7 @@ Semantic segmentation: a class for every pixel, from frozen patches and a decode
 
     python evaluate.py --task segmentation --weights runs/tiny                      on the generated `shapes`
     python evaluate.py --task ade20k --weights runs/s --data ADE --out pictures     images/, annotations/
+    python evaluate.py --task ade20k --weights 7B.pth --data ADE --decoder mask2former --resolution 896 --head HEAD.pth
 
 The paper's best, on ADE20k: three trainings, each from what the last one has left, and several sizes at test
 
@@ -26,11 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decoders import DECODERS, masks
+from decoders import DECODERS, load_decoder, masks
 from decoders.adapter import COARSEST
 from decoders.fit import everyone
+from decoders.mask2former import OfImages as Mask2Former
 from engine.features import describe
-from engine.heads import head_of
+from engine.heads import head_of, released
 from engine.metrics import IGNORE, confusion, segmentation_scores
 from engine.pictures import SHOWN, hues, save_pictures
 from engine.ranks import linked
@@ -91,18 +93,30 @@ def live(frozen, data):
     """As stored, on all ranks: each measures a share of the val images"""
     (train, val, n_classes), c, ranks = data, frozen.c, linked(frozen.ranks)
     decoder = DECODERS[c.decoder]
-    if not frozen.layers:
-        frozen.layers = decoder.blocks(frozen.model.config.depth)
+    truths = (train.truth(i) for i in range(0, len(train), -(-len(train) // COUNTED)))
+    known = dict(commonest=commonest_of(truths, n_classes), n_train=len(train))
 
     def train_head():
-        truths = (train.truth(i) for i in range(0, len(train), -(-len(train) // COUNTED)))
-        commonest = commonest_of(truths, n_classes)
         head, said = decoder.trained(train, others(len(train), c), n_classes, 1, frozen, ranks)
-        return head, dict(commonest=commonest, n_train=len(train), **said)
+        return head, known | said
 
-    head, said = head_of(partial(decoder.Head, n_out=n_classes), train_head, f"{n_classes} classes", frozen, c)
+    if released(frozen.task, c):
+        head, said = of_file(frozen, n_classes), known
+    else:
+        frozen.layers = frozen.layers or decoder.blocks(frozen.model.config.depth)
+        head, said = head_of(partial(decoder.Head, n_out=n_classes), train_head, f"{n_classes} classes", frozen, c)
     return everyone(lambda i: measured(i, scores(val.image(i), val.truth(i).shape, head, frozen), data, said, c),
                     len(val), ranks), said
+
+
+def of_file(frozen, n_classes):
+    """The head of a released file. Raises ValueError for one of other classes, or another kind."""
+    found = load_decoder(frozen.c.head, frozen.model, frozen.layers or None)
+    if not isinstance(found, Mask2Former) or found.n_out != n_classes:
+        raise ValueError(f"--head {frozen.c.head} has {getattr(found, 'n_out', 'no')} classes, wanted a Mask2Former of "
+                         f"{n_classes}, those of {frozen.c.task}")
+    frozen.layers = found.layers
+    return found.head.to(frozen.device)
 
 
 @torch.no_grad()
@@ -190,7 +204,8 @@ def task(name, layout, *paper):
                Option("scales", "", "mask2former, at test: multiples of --resolution, as in 0.9,1,1.1, each also "
                                     "mirrored; empty = once"))
     return Task(name, layout, opened, run, wants="maps", metric="miou", sides=(512, 160), options=options,
-                decoders=("linear", "mask2former"), plan=planned, pictures="image, truth, prediction", paper=paper)
+                decoders=("linear", "mask2former"), released=("mask2former",), plan=planned,
+                pictures="image, truth, prediction", paper=paper)
 
 
 FOLDERS = "{images,annotations}/{training,validation}/"

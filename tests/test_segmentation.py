@@ -153,6 +153,11 @@ def test_masks_from_one_end_to_the_other(tmp_path, capsys):
     assert json_of(capsys, *words, "--head", head, "--scales", "1")["miou"] >= 0
     assert json_of(capsys, *words, "--init", head, "--iterations", 1)["iterations"] == 1
     decoder = load_decoder(head, load("untrained:tiny"))
+    torch.save(decoder.head.state_dict(), tmp_path / "head.pth")  # as released ones are kept
+    assert json_of(capsys, *words, "--head", tmp_path / "head.pth")["miou"] == found["miou"]
+    torch.save({"conv.weight": torch.ones(13, 128, 1, 1), "conv.bias": torch.ones(13)}, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="head.pth has 13 classes, wanted a Mask2Former of 13, those of segmentation"):
+        json_of(capsys, *words, "--head", tmp_path / "head.pth")
     assert decoder.layers == [0, 2, 3, 5] and decoder.semantic(torch.zeros(1, 3, 64, 64)).shape == (1, 13, 64, 64)
 
 
