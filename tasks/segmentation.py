@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from decoders import DECODERS, load_decoder, masks
 from decoders.adapter import COARSEST
-from decoders.fit import everyone
 from decoders.mask2former import OfImages as Mask2Former
 from engine.features import describe
 from engine.heads import head_of, released
@@ -67,7 +66,7 @@ def commonest_of(truths, n_classes):
     return int(sum(np.bincount(truth.ravel(), minlength=256) for truth in truths)[:n_classes].argmax())
 
 # --------------------------------------------------------------------------------
-# Stored, or live: the head, what is known of it, and of each val image its scores, n H W
+# Stored, or live: the confusion of all val images, rows of pictures, and what is known of the head
 
 
 def stored(data, frozen, c):
@@ -84,29 +83,33 @@ def stored(data, frozen, c):
                           lr=decoder.peak("segmentation", c))
 
     head, said = head_of(partial(decoder.Head, n_out=n_classes), train_head, f"{n_classes} classes", frozen, c)
-    maps = frozen.maps("val", val, cut)
-    return [measured(i, slide(head.predict(views), val.truth(i).shape, side, stride), data, said, c)
-            for i, views in enumerate(maps)], said
+    maps = enumerate(frozen.maps("val", val, cut))
+    found = ((i, slide(head.predict(views), val.truth(i).shape, side, stride)) for i, views in maps)
+    return *tallied(found, data, c), said
 
 
 def live(frozen, data):
     """As stored, on all ranks: each measures a share of the val images"""
     (train, val, n_classes), c, ranks = data, frozen.c, linked(frozen.ranks)
     decoder = DECODERS[c.decoder]
-    truths = (train.truth(i) for i in range(0, len(train), -(-len(train) // COUNTED)))
-    known = dict(commonest=commonest_of(truths, n_classes), n_train=len(train))
+
+    def known():
+        truths = (train.truth(i) for i in range(0, len(train), -(-len(train) // COUNTED)))
+        return dict(commonest=commonest_of(truths, n_classes), n_train=len(train))
 
     def train_head():
         head, said = decoder.trained(train, others(len(train), c), n_classes, 1, frozen, ranks)
-        return head, known | said
+        return head, known() | said
 
     if released(frozen.task, c):
-        head, said = of_file(frozen, n_classes), known
+        head, said = of_file(frozen, n_classes), known()
     else:
         frozen.layers = frozen.layers or decoder.blocks(frozen.model.config.depth)
         head, said = head_of(partial(decoder.Head, n_out=n_classes), train_head, f"{n_classes} classes", frozen, c)
-    return everyone(lambda i: measured(i, scores(val.image(i), val.truth(i).shape, head, frozen), data, said, c),
-                    len(val), ranks), said
+    found = ((i, scores(val.image(i), val.truth(i).shape, head, frozen))
+             for i in range(ranks.rank, len(val), ranks.count))
+    counts, shown = zip(*ranks.together(lambda: tallied(found, data, c)), strict=True)
+    return sum(counts), {i: row for each in shown for i, row in each.items()}, said
 
 
 def of_file(frozen, n_classes):
@@ -157,23 +160,26 @@ def scales_of(c):
 # The task
 
 
-def measured(i, found, data, said, c):
-    """Confusion of an image's scores n H W, and of one class for all pixels; a row of pictures"""
-    _, val, n_classes = data
-    found, truth = found.argmax(0), torch.from_numpy(val.truth(i)).to(found.device)
-    constant = torch.full_like(found, said["commonest"])
-    shown = [val.image(i), hues(truth.cpu()), hues(found.cpu())] if c.out and i < SHOWN else None
-    return confusion(found, truth, n_classes).cpu(), confusion(constant, truth, n_classes).cpu(), shown
+def tallied(found, data, c):
+    """(i, scores n H W) of val images -> their confusion, summed;  rows of pictures by i"""
+    (_, val, n_classes), counts, shown = data, 0, {}
+    for i, each in found:
+        each, truth = each.argmax(0), torch.from_numpy(val.truth(i)).to(each.device)
+        counts = counts + confusion(each, truth, n_classes).cpu()
+        if c.out and i < SHOWN:
+            shown[i] = [val.image(i), hues(truth.cpu()), hues(each.cpu())]
+    return counts, shown
 
 
 def run(data, frozen, c):
-    found, said = stored(data, frozen, c) if hasattr(DECODERS[c.decoder], "windows") else frozen.together(
+    counts, shown, said = stored(data, frozen, c) if hasattr(DECODERS[c.decoder], "windows") else frozen.together(
         partial(live, data=data))
-    counts, constant, shown = zip(*found, strict=True)
-    save_pictures(c, [row for row in shown if row])
+    save_pictures(c, [shown[i] for i in sorted(shown)])
+    constant = torch.zeros_like(counts)
+    constant[:, said["commonest"]] = counts.sum(1)
     said = {name: value for name, value in said.items() if name != "commonest"}
-    return dict(**segmentation_scores(sum(counts)), chance_miou=segmentation_scores(sum(constant))["miou"],
-                n_classes=data[2], n_val=len(data[1]), **said)
+    return dict(**segmentation_scores(counts), chance_miou=segmentation_scores(constant)["miou"], n_classes=data[2],
+                n_val=len(data[1]), **said)
 
 
 def opened(c):
