@@ -359,8 +359,14 @@ def planned(c, config, n_classes):
     return plan(head, recipe(c.task, config.width), c, config, blocks(config.depth), (3, c.resolution, c.resolution))
 
 
-def check(c):
-    """The options of a task. Raises ValueError."""
+def check(c, config):
+    """The options of a task, for a backbone of this config. Raises ValueError."""
+    if hasattr(config, "dims"):
+        raise ValueError("mask2former sees four blocks of one width and grid; a ConvNeXt has stages of several: name a "
+                         "ViT")
+    if config.depth < 4 or config.width % (2 * HEADS):
+        raise ValueError(f"mask2former wants a backbone of at least 4 blocks whose width is a multiple of {2 * HEADS}; "
+                         f"{c.weights} has {config.depth} of width {config.width}")
     if c.resolution % COARSEST:
         raise ValueError(f"--resolution {c.resolution}: mask2former wants a multiple of {COARSEST}")
     if c.layers and c.layers.count(",") != 3:

@@ -15,6 +15,7 @@ import torch
 from decoders import DECODERS, masks
 from decoders.adapter import COARSEST
 from decoders.fit import everyone
+from engine.features import describe
 from engine.heads import head_of
 from engine.metrics import IGNORE, PER, panoptic_counts, panoptic_scores
 from engine.pictures import SHOWN, outlined, save_pictures
@@ -64,7 +65,7 @@ def run(data, frozen, c):
 
 
 def opened(c):
-    DECODERS[c.decoder].check(c)
+    DECODERS[c.decoder].check(c, describe(c.weights))
     return open_panoptic(c)
 
 

@@ -186,7 +186,7 @@ def opened(c):
     """As open_segmentation, once the options of a decoder are what they should be. Raises ValueError."""
     scales_of(c)
     if c.decoder == "mask2former":
-        DECODERS[c.decoder].check(c)
+        DECODERS[c.decoder].check(c, describe(c.weights))
     elif c.scales or c.init:
         raise ValueError(f"--{'scales' if c.scales else 'init'}: the decoder {c.decoder} does not read it; name "
                          "--decoder mask2former")
@@ -197,7 +197,7 @@ def planned(c):
     if c.decoder != "mask2former":
         raise ValueError(f"--plan: {c.decoder} learns from features on disk; it is for decoders of new views, as "
                          "mask2former")
-    DECODERS[c.decoder].check(c)
+    DECODERS[c.decoder].check(c, describe(c.weights))
     n_classes = len(CLASSES) + 1 if c.data == "shapes" else SETS[c.task].n_classes or MANY
     return DECODERS[c.decoder].planned(c, describe(c.weights), n_classes)
 

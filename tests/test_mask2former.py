@@ -258,6 +258,11 @@ def test_sizes_of_the_paper():
         [2, 5, 8, 11], [4, 11, 17, 23], [7, 15, 23, 31], [9, 19, 29, 39]]
 
 
+def test_windows_of_the_paper():
+    """App. D.10: 896 and 596; of other sides in proportion"""
+    assert [mask2former.stride(side) for side in (896, 448, 1280, 160)] == [596, 298, 851, 106]
+
+
 def test_shapes_of_the_released_file():
     with torch.device("meta"):
         state = Mask2Former(mask2former.sized(4096)).state_dict()

@@ -167,13 +167,17 @@ def test_what_training_masks_needs_is_planned(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["parameters_of_decoder"] > 1e7 and 10e9 < found["total_bytes"] < 24e9
     with pytest.raises(ValueError, match="2 images of 512x512 at once, .* what would fit: --batch 1 "):
-        evaluate.main([*words.split(), str(found["total_bytes"] / 3e9), "--batch", "2"])
+        evaluate.main([*words.split(), str(found["total_bytes"] / 4.5e9), "--batch", "2"])
     with pytest.raises(ValueError, match="--plan: linear learns from features on disk"):
         evaluate.main([*words.replace("mask2former", "linear").split(), "24"])
 
 
 @pytest.mark.parametrize("more, says", [
     (["--resolution", "48"], "--resolution 48: mask2former wants a multiple of 32"),
+    (["--weights", "pixels"], "at least 4 blocks whose width is a multiple of 32; pixels has 1 of width 48"),
+    (["--weights", "untrained:convnext_t"], "four blocks of one width and grid; a ConvNeXt has stages of several"),
+    (["--layers", "each"], "--layers each: mask2former sees four blocks"),
+    (["--init", "a", "--head", "b"], "--head b cannot be read"),
     (["--layers", "1,2"], "--layers 1,2: mask2former sees four blocks; name four"),
     (["--scales", "1,big"], "--scales 1,big: write multiples of --resolution, from 0.1 to 10"),
     (["--scales", "0"], "--scales 0: write multiples"),
