@@ -2,6 +2,7 @@
 What --out gets: rows of pictures, C H W uint8 each.
 
     hues, shades    class numbers and depths as colours        framed       boxes
+    outlined        segments, coloured by their classes
     connected       two views and what was matched             entitled     a title below
     save_pictures   rows in one file                           ruler        the metres that shades stand for
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from engine.images import resize
-from engine.metrics import IGNORE
+from engine.metrics import IGNORE, PER
 from engine.views import scaled
 
 SHOWN = 8            # images that --out gets
@@ -47,6 +48,17 @@ def ruler(top, width):
     for share, anchor, ink in (0, "la", "black"), (0.25, "ma", "white"), (0.5, "ma", "white"), (1, "ra", "white"):
         pen.text((3 + share * (width - 6), 1), f"{share * top:g} m", ink, anchor=anchor)
     return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+def outlined(image, segments):
+    """C H W uint8, and class x 1000 + number H W: half image, half the class's hue; white lines between segments"""
+    segments = torch.as_tensor(segments)
+    edges = torch.zeros(segments.shape, dtype=torch.bool)
+    for axis in 0, 1:
+        differs = segments.diff(dim=axis) != 0
+        edges |= F.pad(differs, (0, 0, 1, 0) if axis == 0 else (1, 0))
+    mixed = (image.float() + hues((segments // PER).clamp(max=IGNORE)).float()) / 2
+    return torch.where(edges, 255, mixed).to(torch.uint8)
 
 
 def framed(image, boxes):

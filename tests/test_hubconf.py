@@ -11,6 +11,7 @@ import torch
 import hubconf
 from convnext import CONVNEXT_SIZES, ConvNeXt
 from decoders.dpt import DPT, DPTConfig
+from decoders.mask2former import Mask2Former, Mask2FormerConfig
 from model import SIZES, ViT
 from weights import save_backbone
 
@@ -32,6 +33,16 @@ def test_a_decoder_on_its_backbone(tmp_path):
     decoder = hub("decoder", weights=tmp_path / "x.safetensors", head=tmp_path / "head.pth", depth_range=(1, 2))
     depth = decoder(torch.randn(1, 3, 32, 48))
     assert depth.shape == (1, 32, 64) and 1 <= depth.min() <= depth.max() <= 2
+
+
+def test_queries_on_their_backbone(tmp_path):
+    vit = ViT(replace(SIZES["s"], depth=4, width=32, heads=2, hidden=32))
+    save_backbone(vit, tmp_path / "x.safetensors", "nano")
+    head = Mask2Former(Mask2FormerConfig(32, 3, decoder=64, hidden=8, queries=5, encoder_layers=1, layers=2, stem=4))
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    decoder = hub("decoder", weights=tmp_path / "x.safetensors", head=tmp_path / "head.pth")
+    images = torch.randn(1, 3, 32, 64)
+    assert decoder.semantic(images).shape == (1, 3, 32, 64) and decoder(images)["logits"].shape == (1, 5, 4)
 
 
 @pytest.mark.parametrize("layout, name", [("meta", "x.pth"), ("hf", "hf"), ("timm", "x.safetensors")])
