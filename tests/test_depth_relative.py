@@ -92,7 +92,8 @@ def test_scale_and_shift_are_forgiven_of_the_mean_of_both_views():
 
 def test_what_is_trained_on_is_that_of_the_paper():
     recipe = dpt.SYNTHMIX
-    assert (recipe.lr, recipe.power, round(recipe.warmup * 160000)) == (1e-3, 3.5, 12000)
+    steps = TASKS["relative"].config(data="photos").iterations
+    assert (recipe.lr, recipe.power, round(recipe.warmup * steps)) == (1e-3, 3.5, 12000)
     assert dpt.sized(4096).dropout == 0.05
     logits, truth = torch.randn(2, 256, 6, 5), torch.rand(2, 12, 10) * 120 - 10
     metres = F.interpolate(mean_of_bins(logits, evenly(0.001, 100, 256))[None], (12, 10), mode="bilinear")
