@@ -25,6 +25,7 @@ def test_decode_is_the_mean_of_the_bins():
             bins = [0.001 + k * (10 - 0.001) / 255 for k in range(256)]
             exact = sum(w * b for w, b in zip(weights, bins, strict=True)) / sum(weights)
             assert found[y, x].item() == pytest.approx(exact, rel=1e-6)
+    assert depth.outputs(Depths(), depth.BINS) == "256 bins to 10.0 m"  # what head files say, and load_decoder reads
 
 
 def test_loss_is_the_equation_on_known_pixels():
