@@ -133,7 +133,7 @@ MUTANTS = [  # module, what tests it, old text, which stands there once, and new
     ("engine.metrics", "test_metrics -k panoptic", "if overlap > 0.5", "if overlap >= 0.5", "if overlap > 0.77"),
     ("engine.metrics", "test_metrics -k panoptic", "- area - void[f])", "- area)"),
     ("engine.metrics", "test_metrics -k panoptic", "void[f] + shared.get((f // PER * PER + CROWD, f), 0)", "void[f]"),
-    ("engine.metrics", "test_metrics -k panoptic", "n + extra / 2 + missed / 2", "n + extra + missed"),
+    ("engine.metrics", "test_metrics -k panoptic", "n), n / (n + extra / 2", "n), n / (n + extra"),
     ("sets.panoptics", "test_panoptics -k test_coco", "(1, 256, 65536)", "(65536, 256, 1)"),
     ("sets.things", "test_things -k hundred", "OF_CLASS = 200 ", "OF_CLASS = 199 ", "OF_CLASS = 201 "),
     ("sets.things", "test_things -k sixty", "PAIRS = 60 ", "PAIRS = 59 ", "PAIRS = 61 "),
