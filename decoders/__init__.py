@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from decoders import depth, dpt, linear
+from decoders import depth, detr, dpt, linear
 from weights import File, open_pth, open_safetensors, take
 
 DECODERS = dict(linear=linear, dpt=dpt)
@@ -32,14 +32,16 @@ FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last
 NEAR = 0.001                                               # metres, of the first
 
 
-def load_decoder(path, backbone, layers=None, depth_range=None):
+def load_decoder(path, backbone, layers=None, depth_range=None, n_windows=None):
     """
-    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a linear head of depth or
-                 segmentation, a classifier. What it is, and all sizes, its tensors say
+    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a detector, a linear head of
+                 depth or segmentation, a classifier. What it is, and all sizes, its tensors say
     backbone     a ViT of weights.load_backbone
     layers       blocks that it sees, 0-based; None: as released
     depth_range  metres, nearest and farthest bin; None: as released
-    returns      a module in eval mode: images B 3 H W, normalised -> metres B h' w', logits B n h w, or logits B n
+    n_windows    of a detector, per side; None: as its file says, or as released: 2 for ViT-L+, 3 for others
+    returns      a module in eval mode: images B 3 H W, normalised -> metres B h' w', logits B n h w, or logits B n;
+                 a detector: images C H W in a list -> dict(scores, labels, boxes) of each
     raises       ValueError: no such file, of no known decoder, tensors that do not fit, by name
     """
     path = Path(path)
@@ -47,7 +49,8 @@ def load_decoder(path, backbone, layers=None, depth_range=None):
     file = File(path, about.get("outputs", ""), backbone.config, stored, [])
     for mark, load in LOADERS.items():
         if mark in file.stored:
-            return load(file, backbone, layers, depth_range).eval()
+            option = n_windows if load is load_detr else depth_range
+            return load(file, backbone, layers, option).eval()
     first = ", ".join(list(file.stored)[:3]) or "no tensors"
     raise ValueError(f"{path} is no decoder: it has {first}, ...; wanted one of {', '.join(LOADERS)}")
 
@@ -101,6 +104,25 @@ def farthest(file):
     return said and float(said[1])
 
 
+def load_detr(file, backbone, layers, n_windows):
+    alias, D = "transformer.decoder.", backbone.config.width
+    stored = {name.removeprefix(alias) if name.startswith((alias + "class_embed", alias + "bbox_embed")) else name: x
+              for name, x in reversed(file.stored.items())}                             # a second name for the same
+    file = file._replace(stored=stored)
+    c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()})
+    layers = layers or dpt.blocks(backbone.config.depth, class_token=True)
+    whole = c.width == len(layers) * D
+    fits(file, D if whole else c.width // (2 * len(layers)), backbone, layers)
+    if backbone.config.patch_size != detr.STRIDE:
+        raise ValueError(f"{file.path} wants a backbone with patches of {detr.STRIDE} pixels, this one has "
+                         f"{backbone.config.patch_size}")
+    said = re.search(r"(\d+) windows a side", file.layout)
+    n_windows = n_windows or (int(said[1]) if said else 2 if D == 1024 else 3)
+    with torch.device("meta"):
+        head = detr.DETR(c)
+    return detr.Detector(backbone, take(head, file, strange=print), layers, 0 if whole else n_windows)
+
+
 def load_linear(file, backbone, layers, depth_range):
     of_depth, far = "conv_depth.weight" in file.stored, farthest(file)
     file, (n_out, width) = linear.renamed(file)
@@ -124,5 +146,6 @@ def load_classifier(file, backbone, layers, depth_range):
     return linear.Classifier(backbone, take(head, file))
 
 
-LOADERS = {"reassemble_blocks.projects.0.conv.weight": load_dpt, "conv.weight": load_linear,
+LOADERS = {"reassemble_blocks.projects.0.conv.weight": load_dpt, "transformer.enc_output.weight": load_detr,
+           "conv.weight": load_linear,
            "conv_depth.weight": load_linear, "linear.weight": load_linear, "weight": load_classifier}
