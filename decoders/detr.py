@@ -6,12 +6,11 @@ Plain-DETR: objects of one map of frozen patches, without a pyramid and without 
     Proposals        memory -> a token and an anchor for every cell of four strides
     BoxAttention     queries look at cells, biased by where those lie from the sides of a query's box
     DETR             map, padding -> Answer of every layer: class logits and boxes
-    decode, encode   a box from another and four numbers, and back
     best             logits, boxes -> scores, labels, boxes in pixels, best first
     Detector         a backbone and its decoder: list of images -> list of dict(scores, labels, boxes)
 
 Names of parameters are those of the released file. Boxes are centre x, y, width, height in pixels of the padded image,
-unless they are called corners. Q queries, d the decoder's width, n proposals. Losses: matching.py.
+unless they are called corners. Q queries, d the decoder's width, n proposals. Losses: objects.py.
 
 paper: DINOv3 §6.3.1, App. D.9; Plain-DETR, Lin et al. 2023. Dimension letters: see the top of model.py.
 """
@@ -24,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from decoders.objects import corners, decode
+
 STRIDE = 16              # pixels of a cell of the map
 ANCHOR = 50.0            # pixels: side of the finest proposals' anchors
 INSIDE = 0.01, 0.99      # of the image's sides: what an anchor's centre and sides must lie between
-FARTHEST = math.log(1000 / 16)  # largest step of a side's logarithm
 BEST = 1500              # answers for an image
 
 
@@ -104,7 +104,7 @@ def batched(images):
     return x, there == 0
 
 # --------------------------------------------------------------------------------
-# Positions and boxes
+# Positions
 
 
 def waves(x, n):
@@ -121,41 +121,6 @@ def positions(padding, d):
         count = there.cumsum(axis)
         halves.append(waves((count - 0.5) / (count.narrow(axis, -1, 1) + 1e-6) * 2 * math.pi, d // 2))
     return torch.cat(halves, -1)
-
-
-def corners(boxes):
-    """... centre x, y, width, height -> ... left, top, right, bottom"""
-    centre, size = boxes.split(2, -1)
-    return torch.cat([centre - size / 2, centre + size / 2], -1)
-
-
-def centred(boxes):
-    """... left, top, right, bottom -> ... centre x, y, width, height"""
-    low, high = boxes.split(2, -1)
-    return torch.cat([(low + high) / 2, high - low], -1)
-
-
-def decode(boxes, deltas, sizes):
-    """
-    centre + size * delta, size * exp(delta); cut to the image, which moves the centre
-
-    boxes, deltas  B Q 4    sizes  B 2, width and height
-    """
-    (centre, size), (move, grow) = boxes.split(2, -1), deltas.split(2, -1)
-    moved = torch.cat([centre + size * move, size * grow.clamp(-FARTHEST, FARTHEST).exp()], -1)
-    limit = sizes[:, None].repeat(1, 1, 2).to(boxes)                                           # B 1 4
-    return centred(torch.minimum(corners(moved).clamp(min=0), limit))
-
-
-def encode(boxes, targets):
-    """
-    The deltas that take boxes ... 4 to targets ... 4
-
-    differs: not decode's inverse: sides are 0.1 pixel longer here, as in the public code of the method
-    """
-    (centre, size), (aim, extent) = boxes.split(2, -1), targets.split(2, -1)
-    size = size + 0.1
-    return torch.cat([(aim - centre) / size, (extent / size).log()], -1)
 
 # --------------------------------------------------------------------------------
 # Layers
