@@ -19,6 +19,7 @@ load_decoder reads released ones, and those that evaluate.py --out has kept: ima
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import torch
 from decoders import depth, detr, dpt, linear
 from weights import File, open_pth, open_safetensors, take
 
-DECODERS = dict(linear=linear, dpt=dpt)
+DECODERS = dict(linear=linear, dpt=dpt, detr=detr)
 BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
 FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
 NEAR = 0.001                                               # metres, of the first
@@ -108,19 +109,19 @@ def load_detr(file, backbone, layers, n_windows):
     alias, D = "transformer.decoder.", backbone.config.width
     stored = {name.removeprefix(alias) if name.startswith((alias + "class_embed", alias + "bbox_embed")) else name: x
               for name, x in reversed(file.stored.items())}                             # a second name for the same
-    file = file._replace(stored=stored)
-    c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()})
-    layers = layers or dpt.blocks(backbone.config.depth, class_token=True)
-    whole = c.width == len(layers) * D
-    fits(file, D if whole else c.width // (2 * len(layers)), backbone, layers)
+    said = re.search(r"(\d+) windows a side", file.layout)
+    n_windows = n_windows or (int(said[1]) if said else 2 if D == 1024 else 3)
+    c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()}, n_windows)
+    layers = layers or detr.blocks(backbone.config.depth)
+    if c.width == len(layers) * D:
+        c = replace(c, windows=0)
+    fits(file, c.width // (len(layers) * (1 + (c.windows > 0))), backbone, layers)
     if backbone.config.patch_size != detr.STRIDE:
         raise ValueError(f"{file.path} wants a backbone with patches of {detr.STRIDE} pixels, this one has "
                          f"{backbone.config.patch_size}")
-    said = re.search(r"(\d+) windows a side", file.layout)
-    n_windows = n_windows or (int(said[1]) if said else 2 if D == 1024 else 3)
     with torch.device("meta"):
         head = detr.DETR(c)
-    return detr.Detector(backbone, take(head, file, strange=print), layers, 0 if whole else n_windows)
+    return detr.Detector(backbone, take(head, file._replace(stored=stored), strange=print), layers)
 
 
 def load_linear(file, backbone, layers, depth_range):

@@ -5,8 +5,9 @@ Plain-DETR: objects of one map of frozen patches, without a pyramid and without 
     seen             images -> the map: the whole image, small, beside its windows, each as large as the network likes
     Proposals        memory -> a token and an anchor for every cell of four strides
     BoxAttention     queries look at cells, biased by where those lie from the sides of a query's box
-    DETR             map, padding -> Answer of every layer: class logits and boxes
+    DETR             map, padding -> Answers: of every layer class logits and boxes
     best             logits, boxes -> scores, labels, boxes in pixels, best first
+    Head, blocks     the decoder for a backbone, at its start values, and the blocks that it sees; STAGES: of its training
     Detector         a backbone and its decoder: list of images -> list of dict(scores, labels, boxes)
 
 Names of parameters are those of the released file. Boxes are centre x, y, width, height in pixels of the padded image,
@@ -16,14 +17,16 @@ paper: DINOv3 §6.3.1, App. D.9; Plain-DETR, Lin et al. 2023. Dimension letters:
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decoders.objects import corners, decode
+from decoders.fit import Recipe
+from decoders.objects import aware, corners, decode, focal
 
 STRIDE = 16              # pixels of a cell of the map
 ANCHOR = 50.0            # pixels: side of the finest proposals' anchors
@@ -34,6 +37,7 @@ BEST = 1500              # answers for an image
 @dataclass(frozen=True)
 class DETRConfig:
     width: int               # of the map: the layers side by side, twice with windows
+    windows: int = 3         # of the image, per side; 0 = the image as it is
     d: int = 768
     heads: int = 8           # A
     hidden: int = 2048       # of the feed-forward networks
@@ -43,6 +47,27 @@ class DETRConfig:
     repeated: int = 1500     # in training alone: of a second branch, in which several stand for one object
     n_classes: int = 91
     dropout: float = 0.1     # in the encoder's feed-forward networks
+
+
+@dataclass(frozen=True)
+class Stage:
+    recipe: Recipe
+    epochs: int
+    of_classes: Callable     # the loss of classes
+    giou: float              # weight of the boxes' generalised IoU
+
+
+UNDECAYED = "cpb_mlp", "level_embed"
+STEPS = 22 * 2_500_000 // 32, 12 * 117_266 // 32  # of Objects365's images, of COCO's that have a box
+STAGES = dict(
+    small=Stage(Recipe(lr=1e-3, weight_decay=0.05, batch=4, part=1, warmup=0.05, drop=0.8, clip=0.1,
+                       undecayed=UNDECAYED), 50, focal, 2.0),                                  # ours
+    objects365=Stage(Recipe(lr=5e-5, weight_decay=0.05, batch=32, part=1, warmup=1000 / STEPS[0], drop=20 / 22,
+                            clip=0.1, undecayed=UNDECAYED), 22, focal, 2.0),                   # at 1536 pixels
+    objects365_large=Stage(Recipe(lr=2.5e-5, weight_decay=0.05, batch=32, part=1, drop=1.0, clip=0.1,
+                                  undecayed=UNDECAYED), 4, focal, 2.0),                        # at 2048
+    coco=Stage(Recipe(lr=2.5e-5, weight_decay=0.05, batch=32, part=1, warmup=2000 / STEPS[1], until=8 / 12, least=0.1,
+                      clip=0.1, undecayed=UNDECAYED), 12, aware, 4.0))                         # at 2048
 
 
 class Answer(NamedTuple):
@@ -265,20 +290,25 @@ class DETR(nn.Module):
     """
     B columns h w, B h w padding -> Answers; in training of both branches, each of which sees its own queries alone
 
-    An image with fewer cells than queries has as many queries as cells.
+    An image with fewer cells than queries has as many queries as cells. `see` is what a frozen network says of images.
     """
 
     def __init__(self, c):
         super().__init__()
-        self.width, self.config = c.width, c
+        self.config = c
         self.input_proj = nn.ModuleList([nn.Sequential(nn.Conv2d(c.width, c.d, 1), nn.GroupNorm(32, c.d))])
         self.query_embed = nn.Embedding(c.queries + c.repeated, c.d)
         self.class_embed = nn.ModuleList(nn.Linear(c.d, c.n_classes) for _ in range(c.depths[1] + 1))
         self.bbox_embed = nn.ModuleList(MLP(c.d, 4) for _ in range(c.depths[1] + 1))
         self.transformer = Transformer(c)
 
-    def forward(self, x, padding):
-        c, t = self.config, self.transformer
+    def see(self, frozen, images):
+        """frozen  see fit.py    images  C H W uint8 each, of any sizes -> what forward takes"""
+        x, padding = batched([frozen.network_input([image])[0] for image in images])
+        return seen(x, lambda y: frozen.network(y, frozen.layers), self.config.windows), padding
+
+    def forward(self, given):
+        (x, padding), c, t = given, self.config, self.transformer
         flat = padding.flatten(1)                                                              # B P
         pos = positions(padding, c.d).flatten(1, 2) + t.level_embed                            # B P d
         memory = self.input_proj[0](x).flatten(2).transpose(1, 2)                              # B P d
@@ -315,6 +345,49 @@ class DETR(nn.Module):
         return found
 
 # --------------------------------------------------------------------------------
+# Before training
+
+
+def sized(width, n_columns):
+    """Widths as released from 1024 on; below, ours. n_columns: of the map"""
+    if width >= 1024:
+        return DETRConfig(n_columns)
+    if width >= 384:
+        return DETRConfig(n_columns, d=256, hidden=1024, bias=256, queries=300, repeated=1500)
+    return DETRConfig(n_columns, d=64, heads=4, hidden=256, bias=64, depths=(2, 3), queries=20, repeated=40,
+                      dropout=0.0)
+
+
+def Head(width, n_out, windows, n_layers=4):
+    """The decoder for n_layers of a backbone of that width, at its start values"""
+    c = sized(width, width * n_layers * (1 + (windows > 0)))
+    head = start(DETR(replace(c, windows=windows, n_classes=n_out)))
+    head.width = width
+    return head
+
+
+def blocks(depth):
+    """The four blocks, 0-based, of a backbone of that depth, as released"""
+    return [max(i * depth // 4 - 1, 0) for i in (1, 2, 3, 4)]
+
+
+def start(head):
+    """Its parameters as training finds them: every class at 0.01, boxes that do not move; decoder layers small"""
+    for name, p in head.named_parameters():
+        if name.endswith("level_embed") or name.startswith("query_embed"):
+            nn.init.normal_(p)
+        elif p.ndim > 1 and name.startswith("transformer.decoder."):
+            nn.init.trunc_normal_(p, std=0.02)
+        elif p.ndim > 1:
+            nn.init.xavier_uniform_(p)
+        elif not name.endswith("weight"):
+            nn.init.zeros_(p)
+    for classes, boxes in zip(head.class_embed, head.bbox_embed, strict=True):
+        nn.init.constant_(classes.bias, -math.log(99))
+        nn.init.zeros_(boxes.layers[2].weight)
+    return head
+
+# --------------------------------------------------------------------------------
 # Answers for an image
 
 
@@ -332,20 +405,23 @@ def best(logits, boxes, size, most=BEST):
 class Detector(nn.Module):
     """Images C H W of any sizes, normalised, in a list -> dict(scores, labels, boxes) of each, as `best` has them"""
 
-    def __init__(self, backbone, head, layers, n_windows):
+    def __init__(self, backbone, head, layers):
         super().__init__()
-        self.backbone, self.head, self.layers, self.n_windows = backbone, head, layers, n_windows
+        self.backbone, self.head, self.layers = backbone, head, layers
 
     @torch.no_grad()
     def forward(self, images):
         x, padding = batched(images)
-        answers = self.head(seen(x, lambda y: self.backbone.layers(y, self.layers), self.n_windows), padding)
-        last = answers.layers[-1]
+        x = seen(x, lambda y: self.backbone.layers(y, self.layers), self.head.config.windows)
+        last = self.head((x, padding)).layers[-1]
         return [best(*each, image.shape[1:]) for *each, image in zip(last.logits, last.boxes, images, strict=True)]
 
 
-def read_config(path, shapes):
-    """The configuration of a file, by the shapes of its tensors. Raises ValueError if they are of no such decoder."""
+def read_config(path, shapes, windows):
+    """
+    The configuration of a file, by its tensors' shapes, which do not tell windows.
+    Raises ValueError if they are of no such decoder.
+    """
     need = dict(zip(("input_proj.0.0.weight", "query_embed.weight", "class_embed.0.weight",
                      "transformer.decoder.layers.0.cross_attn.cpb_mlp1.2.weight",
                      "transformer.decoder.layers.0.linear1.weight"), (4, 2, 2, 2, 2), strict=True))
@@ -357,4 +433,4 @@ def read_config(path, shapes):
                        for name in shapes) for part in ("encoder", "decoder"))
     if d % 32 or d % heads:
         raise ValueError(f"{path}: a width of {d} goes into no 32 groups and {heads} heads")
-    return DETRConfig(width, d, heads, hidden, bias, depths, queries // 2, queries - queries // 2, n_classes)
+    return DETRConfig(width, windows, d, heads, hidden, bias, depths, queries // 2, queries - queries // 2, n_classes)

@@ -23,6 +23,8 @@ class Objects(NamedTuple):
     labels: np.ndarray     # m int
     crowds: np.ndarray     # m bool: what lies in one is neither right nor wrong
     areas: np.ndarray      # m: that of the object itself where it is known, else of its box
+    size: tuple = ()       # H W
+    dropped: int = 0       # others that are of no use
 
 
 def coco_scores(found, truths):
@@ -49,7 +51,7 @@ def of_class(found, truth, label):
     rows = np.flatnonzero(labels == label)
     rows = rows[np.argsort(-scores[rows], kind="stable")][:COUNTED]
     there = truth.labels == label
-    return boxes[rows].astype(float), scores[rows], Objects(*(x[there] for x in truth))
+    return boxes[rows].astype(float), scores[rows], Objects(*(x[there] for x in truth[:4]))
 
 
 def placed(boxes, scores, truth, area):

@@ -1,7 +1,7 @@
 """
 What --out gets: rows of pictures, C H W uint8 each.
 
-    hues, shades    class numbers and depths as colours        framed       boxes
+    hues, shades    class numbers and depths as colours        framed       boxes        named        boxes, with words
     connected       two views and what was matched             entitled     a title below
     save_pictures
 """
@@ -46,6 +46,17 @@ def framed(image, boxes):
                            ((top, top + 2), (left, right)), ((bottom - 2, bottom), (left, right))):
             image[:, max(rows[0], 0) : rows[1], max(cols[0], 0) : cols[1]] = torch.tensor([255, 0, 0])[:, None, None]
     return image
+
+
+def named(image, boxes, words, labels):
+    """C H W uint8 with boxes left, top, right, bottom in the colours of their labels, each with its words inside"""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    pen, colours = ImageDraw.Draw(picture), hues(1 + torch.as_tensor(labels).reshape(1, -1) % 200)[:, 0].T.tolist()
+    for (left, top, right, bottom), text, colour in zip(np.asarray(boxes).tolist(), words, colours, strict=True):
+        pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=tuple(colour), width=2)
+        pen.rectangle(pen.textbbox((left + 3, top + 2), text), fill=tuple(colour))
+        pen.text((left + 3, top + 2), text, "black" if sum(colour) > 300 else "white")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def apart(points, count, least=0.06):

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoders import detr, load_decoder
+from decoders import detr, load_decoder, objects
+from decoders.fit import groups, rate
 from model import ViT, ViTConfig
 
 VIT = ViTConfig(depth=8, width=32, heads=2, hidden=64)
-SMALL = dict(d=64, heads=4, hidden=48, bias=24, depths=(2, 3), queries=12, repeated=12, n_classes=7)
+SMALL = dict(windows=3, d=64, heads=4, hidden=48, bias=24, depths=(2, 3), queries=12, repeated=12, n_classes=7)
 LAYERS = [1, 3, 5, 7]
 
 
@@ -206,8 +207,8 @@ def test_a_file_answers_as_the_forward_pass_written_out(backbone, tmp_path, n):
         m[: image.shape[1] // 16, : image.shape[2] // 16] = False
     x = windowed(backbone, padded, n) if n else torch.cat([f.map() for f in backbone.layers(padded, LAYERS)], 1)
     tensors = {name: value.double() for name, value in head.state_dict().items()}
-    single = head(x, mask).layers[-1]
-    double = head.double()(x.double(), mask).layers[-1]
+    single = head((x, mask)).layers[-1]
+    double = head.double()((x.double(), mask)).layers[-1]
     for i, image in enumerate(images):
         logits, boxes = by_the_page(tensors, x[i].double(), mask[i], head.config)
         # measured: 4.0e-6, 7.0e-7; what is left is of positions, which are float32 in both
@@ -260,11 +261,12 @@ def test_round_trip_under_second_names_and_in_wrappers(backbone, tmp_path, capsy
 
 def test_windows_that_the_file_does_not_say(backbone, tmp_path):
     path = saved(invented(VIT.width * 8), tmp_path / "x.pth")
-    assert load_decoder(path, backbone).n_windows == 3 and load_decoder(path, backbone, n_windows=2).n_windows == 2
+    assert load_decoder(path, backbone).head.config.windows == 3
+    assert load_decoder(path, backbone, n_windows=2).head.config.windows == 2
     assert load_decoder(path, backbone).layers == LAYERS
     large = ViT(ViTConfig(depth=8, width=1024, heads=16, hidden=32)).eval()
-    assert load_decoder(saved(invented(8 * 1024), tmp_path / "l.pth"), large).n_windows == 2
-    assert load_decoder(saved(invented(VIT.width * 4), tmp_path / "y.pth"), backbone).n_windows == 0
+    assert load_decoder(saved(invented(8 * 1024), tmp_path / "l.pth"), large).head.config.windows == 2
+    assert load_decoder(saved(invented(VIT.width * 4), tmp_path / "y.pth"), backbone).head.config.windows == 0
 
 
 @pytest.mark.parametrize("side, n, wanted", [(1536, 3, [0, 512, 1024, 1536]), (160, 3, [0, 64, 128, 160]),
@@ -308,7 +310,7 @@ def test_two_branches_that_do_not_see_each_other():
     torch.manual_seed(0)
     head = invented(VIT.width * 4, dropout=0.0)
     x, padding = torch.randn(1, VIT.width * 4, 6, 8), torch.zeros(1, 6, 8, dtype=torch.bool)
-    both, alone = head.train()(x, padding), head.eval()(x, padding)
+    both, alone = head.train()((x, padding)), head.eval()((x, padding))
     assert not alone.repeated and len(both.repeated) == len(both.layers) == 3
     for a, b in zip(both.layers, alone.layers, strict=True):
         torch.testing.assert_close(a.boxes, b.boxes)
@@ -319,7 +321,7 @@ def test_two_branches_that_do_not_see_each_other():
 
 def test_gradients_reach_a_layer_and_the_one_before_it():
     head = invented(VIT.width * 4)
-    answers = head.train()(torch.randn(1, VIT.width * 4, 6, 8), torch.zeros(1, 6, 8, dtype=torch.bool))
+    answers = head.train()((torch.randn(1, VIT.width * 4, 6, 8), torch.zeros(1, 6, 8, dtype=torch.bool)))
     answers.layers[2].boxes.sum().backward()
     moved = [head.bbox_embed[k].layers[2].bias.grad for k in range(4)]
     assert moved[0] is None and moved[3] is None and moved[1].abs().sum() > 0 and moved[2].abs().sum() > 0
@@ -329,4 +331,52 @@ def test_gradients_reach_a_layer_and_the_one_before_it():
 def test_an_image_of_few_cells_has_fewer_queries():
     head = invented(VIT.width * 4, queries=100, repeated=100)
     x, padding = torch.randn(1, VIT.width * 4, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
-    assert head(x, padding).layers[-1].boxes.shape == (1, 64 + 16 + 4 + 1, 4)
+    assert head((x, padding)).layers[-1].boxes.shape == (1, 64 + 16 + 4 + 1, 4)
+
+# --------------------------------------------------------------------------------
+# Training's start and numbers
+
+
+def test_start_values():
+    torch.manual_seed(0)
+    head = detr.Head(384, 91, 2)
+    assert head.width == 384 and head.config.width == 8 * 384 and head.config.windows == 2
+    assert detr.Head(128, 5, 0, 3).config.width == 3 * 128
+    values = dict(head.named_parameters())
+    assert all(values[f"class_embed.{k}.bias"].unique().tolist() == [pytest.approx(-math.log(99))] for k in range(7))
+    assert all(not values[f"bbox_embed.{k}.layers.2.{x}"].any() for k in range(7) for x in ("weight", "bias"))
+    for name, x in values.items():
+        if "norm" in name or name.startswith("input_proj.0.1"):
+            assert x.unique().tolist() == [float(name.endswith("weight"))], name
+        elif name.startswith("transformer.decoder.") and x.ndim > 1:
+            assert x.std().item() == pytest.approx(0.02, rel=0.1), name
+    for name in "query_embed.weight", "transformer.level_embed":
+        assert values[name].std().item() == pytest.approx(1, rel=0.15)
+    most = (6 / (256 + 1024)) ** 0.5
+    assert values["transformer.encoder.layers.0.linear1.weight"].max().item() == pytest.approx(most, rel=0.01)
+
+
+def test_the_papers_stages():
+    o365, large, coco = (detr.STAGES[name] for name in ("objects365", "objects365_large", "coco"))
+    steps = {"o365": 1_718_750, "coco": 43_974}
+    assert [rate(o365.recipe, 5e-5, k, steps["o365"]) for k in (0, 999, 10**6, 1_562_499, 1_562_500)] == pytest.approx(
+        [5e-8, 5e-5, 5e-5, 5e-5, 5e-6])
+    assert {rate(large.recipe, 2.5e-5, k, 312_500) for k in (0, 10**5, 312_499)} == {2.5e-5}
+    assert [rate(coco.recipe, 2.5e-5, k, steps["coco"]) for k in (1999, 15_658, 29_316, 43_973)] == pytest.approx(
+        [2.5e-5, 1.375e-5, 2.5e-6, 2.5e-6], rel=1e-3)
+    for stage, lr, epochs, giou in (o365, 5e-5, 22, 2), (large, 2.5e-5, 4, 2), (coco, 2.5e-5, 12, 4):
+        r = stage.recipe
+        assert (r.lr, stage.epochs, stage.giou, r.weight_decay, r.batch, r.clip) == (lr, epochs, giou, 0.05, 32, 0.1)
+    assert o365.of_classes is large.of_classes is objects.focal and coco.of_classes is objects.aware
+
+
+def test_what_is_not_decayed():
+    with torch.device("meta"):
+        head = detr.Head(384, 91, 0)
+    decayed, free = groups(head, detr.STAGES["coco"].recipe)
+    names = {p: name for name, p in head.named_parameters()}
+    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
+    free = {names[p] for p in free["params"]}
+    assert all("cpb_mlp" in name or name.endswith(("bias", "level_embed")) or "norm" in name or name ==
+               "input_proj.0.1.weight" or name.endswith("ln.weight") for name in free)
+    assert sum("cpb_mlp" in name for name in free) == 6 * 2 * 3 and "query_embed.weight" not in free
