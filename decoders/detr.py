@@ -7,7 +7,7 @@ Plain-DETR: objects of one map of frozen patches, without a pyramid and without 
     BoxAttention     queries look at cells, biased by where those lie from the sides of a query's box
     DETR             map, padding -> Answers: of every layer class logits and boxes
     best             logits, boxes -> scores, labels, boxes in pixels, best first
-    Head, blocks     the decoder for a backbone, at its start values, and the blocks that it sees; STAGES: of its training
+    Head, blocks     the decoder for a backbone, at its start values; the blocks that it sees; STAGES: of its training
     Detector         a backbone and its decoder: list of images -> list of dict(scores, labels, boxes)
 
 Names of parameters are those of the released file. Boxes are centre x, y, width, height in pixels of the padded image,
