@@ -109,9 +109,8 @@ def load_detr(file, backbone, layers, n_windows):
     alias, D = "transformer.decoder.", backbone.config.width
     stored = {name.removeprefix(alias) if name.startswith((alias + "class_embed", alias + "bbox_embed")) else name: x
               for name, x in reversed(file.stored.items())}                             # a second name for the same
-    said = re.search(r"(\d+) windows a side", file.layout)
-    n_windows = n_windows or (int(said[1]) if said else 2 if D == 1024 else 3)
-    c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()}, n_windows)
+    n_windows = n_windows or (2 if D == 1024 and not file.layout else None)
+    c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()}, file.layout, n_windows)
     layers = layers or detr.blocks(backbone.config.depth)
     if c.width == len(layers) * D:
         c = replace(c, windows=0)

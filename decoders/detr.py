@@ -17,6 +17,7 @@ paper: DINOv3 §6.3.1, App. D.9; Plain-DETR, Lin et al. 2023. Dimension letters:
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,11 +25,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from decoders.fit import Recipe
 from decoders.objects import aware, corners, decode, focal
 
 STRIDE = 16              # pixels of a cell of the map
+FEWEST = 4               # cells a side: one of the coarsest
 ANCHOR = 50.0            # pixels: side of the finest proposals' anchors
 INSIDE = 0.01, 0.99      # of the image's sides: what an anchor's centre and sides must lie between
 BEST = 1500              # answers for an image
@@ -47,6 +50,7 @@ class DETRConfig:
     repeated: int = 1500     # in training alone: of a second branch, in which several stand for one object
     n_classes: int = 91
     dropout: float = 0.1     # in the encoder's feed-forward networks
+    recompute: bool = True   # in training, a decoder layer's attention to cells, whose biases fill the memory
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,14 @@ def seen(images, layers_of, n_windows):
 
 
 def batched(images):
-    """Images C H W of any sizes -> B C H W in whole patches, zeros right and below; B h w bool, True = padding"""
+    """
+    Images C H W of any sizes -> B C H W in whole patches, zeros right and below;  B h w bool, True = padding
+    Raises ValueError if that is not FEWEST patches a side.
+    """
     H, W = (-(-max(image.shape[k] for image in images) // STRIDE) * STRIDE for k in (1, 2))
+    if min(H, W) < FEWEST * STRIDE:
+        raise ValueError(f"detr: images of {W}x{H} pixels; wanted at least {FEWEST * STRIDE} a side, for its coarsest "
+                         "cells")
     x = torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
     there = torch.stack([F.pad(torch.ones_like(image[0]), (0, W - image.shape[2], 0, H - image.shape[1]))
                          for image in images])[:, ::STRIDE, ::STRIDE]
@@ -176,7 +186,7 @@ class BoxAttention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads = c.heads
+        self.heads, self.recompute = c.heads, c.recompute
         self.cpb_mlp1, self.cpb_mlp2 = (nn.Sequential(
             nn.Linear(2, c.bias), nn.ReLU(), nn.Linear(c.bias, c.heads, bias=False)) for _ in range(2))
         self.q, self.k, self.v, self.proj = (nn.Linear(c.d, c.d) for _ in range(4))
@@ -186,7 +196,12 @@ class BoxAttention(nn.Module):
         centres = STRIDE * (torch.arange(n, device=sides.device) + 0.5)
         return network(sides[:, :, None] - centres[:, None]).permute(0, 3, 1, 2)
 
-    def forward(self, x, keys, memory, boxes, padding):
+    def forward(self, *given):
+        if self.training and self.recompute:
+            return checkpoint(self.attend, *given, use_reentrant=False, preserve_rng_state=False)
+        return self.attend(*given)
+
+    def attend(self, x, keys, memory, boxes, padding):
         """x  B Q d    keys, memory  B P d    boxes  B Q 4, corners    padding  B h w    returns  B Q d"""
         h, w = padding.shape[1:]
         q, k, v = (change(y).unflatten(2, (self.heads, -1)).transpose(1, 2)                    # B A Q E, B A P E
@@ -355,7 +370,7 @@ def sized(width, n_columns):
     if width >= 384:
         return DETRConfig(n_columns, d=256, hidden=1024, bias=256, queries=300, repeated=1500)
     return DETRConfig(n_columns, d=64, heads=4, hidden=256, bias=64, depths=(2, 3), queries=20, repeated=40,
-                      dropout=0.0)
+                      dropout=0.0, recompute=False)
 
 
 def Head(width, n_out, windows, n_layers=4):
@@ -417,10 +432,17 @@ class Detector(nn.Module):
         return [best(*each, image.shape[1:]) for *each, image in zip(last.logits, last.boxes, images, strict=True)]
 
 
-def read_config(path, shapes, windows):
+def outputs(c):
+    """What the tensors of a file do not tell, in words: for its metadata, and to be read again"""
+    return f"{c.n_classes} classes, {c.windows} windows a side, {c.queries} queries"
+
+
+def read_config(path, shapes, said, windows):
     """
-    The configuration of a file, by its tensors' shapes, which do not tell windows.
-    Raises ValueError if they are of no such decoder.
+    The configuration of a file, by its tensors' shapes; raises ValueError if they are of no such decoder.
+
+    said     `outputs` of our own files, or nothing: then half of the queries are those of the second branch
+    windows  per side, whatever is said, or None; 3 if nothing is, as in the released file
     """
     need = dict(zip(("input_proj.0.0.weight", "query_embed.weight", "class_embed.0.weight",
                      "transformer.decoder.layers.0.cross_attn.cpb_mlp1.2.weight",
@@ -433,4 +455,6 @@ def read_config(path, shapes, windows):
                        for name in shapes) for part in ("encoder", "decoder"))
     if d % 32 or d % heads:
         raise ValueError(f"{path}: a width of {d} goes into no 32 groups and {heads} heads")
-    return DETRConfig(width, windows, d, heads, hidden, bias, depths, queries // 2, queries - queries // 2, n_classes)
+    known = re.search(r"(\d+) windows a side, (\d+) queries", said)
+    windows, first = (windows or int(known[1]), int(known[2])) if known else (windows or 3, queries // 2)
+    return DETRConfig(width, windows, d, heads, hidden, bias, depths, first, queries - first, n_classes)

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 from torchvision.tv_tensors import BoundingBoxes
 
 from decoders import DECODERS
+from decoders.detr import FEWEST
 from decoders.fit import fit, plan
 from decoders.objects import detection_loss, soft_nms
 from engine.coco import coco_scores
@@ -70,7 +71,7 @@ def sample(row, rng, source, order, side, patch, alike):
             top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
             image, boxes = tv.crop(image, top, left, h, w), tv.crop(boxes, top, left, h, w)
         if not alike:
-            size = sized(image, round(rng.uniform(SMALLEST, 1) * side), patch)
+            size = sized(image, max(round(rng.uniform(SMALLEST, 1) * side), FEWEST * patch), patch)
     image = tv.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True)
     boxes = tv.clamp_bounding_boxes(tv.resize(boxes, size)).as_subclass(torch.Tensor)
     there = (boxes[:, 2:] > boxes[:, :2] + 1).all(1)  # less than a pixel is left of others
@@ -175,7 +176,7 @@ def live(frozen, data):
         frozen.layers = decoder.blocks(frozen.model.config.depth)
     build = partial(decoder.Head, n_out=data.n_classes, windows=c.windows, n_layers=len(frozen.layers))
     head, said = head_of(build, partial(train_live, frozen, data, build, decoder, ranks),
-                         f"{data.n_classes} classes, {c.windows} windows a side", frozen, c)
+                         outputs_of(build, frozen, decoder), frozen, c)
     if odd := {label for label in said["names"] if said["names"][label] != data.names.get(int(label))}:
         raise ValueError(f"--head {c.head} calls class {min(odd)} {said['names'][min(odd)]}, {c.data} "
                          f"{data.names.get(int(min(odd)), 'has none of that number')}; name a head of these classes")
@@ -185,6 +186,11 @@ def live(frozen, data):
                                                for i in range(ranks.rank, len(val), ranks.count)])
         found[name] = sorted(sum(each, []), key=itemgetter(0))
     return found, said
+
+
+def outputs_of(build, frozen, decoder):
+    with torch.device("meta"):
+        return decoder.outputs(build(frozen.model.config.width).config)
 
 
 def answered(i, val, frozen, head, decoder, said):

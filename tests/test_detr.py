@@ -297,6 +297,8 @@ def test_other_patches_and_images_too_small(backbone, tmp_path):
         load_decoder(path, fine)
     with pytest.raises(ValueError, match="64x64 pixels do not go into 3x3 windows"):
         load_decoder(path, backbone)([torch.zeros(3, 64, 64)])
+    with pytest.raises(ValueError, match="images of 80x48 pixels; wanted at least 64 a side"):
+        load_decoder(path, backbone)([torch.zeros(3, 40, 80), torch.zeros(3, 48, 48)])
 
 
 def test_sides_need_not_be_whole_patches(backbone, tmp_path):
@@ -380,3 +382,17 @@ def test_what_is_not_decayed():
     assert all("cpb_mlp" in name or name.endswith(("bias", "level_embed")) or "norm" in name or name ==
                "input_proj.0.1.weight" or name.endswith("ln.weight") for name in free)
     assert sum("cpb_mlp" in name for name in free) == 6 * 2 * 3 and "query_embed.weight" not in free
+
+
+def test_recomputing_changes_nothing():
+    grads = []
+    for recompute in True, False:
+        head = invented(VIT.width * 4, dropout=0.0, recompute=recompute).train()
+        answers = head((some_map(6, 8), torch.zeros(1, 6, 8, dtype=torch.bool)))
+        answers.layers[-1].boxes.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in head.transformer.parameters() if p.grad is not None]))
+    assert torch.equal(*grads)
+
+
+def some_map(h, w):
+    return torch.randn(1, VIT.width * 4, h, w, generator=torch.Generator().manual_seed(0))
