@@ -3,7 +3,7 @@ Detection: boxes and classes of objects, from frozen patches and a decoder; COCO
 
     python evaluate.py --task detection --weights runs/tiny --decoder detr                  on the generated `shapes`
     python evaluate.py --task coco --weights 7b.pth --data COCO --stage coco --start heads/head.safetensors --out heads
-    python evaluate.py --task coco --weights 7b.pth --data COCO --head heads/head.safetensors --tta linear
+    python evaluate.py --task coco --weights 7b.pth --data COCO --head coco2017_detr_head.pth --tta linear
     python evaluate.py --task coco_o --weights 7b.pth --data COCO-O --head heads/head.safetensors
 
 Trained on new views in every step, on all ranks. A hundred answers of an image are scored.
@@ -12,7 +12,6 @@ paper: DINOv3 §6.3.1, Tab. 10, App. D.9. Dimension letters: see the top of mode
 
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 from torchvision.tv_tensors import BoundingBoxes
 
-from decoders import DECODERS
-from decoders.detr import FEWEST
-from decoders.fit import fit, plan
+from decoders import DECODERS, load_decoder
+from decoders.detr import FEWEST, Detector
+from decoders.fit import everyone, fit, plan, untrained
 from decoders.objects import detection_loss, soft_nms
 from engine.coco import coco_scores
 from engine.features import describe
-from engine.heads import head_of
+from engine.heads import head_of, released
 from engine.images import resize
 from engine.pictures import SHOWN, framed, named, save_pictures
 from engine.ranks import linked
@@ -110,10 +109,8 @@ def steps_of(c, stage, n):
 def train_live(frozen, data, build, decoder, ranks):
     c, patch, train, stage = frozen.c, frozen.model.config.patch_size, data.train, decoder.STAGES[frozen.c.stage]
     if train is None:
-        raise ValueError(f"--data: {c.data} has no images to train on; name a --head")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(c.seed)
-        head = build(frozen.model.config.width)
+        raise ValueError(f"--data: {c.data} has six domains, and no images to train on; name a --head")
+    head = untrained(partial(build, frozen.model.config.width), c)
     head = begun(head, c.start) if c.start else head
     alike = c.data == "shapes"
     views = partial(sample, source=train, order=others(len(train), c), side=c.resolution, patch=patch, alike=alike)
@@ -169,57 +166,65 @@ def guessed(guess, size):
     return rows[:, :4] * (size[::-1] * 2), rows[:, 4] / rows[:, 4].sum(), np.array([int(label) for label in guess])
 
 
-def live(frozen, data):
-    """{val: answers, and pictures of some}, of all ranks; what is known of the head"""
-    c, decoder, ranks = frozen.c, DECODERS[frozen.c.decoder], linked(frozen.ranks)
+def answering(frozen, data, ranks):
+    """A released head, or one of ours;  what is known of it"""
+    c, decoder = frozen.c, DECODERS[frozen.c.decoder]
+    if released(frozen.task, c):
+        found = load_decoder(c.head, frozen.model, frozen.layers or None, n_windows=c.windows)
+        if not isinstance(found, Detector) or found.head.config.n_classes != data.n_classes:
+            raise ValueError(f"--head {c.head} is no detector of {data.n_classes} classes, as {c.data} wants")
+        frozen.layers = found.layers
+        return found.head.to(frozen.device), dict(names={})
     if not frozen.layers:
         frozen.layers = decoder.blocks(frozen.model.config.depth)
     build = partial(decoder.Head, n_out=data.n_classes, windows=c.windows, n_layers=len(frozen.layers))
-    head, said = head_of(build, partial(train_live, frozen, data, build, decoder, ranks),
-                         outputs_of(build, frozen, decoder), frozen, c)
-    if odd := {label for label in said["names"] if said["names"][label] != data.names.get(int(label))}:
-        raise ValueError(f"--head {c.head} calls class {min(odd)} {said['names'][min(odd)]}, {c.data} "
-                         f"{data.names.get(int(min(odd)), 'has none of that number')}; name a head of these classes")
-    found = {}
-    for name, val in data.vals.items():
-        each = ranks.together(lambda val=val: [(i, *answered(i, val, frozen, head, decoder, said))
-                                               for i in range(ranks.rank, len(val), ranks.count)])
-        found[name] = sorted(sum(each, []), key=itemgetter(0))
-    return found, said
-
-
-def outputs_of(build, frozen, decoder):
     with torch.device("meta"):
-        return decoder.outputs(build(frozen.model.config.width).config)
+        outputs = decoder.outputs(build(frozen.model.config.width).config)
+    head, said = head_of(build, partial(train_live, frozen, data, build, decoder, ranks), outputs, frozen, c)
+    if odd := [label for label in said["names"] if said["names"][label] != data.names.get(int(label))]:
+        raise ValueError(f"--head {c.head} calls class {odd[0]} {said['names'][odd[0]]}, {c.data} "
+                         f"{data.names.get(int(odd[0]), 'has none of that number')}; name a head of these classes")
+    return head, said
 
 
-def answered(i, val, frozen, head, decoder, said):
+def live(frozen, data):
+    """{val: answers, and pictures of some}, of all ranks; what is known of the head"""
+    ranks = linked(frozen.ranks)
+    head, said = answering(frozen, data, ranks)
+    return {name: everyone(partial(answered, val=val, frozen=frozen, head=head, names=said["names"]), len(val), ranks)
+            for name, val in data.vals.items()}, said
+
+
+def answered(i, val, frozen, head, names):
     """Image i's answers; of some a row of pictures"""
     image = val.image(i)
-    boxes, scores, labels = answer(image, frozen, head, decoder.best)
+    boxes, scores, labels = answer(image, frozen, head, DECODERS[frozen.c.decoder].best)
     if not frozen.c.out or i >= SHOWN:
         return (boxes, scores, labels), None
-    truth, sure = val.truth(i), scores >= SURE
-    names = [f"{said['names'].get(str(label), label)} {score:.2f}"
+    sure = scores >= SURE
+    words = [f"{names.get(str(label), label)} {score:.2f}"
              for label, score in zip(labels[sure], scores[sure], strict=True)]
-    return (boxes, scores, labels), [image, framed(image, truth.boxes), named(image, boxes[sure], names, labels[sure])]
+    return (boxes, scores, labels), [image, framed(image, val.truth(i).boxes),
+                                     named(image, boxes[sure], words, labels[sure])]
 
 
 def run(data, frozen, c):
     found, said = frozen.together(partial(live, data=data))
+    guess = said.get("guess") or (constant(data.train) if data.train else None)
     scores, chance, truths = {}, {}, {}
     for name, val in data.vals.items():
         truths[name] = [val.truth(i) for i in range(len(val))]
-        scores[name] = coco_scores([each for _, each, _ in found[name]], truths[name])
-        chance[name] = coco_scores([guessed(said["guess"], truth.size) for truth in truths[name]], truths[name])
+        scores[name] = coco_scores([each for each, _ in found[name]], truths[name])
+        if guess:
+            chance[name] = coco_scores([guessed(guess, truth.size) for truth in truths[name]], truths[name])
         if scores[name]["ap"] is None:
             raise ValueError(f"--data: no object in {len(val)} images to measure on; wanted some")
-    save_pictures(c, [shown for each in found.values() for _, _, shown in each if shown][:SHOWN])
+    save_pictures(c, [shown for each in found.values() for _, shown in each if shown][:SHOWN])
     every = [truth for each in truths.values() for truth in each]
     apart = {f"ap_{name}": each["ap"] for name, each in scores.items()} if len(scores) > 1 else {}
-    return dict(**mean_of(scores), **apart, chance_ap=mean_of(chance)["ap"], n_val=len(every),
-                n_boxes=sum(len(truth.labels) for truth in every), n_dropped=sum(truth.dropped for truth in every),
-                n_classes=len(data.names), **{key: x for key, x in said.items() if key not in ("guess", "names")})
+    return dict(**mean_of(scores), **apart, **({"chance_ap": mean_of(chance)["ap"]} if chance else {}),
+                n_val=len(every), n_boxes=sum(len(truth.labels) for truth in every),
+                n_dropped=sum(truth.dropped for truth in every), n_classes=len(data.names), **{key: x for key, x in said.items() if key not in ("guess", "names")})
 
 
 def mean_of(scores):
@@ -252,7 +257,7 @@ def opened(c):
     return open_detections(c)
 
 
-def task(name, layout, *paper):
+def task(name, layout, *paper, trains=True):
     options = (Option("iterations", 0, "steps of the head; 0 = the stage's epochs", shapes=300),
                Option("lr", 0.0, "peak; 0 = the stage's"),
                Option("stage", "coco", "numbers of the training: small, or the paper's: objects365 at --resolution "
@@ -262,11 +267,12 @@ def task(name, layout, *paper):
                       shapes=0),
                Option("tta", "", "linear or quadratic: eight sizes and mirror images, merged by this Soft-NMS"))
     return Task(name, layout, opened, run, wants="maps", metric="ap", view=fitted, sides=(2048, 160), options=options,
-                decoders=("detr",), plan=planned, pictures="image, truth, prediction", paper=paper)
+                decoders=("detr",), plan=planned, trains=trains, released=("detr",),
+                pictures="image, truth, prediction", paper=paper)
 
 
 COCO = "annotations/instances_{train,val}2017.json, {train,val}2017/"
 TASKS = (
     task("detection", COCO + "; or VOC: JPEGImages/, Annotations/*.xml, ImageSets/Main/"),
     task("coco", COCO, Paper("ap", {"7b": 65.6}, 2048, dict(n_val=5000))),                     # Tab. 10; App. D.9
-    task("coco_o", "{cartoon,handmake,painting,sketch,tattoo,weather}/, each as COCO with a val alone: with --head"))
+    task("coco_o", "{cartoon,handmake,painting,sketch,tattoo,weather}/, each as COCO with a val alone", trains=False))

@@ -172,8 +172,23 @@ def test_coco_end_to_end_and_coco_o_with_its_head(weights, tmp_path, capsys):
         path.write_text(path.read_text().replace("kind 3", "horse"))
     with pytest.raises(ValueError, match="calls class 3 kind 3, .* horse; name a head of these classes"):
         run(capsys, *words, "--data", data)
-    with pytest.raises(ValueError, match="has no images to train on; name a --head"):
-        run(capsys, "--task", "coco_o", *words[:6], "--data", other, "--stage", "small")
+    with pytest.raises(ValueError, match="has six domains, and no images to train on; name a --head"):
+        run(capsys, *words[:6], "--data", other, "--stage", "small")
+    with pytest.raises(ValueError, match="--head is missing: coco_o has nothing to train on"):
+        run(capsys, "--task", "coco_o", *words[:6], "--data", other)
+
+
+def test_a_released_head_is_measured(weights, tmp_path, capsys):
+    for split in "train", "val":
+        coco(tmp_path, split, GOOD)
+    torch.manual_seed(0)
+    for n in 8, 9:
+        torch.save({"model": detr.Head(32, n, 2).state_dict()}, tmp_path / f"{n}.pth")
+    words = "--weights", weights, "--resolution", 96, "--data", tmp_path, "--windows", 2
+    found, _ = run(capsys, *words, "--head", tmp_path / "8.pth")
+    assert found["n_val"] == 2 and found["chance_ap"] > 0 and found["windows"] == 2
+    with pytest.raises(ValueError, match="9.pth is no detector of 8 classes, as"):
+        run(capsys, *words, "--head", tmp_path / "9.pth")
 
 
 def test_training_begins_with_a_head_of_other_classes(tmp_path, capsys):
