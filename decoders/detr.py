@@ -50,7 +50,7 @@ class DETRConfig:
     repeated: int = 1500     # in training alone: of a second branch, in which several stand for one object
     n_classes: int = 91
     dropout: float = 0.1     # in the encoder's feed-forward networks
-    recompute: bool = True   # in training, a decoder layer's attention to cells, whose biases fill the memory
+    recompute: bool = True   # in the backward, what attention keeps: it fills the memory, and the backbone costs more
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,14 @@ class EncoderLayer(nn.Module):
         self.self_attn = nn.MultiheadAttention(c.d, c.heads, batch_first=True)
         self.linear1, self.linear2 = nn.Linear(c.d, c.hidden), nn.Linear(c.hidden, c.d)
         self.norm1, self.norm2 = nn.LayerNorm(c.d), nn.LayerNorm(c.d)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout, self.recompute = nn.Dropout(c.dropout), c.recompute
 
-    def forward(self, x, pos, padding):
+    def forward(self, *given):
+        if self.training and self.recompute:
+            return checkpoint(self.encode, *given, use_reentrant=False)
+        return self.encode(*given)
+
+    def encode(self, x, pos, padding):
         """x, pos  B P d    padding  B P"""
         at = x + pos
         x = self.norm1(x + self.self_attn(at, at, x, key_padding_mask=padding, need_weights=False)[0])

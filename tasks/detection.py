@@ -224,7 +224,8 @@ def run(data, frozen, c):
     apart = {f"ap_{name}": each["ap"] for name, each in scores.items()} if len(scores) > 1 else {}
     return dict(**mean_of(scores), **apart, **({"chance_ap": mean_of(chance)["ap"]} if chance else {}),
                 n_val=len(every), n_boxes=sum(len(truth.labels) for truth in every),
-                n_dropped=sum(truth.dropped for truth in every), n_classes=len(data.names), **{key: x for key, x in said.items() if key not in ("guess", "names")})
+                n_dropped=sum(truth.dropped for truth in every), n_classes=len(data.names),
+                **{key: x for key, x in said.items() if key not in ("guess", "names")})
 
 
 def mean_of(scores):
