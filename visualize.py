@@ -9,6 +9,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
     python visualize.py text dog.jpg --weights runs/words --prompts "a dog; grass; sky" --out dog.png   or .html: a page
     python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   .html; FILM: .mp4
+    python visualize.py detect PHOTOS --weights runs/s --head heads/head.safetensors --out boxes.png   or .html: a page
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -19,6 +20,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
     depth_pictures       image -> metres, near is bright, over a scale; depth_film, of a video       film.py
+    detect_pictures      image -> boxes, with classes and scores
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -45,8 +47,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from decoders import load_decoder
+from decoders import load_decoder, names_in
 from decoders.depth import Depth
+from decoders.detr import Detector
 from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
@@ -56,7 +59,7 @@ from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
 from engine.film import is_film, redrawn
 from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
-from engine.pictures import STRIP, entitled, hues
+from engine.pictures import STRIP, SURE, entitled, hues, named
 from engine.sources import open_source
 from engine.views import fitted
 from losses import gram_loss
@@ -65,7 +68,7 @@ from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
-             depth=".png .html .mp4")  # of OUT
+             depth=".png .html .mp4", detect=".png .html")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -73,7 +76,7 @@ GUTTER = 4  # white pixels between pictures
 class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
-    head: str = ""             # depth: a decoder's file, of evaluate.py --out or a released one
+    head: str = ""             # depth, detect: a decoder's file, of evaluate.py --out or a released one
     out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
@@ -356,11 +359,26 @@ def depth_pictures(decoder, image, ends=None):
             entitled(np.vstack([heat, bar]), f"{near:.2f} m", right=f"{far:.2f} m")], metres
 
 
-def depth_decoder(c, vit, layers):
-    decoder = load_decoder(c.head, vit, layers)
-    if not isinstance(decoder, Depth):
-        raise ValueError(f"--head {c.head} answers with no depth; name the head of a task of depth")
+def decoder_of(mode, c, vit, layers):
+    """--head, of the kind that the mode wants"""
+    decoder, (kind, what) = load_decoder(c.head, vit, layers), dict(depth=(Depth, "depth"),
+                                                                    detect=(Detector, "boxes"))[mode]
+    if not isinstance(decoder, kind):
+        raise ValueError(f"--head {c.head} answers with no {what}; name the head of a task of "
+                         f"{'depth' if mode == 'depth' else 'detection'}")
     return decoder.to(next(vit.parameters()).device)
+
+
+def detect_pictures(decoder, image, names):
+    """
+    decoder  decoders.detr.Detector    image  C H W    names  {label, as text: name}
+    returns  H W 3 uint8 each, a strip below it: the photo; the boxes that it is sure of;  how many those are
+    """
+    (found,) = decoder([network_input(decoder.backbone, image)[0]])
+    boxes, scores, labels = (found[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
+    n, photo = int((scores >= SURE).sum()), shown(image)
+    pictures = [x.permute(1, 2, 0).numpy() for x in (photo, named(photo, boxes, scores, labels, names))]
+    return [entitled(pictures[0], "image"), entitled(pictures[1], f"{n} of at least {SURE}")], n
 
 
 def depth_film(decoder, film, c):
@@ -417,8 +435,8 @@ def configure(argv):
     sizes = c.sizes.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
-    if bool(c.head) != (mode == "depth"):
-        raise ValueError(f"--head {c.head!r}: it is for the mode depth, which wants the file of a decoder")
+    if bool(c.head) != (mode in ("depth", "detect")):
+        raise ValueError(f"--head {c.head!r}: it is for the modes depth and detect, which want the file of a decoder")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
     if not (c.weights or mode in ("curves", "training")) or Path(c.out).suffix not in MODES[mode].split():
@@ -458,7 +476,7 @@ def main(argv):
     vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
     patch = math.lcm(*(net.config.patch_size for net in nets))
     if is_film(c.out):
-        print(depth_film(depth_decoder(c, vit, layers), names[0], c))
+        print(depth_film(decoder_of(mode, c, vit, layers), names[0], c))
         return
     photos, names = load_photos(names, c.resolution, patch, reader(c, nets[0].config))
     if mode == "resolutions":
@@ -471,17 +489,22 @@ def main(argv):
         groups, lines = zip(*(outliers_picture(vit, photo) for photo in photos), strict=True)
         print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
     if mode == "depth":
-        decoder = depth_decoder(c, vit, layers)
+        decoder = decoder_of(mode, c, vit, layers)
         groups, metres = zip(*(depth_pictures(decoder, photo) for photo in photos), strict=True)
         print("metres, from the nearest to the farthest:", *(f"{name}: {x.min():.2f} to {x.max():.2f}"
               for name, x in zip(names, metres, strict=True)), sep="\n  ")
+    if mode == "detect":
+        decoder, classes = decoder_of(mode, c, vit, layers), names_in(c.head)
+        groups, counts = zip(*(detect_pictures(decoder, photo, classes) for photo in photos), strict=True)
+        print("boxes:", *(f"{name}: {n}" for name, n in zip(names, counts, strict=True)), sep="\n  ")
     if mode == "text":
         prompts = [prompt.strip() for prompt in c.prompts.split(";") if prompt.strip()]
         groups, cosines = zip(*(text_pictures(vit, photo, prompts) for photo in photos), strict=True)
         print("cosines, from the least to the largest:", *(f"{name}, {prompt}: {x.min():.2f} to {x.max():.2f}"
               for name, each in zip(names, cosines, strict=True)
               for prompt, x in zip(prompts, each.unbind(2), strict=True)), sep="\n  ")
-    maps = [] if mode in ("attention", "outliers", "text", "depth") else patch_features(vit, photos, layers=layers)
+    answered = mode in ("attention", "outliers", "text", "depth", "detect")
+    maps = [] if answered else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
     elif mode == "gram":

@@ -18,6 +18,7 @@ one that learns from those of new views, in fit.py, is a module with
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,12 @@ def read(path):
         stored = {name.removeprefix("module."): x for name, x in stored.items()}
     stored = {name: x for name, x in stored.items() if not name.startswith(BACKBONES)}
     return {name.removeprefix("segmentation_model.1."): x for name, x in stored.items()}, about
+
+
+def names_in(path):
+    """{label, as text: name} of what a detector of ours answers; of a released file, which has none, nothing"""
+    _, about = read(Path(path))
+    return json.loads(about.get("said", "{}")).get("names", {})
 
 
 def fits(file, width, backbone, layers):

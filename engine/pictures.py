@@ -1,7 +1,8 @@
 """
 What --out gets: rows of pictures, C H W uint8 each.
 
-    hues, shades    class numbers and depths as colours        framed       boxes        named        boxes, with words
+    hues, shades    class numbers and depths as colours        framed       boxes
+    named           boxes with their classes and scores
     connected       two views and what was matched             entitled     a title below
     save_pictures
 """
@@ -19,6 +20,7 @@ from engine.metrics import IGNORE
 from engine.views import scaled
 
 SHOWN = 8            # images that --out gets
+SURE = 0.3           # score from which on a box is drawn; chosen by eye
 STRIP = 14           # pixels of a title's height
 LINES = 30           # matches that a picture shows
 MATCHED = "two views; a match is green if it is right, red if not"
@@ -48,14 +50,20 @@ def framed(image, boxes):
     return image
 
 
-def named(image, boxes, words, labels):
-    """C H W uint8 with boxes left, top, right, bottom in the colours of their labels, each with its words inside"""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    pen, colours = ImageDraw.Draw(picture), hues(1 + torch.as_tensor(labels).reshape(1, -1) % 200)[:, 0].T.tolist()
-    for (left, top, right, bottom), text, colour in zip(np.asarray(boxes).tolist(), words, colours, strict=True):
-        pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=tuple(colour), width=2)
-        pen.rectangle(pen.textbbox((left + 3, top + 2), text), fill=tuple(colour))
-        pen.text((left + 3, top + 2), text, "black" if sum(colour) > 300 else "white")
+def named(image, boxes, scores, labels, names):
+    """
+    C H W uint8 with the boxes n 4, left, top, right, bottom, of which one is SURE, in the colours of their labels n;
+    names  {label, as text: name}
+    """
+    picture, sure = Image.fromarray(image.permute(1, 2, 0).numpy()), np.flatnonzero(np.asarray(scores) >= SURE)[::-1]
+    pen = ImageDraw.Draw(picture)
+    rows = (np.asarray(x)[sure].tolist() for x in (boxes, scores, labels))
+    for (left, top, right, bottom), score, label in zip(*rows, strict=True):  # the best is drawn last
+        colour = tuple(hues(torch.tensor([[1 + label % 200]]))[:, 0, 0].tolist())
+        words, at = f"{names.get(str(label), label)} {score:.2f}", (left + 3, top + 2)
+        pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour, width=2)
+        pen.rectangle(pen.textbbox(at, words), fill=colour)
+        pen.text(at, words, "black" if sum(colour) > 300 else "white")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

@@ -42,7 +42,6 @@ CUT = 0.6, 1.0         # share of the area of a cut
 SCALES = tuple(k / 2048 for k in (1536, 1728, 1920, 2112, 2304, 2496, 2688, 2880))  # of --tta, of --resolution
 SCORED = 100           # answers of an image
 VIEWED = 300           # answers of a view that are merged
-SURE = 0.3             # score from which on a picture shows a box; chosen by eye
 
 # --------------------------------------------------------------------------------
 # What is learned from
@@ -198,14 +197,9 @@ def live(frozen, data):
 def answered(i, val, frozen, head, names):
     """Image i's answers; of some a row of pictures"""
     image = val.image(i)
-    boxes, scores, labels = answer(image, frozen, head, DECODERS[frozen.c.decoder].best)
-    if not frozen.c.out or i >= SHOWN:
-        return (boxes, scores, labels), None
-    sure = scores >= SURE
-    words = [f"{names.get(str(label), label)} {score:.2f}"
-             for label, score in zip(labels[sure], scores[sure], strict=True)]
-    return (boxes, scores, labels), [image, framed(image, val.truth(i).boxes),
-                                     named(image, boxes[sure], words, labels[sure])]
+    found = answer(image, frozen, head, DECODERS[frozen.c.decoder].best)
+    shown = frozen.c.out and i < SHOWN
+    return found, [image, framed(image, val.truth(i).boxes), named(image, *found, names)] if shown else None
 
 
 def run(data, frozen, c):
