@@ -13,7 +13,7 @@ one that learns from those of new views, in fit.py, is a module with
 
     Head(width, n_out)          Features of four blocks -> B n_out h w;  width
     layers_of(config, layers)   which, of a backbone; those named, or as released
-    RECIPE                      numbers of its training
+    RECIPE                      numbers of its training; detr: STAGES, by name
 
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
@@ -118,13 +118,10 @@ def load_detr(file, backbone, layers, n_windows):
               for name, x in reversed(file.stored.items())}                             # a second name for the same
     n_windows = n_windows or (2 if D == 1024 and not file.layout else None)
     c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()}, file.layout, n_windows)
-    layers = layers or detr.blocks(backbone.config.depth)
+    layers = detr.layers_of(backbone.config, layers)
     if c.width == len(layers) * D:
         c = replace(c, windows=0)
     fits(file, c.width // (len(layers) * (1 + (c.windows > 0))), backbone, layers)
-    if backbone.config.patch_size != detr.STRIDE:
-        raise ValueError(f"{file.path} wants a backbone with patches of {detr.STRIDE} pixels, this one has "
-                         f"{backbone.config.patch_size}")
     with torch.device("meta"):
         head = detr.DETR(c)
     return detr.Detector(backbone, take(head, file._replace(stored=stored), strange=print), layers)

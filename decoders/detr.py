@@ -7,7 +7,7 @@ Plain-DETR: objects of one map of frozen patches, without a pyramid and without 
     BoxAttention     queries look at cells, biased by where those lie from the sides of a query's box
     DETR             map, padding -> Answers: of every layer class logits and boxes
     best             logits, boxes -> scores, labels, boxes in pixels, best first
-    Head, blocks     the decoder for a backbone, at its start values; the blocks that it sees; STAGES: of its training
+    Head, layers_of  the decoder for a backbone, at its start values; the blocks that it sees; STAGES: of its training
     Detector         a backbone and its decoder: list of images -> list of dict(scores, labels, boxes)
 
 Names of parameters are those of the released file. Boxes are centre x, y, width, height in pixels of the padded image,
@@ -98,9 +98,9 @@ def edges(side, n):
     return [*range(0, n * size, size), side]
 
 
-def seen(images, layers_of, n_windows):
+def seen(images, look, n_windows):
     """
-    images     B 3 H W, normalised, of whole patches    layers_of  images -> Features of each layer
+    images     B 3 H W, normalised, of whole patches    look  images -> Features of each layer
     n_windows  per side; 0 = the image as it is
     returns    B columns h w float32: layers side by side, shallow first; with windows those of the whole image, reduced
                to a window's size, then those of the windows
@@ -109,7 +109,7 @@ def seen(images, layers_of, n_windows):
     paper:   App. D.9
     """
     def columns(x):
-        return torch.cat([features.map() for features in layers_of(x)], 1).float()
+        return torch.cat([features.map() for features in look(x)], 1).float()
     if not n_windows:
         return columns(images)
     H, W = images.shape[2:]
@@ -386,9 +386,11 @@ def Head(width, n_out, windows, n_layers=4):
     return head
 
 
-def blocks(depth):
-    """The four blocks, 0-based, of a backbone of that depth, as released"""
-    return [max(i * depth // 4 - 1, 0) for i in (1, 2, 3, 4)]
+def layers_of(config, layers):
+    """The blocks that it sees of a backbone: those, or four as released. Raises ValueError if it cannot see them."""
+    if config.patch_size != STRIDE:
+        raise ValueError(f"detr wants a backbone with patches of {STRIDE} pixels, this one has {config.patch_size}")
+    return layers or [max(i * config.depth // 4 - 1, 0) for i in (1, 2, 3, 4)]
 
 
 def start(head):

@@ -26,7 +26,7 @@ from decoders.detr import FEWEST, Detector
 from decoders.fit import everyone, fit, plan, untrained
 from decoders.objects import detection_loss, soft_nms
 from engine.coco import coco_scores
-from engine.features import describe
+from engine.features import chosen_layers, describe
 from engine.heads import head_of, released
 from engine.images import resize
 from engine.pictures import SHOWN, framed, named, save_pictures
@@ -174,8 +174,7 @@ def answering(frozen, data, ranks):
             raise ValueError(f"--head {c.head} is no detector of {data.n_classes} classes, as {c.data} wants")
         frozen.layers = found.layers
         return found.head.to(frozen.device), dict(names={})
-    if not frozen.layers:
-        frozen.layers = decoder.blocks(frozen.model.config.depth)
+    frozen.layers = decoder.layers_of(frozen.model.config, frozen.layers)
     build = partial(decoder.Head, n_out=data.n_classes, windows=c.windows, n_layers=len(frozen.layers))
     with torch.device("meta"):
         outputs = decoder.outputs(build(frozen.model.config.width).config)
@@ -231,7 +230,7 @@ def mean_of(scores):
 def planned(c):
     """What --plan says, of images half as wide again as high"""
     config, decoder = describe(c.weights), DECODERS[c.decoder]
-    layers = decoder.blocks(config.depth)
+    layers = decoder.layers_of(config, chosen_layers(c, config))
     with torch.device("meta"):
         head = decoder.Head(config.width, 91, c.windows, len(layers))
     shape = 3, c.resolution, c.resolution if c.data == "shapes" else c.resolution * 3 // 2
@@ -241,14 +240,12 @@ def planned(c):
 
 def opened(c):
     """The data. Raises ValueError also for what the command line alone could tell."""
-    stages, patch = DECODERS[c.decoder].STAGES, describe(c.weights).patch_size
-    if c.stage not in stages:
-        raise ValueError(f"--stage {c.stage}: choose one of {', '.join(stages)}")
+    decoder = DECODERS[c.decoder]
+    if c.stage not in decoder.STAGES:
+        raise ValueError(f"--stage {c.stage}: choose one of {', '.join(decoder.STAGES)}")
     if c.tta not in ("", "linear", "quadratic"):
         raise ValueError(f"--tta {c.tta}: write linear or quadratic")
-    if patch != 16:
-        raise ValueError(f"--weights {c.weights}: {c.decoder} wants a backbone with patches of 16 pixels, this one has "
-                         f"{patch}")
+    decoder.layers_of(describe(c.weights), [])
     return open_detections(c)
 
 
