@@ -9,6 +9,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py explore dog.jpg cat.jpg --weights runs/s --out explore.html     a page: cosines to any patch
     python visualize.py text dog.jpg --weights runs/words --prompts "a dog; grass; sky" --out dog.png   or .html: a page
     python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   .html; FILM: .mp4
+    python visualize.py segment PHOTOS --weights runs/s --head heads/head.safetensors --out masks.png  classes, segments
     python visualize.py detect PHOTOS --weights runs/s --head heads/head.safetensors --out boxes.png   or .html: a page
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
@@ -20,6 +21,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
     depth_pictures       image -> metres, near is bright, over a scale; depth_film, of a video       film.py
+    segment_pictures     image -> its classes, and their names; the segments of a Mask2Former, and their scores
     detect_pictures      image -> boxes, with classes and scores
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
@@ -48,8 +50,12 @@ from tqdm import tqdm
 
 import shapes
 from decoders import load_decoder, names_in
+from decoders.adapter import COARSEST
 from decoders.depth import Depth
 from decoders.detr import Detector
+from decoders.linear import OfImages as LinearSegmenter
+from decoders.mask2former import OfImages as Mask2Former
+from decoders.masks import panoptic
 from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
@@ -59,16 +65,22 @@ from engine.curves import draw, find_runs
 from engine.explore import HEAT, gallery, page
 from engine.film import is_film, redrawn
 from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
-from engine.pictures import STRIP, SURE, entitled, hues, named
+from engine.metrics import PER
+from engine.pictures import STRIP, SURE, entitled, hues, named, outlined
 from engine.sources import open_source
 from engine.views import fitted
 from losses import gram_loss
 from recipes import saved_config
+from sets.pairs import lines as lines_of
+from sets.prompts import LABELS
 from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
-             depth=".png .html .mp4", detect=".png .html")  # of OUT
+             depth=".png .html .mp4", segment=".png", detect=".png .html")  # of OUT
+HEADS = dict(depth=(Depth, "depth", "depth"), segment=((Mask2Former, LinearSegmenter), "classes", "segmentation"),
+             detect=(Detector, "boxes", "detection"))  # what a mode's --head is, what it answers with, its task
+LEGEND = 5  # strips below a picture of classes
 GUTTER = 4  # white pixels between pictures
 
 
@@ -76,12 +88,13 @@ GUTTER = 4  # white pixels between pictures
 class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
-    head: str = ""             # depth, detect: a decoder's file, of evaluate.py --out or a released one
+    head: str = ""             # depth, segment, detect: a decoder's file, of evaluate.py --out or a released one
     out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
     layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
     prompts: str = ""          # text: what to look for, as in "a dog; grass; sky"
+    names: str = ""            # segment: a file of the classes' names, one a line; empty = those of sets that are known
     point: tuple = (0.5, 0.5)  # [0, 1): similarity, attention: x,y, shares of the sides; attention without: class token
     sizes: str = "256,512,1024,2048"  # resolutions: pixels of the short side, rising
 
@@ -360,12 +373,10 @@ def depth_pictures(decoder, image, ends=None):
 
 
 def decoder_of(mode, c, vit, layers):
-    """--head, of the kind that the mode wants"""
-    decoder, (kind, what) = load_decoder(c.head, vit, layers), dict(depth=(Depth, "depth"),
-                                                                    detect=(Detector, "boxes"))[mode]
-    if not isinstance(decoder, kind):
-        raise ValueError(f"--head {c.head} answers with no {what}; name the head of a task of "
-                         f"{'depth' if mode == 'depth' else 'detection'}")
+    """--head, of a kind that the mode shows. Raises ValueError if it is of another."""
+    decoder, (kinds, what, task) = load_decoder(c.head, vit, layers), HEADS[mode]
+    if not isinstance(decoder, kinds):
+        raise ValueError(f"--head {c.head} answers with no {what}; name the head of a task of {task}")
     return decoder.to(next(vit.parameters()).device)
 
 
@@ -392,6 +403,53 @@ def depth_film(decoder, film, c):
     n, width, height = redrawn(film, c.out, draw)
     near, far = min(near for near, _ in ends), max(far for _, far in ends)
     return f"wrote {c.out}: {n} frames, {width}x{height} pixels; {near:.2f} to {far:.2f} m, on the first one's scale"
+
+
+@torch.no_grad()
+def segment_pictures(decoder, image, names):
+    """
+    decoder  a Mask2Former, or a linear head, on its backbone    image  C H W    names  of the classes
+    returns  H W 3 uint8 each, strips below it: the photo; its classes, with the largest by name and share; of a
+             Mask2Former its segments, with the largest by name and score
+    """
+    x, size = network_input(decoder.backbone, image), image.shape[1:]
+    found, answers = [], decoder(x)
+    scores = decoder.semantic(x) if isinstance(decoder, Mask2Former) else \
+        F.interpolate(answers, size, mode="bilinear", align_corners=False)
+    labels = scores[0].argmax(0).cpu()
+    numbers, counts = labels.unique(return_counts=True)
+    order = counts.argsort(descending=True).tolist()
+    found = [[], [(numbers[k].item(), f"{counts[k] / labels.numel():.0%}") for k in order]]
+    pictures = [shown(image), hues(1 + labels)]
+    if isinstance(decoder, Mask2Former):
+        segments, known = panoptic(answers["logits"][0], answers["masks"][0], size)
+        areas = torch.bincount(segments.flatten().cpu(), minlength=len(known) + 1)[1:]
+        found.append([(known[k][0], f"{known[k][1]:.2f}") for k in areas.argsort(descending=True).tolist()])
+        codes = torch.tensor([0] + [(1 + label) * PER + k for k, (label, _) in enumerate(known)])
+        pictures.append(outlined(shown(image), codes[segments.cpu()]))
+    return [with_legend(picture.permute(1, 2, 0).numpy().copy(), rows, names)
+            for picture, rows in zip(pictures, found, strict=True)]
+
+
+def with_legend(picture, rows, names):
+    """[(class, words)] -> below a picture LEGEND strips in the classes' colours, the first of them"""
+    for k in range(LEGEND):
+        label, words = rows[k] if k < len(rows) else (None, "")
+        colour = (255,) * 3 if label is None else hues(torch.tensor([[1 + label]]))[:, 0, 0].tolist()
+        picture = entitled(picture, "" if label is None else names[label], colour, words)
+    return picture
+
+
+def names_for(n, path):
+    """Of n classes: of a file, of a set that has so many, or numbers. Raises ValueError."""
+    if path:
+        found = lines_of(Path(path), "names")
+        if len(found) != n:
+            raise ValueError(f"--names {path} has {len(found)} lines, and the head {n} classes; wanted a name for each")
+        return found
+    known = [("background", *shapes.CLASSES), *LABELS.values()]
+    return next(([name.split(";")[0] for name in each] for each in known if len(each) == n),
+                [f"class {k}" for k in range(n)])
 
 
 def side_by_side(image, colours):
@@ -435,8 +493,11 @@ def configure(argv):
     sizes = c.sizes.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
-    if bool(c.head) != (mode in ("depth", "detect")):
-        raise ValueError(f"--head {c.head!r}: it is for the modes depth and detect, which want the file of a decoder")
+    if bool(c.head) != (mode in HEADS):
+        raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment and detect, which want the file of a "
+                         "decoder")
+    if c.names and mode != "segment":
+        raise ValueError(f"--names {c.names}: it is for the mode segment")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; did you mean {get_close_matches(mode, MODES, n=1, cutoff=0)[0]}?")
     if not (c.weights or mode in ("curves", "training")) or Path(c.out).suffix not in MODES[mode].split():
@@ -478,6 +539,7 @@ def main(argv):
     if is_film(c.out):
         print(depth_film(decoder_of(mode, c, vit, layers), names[0], c))
         return
+    patch = math.lcm(patch, COARSEST) if mode == "segment" else patch
     photos, names = load_photos(names, c.resolution, patch, reader(c, nets[0].config))
     if mode == "resolutions":
         print(*sizes_picture(vit, photos, names, c), f"wrote {c.out}", sep="\n")
@@ -497,14 +559,17 @@ def main(argv):
         decoder, classes = decoder_of(mode, c, vit, layers), names_in(c.head)
         groups, counts = zip(*(detect_pictures(decoder, photo, classes) for photo in photos), strict=True)
         print("boxes:", *(f"{name}: {n}" for name, n in zip(names, counts, strict=True)), sep="\n  ")
+    if mode == "segment":
+        decoder = decoder_of(mode, c, vit, layers)
+        groups = [segment_pictures(decoder, photo, names_for(decoder.n_out, c.names)) for photo in photos]
     if mode == "text":
         prompts = [prompt.strip() for prompt in c.prompts.split(";") if prompt.strip()]
         groups, cosines = zip(*(text_pictures(vit, photo, prompts) for photo in photos), strict=True)
         print("cosines, from the least to the largest:", *(f"{name}, {prompt}: {x.min():.2f} to {x.max():.2f}"
               for name, each in zip(names, cosines, strict=True)
               for prompt, x in zip(prompts, each.unbind(2), strict=True)), sep="\n  ")
-    answered = mode in ("attention", "outliers", "text", "depth", "detect")
-    maps = [] if answered else patch_features(vit, photos, layers=layers)
+    pictured = "attention", "outliers", "text", *HEADS
+    maps = [] if mode in pictured else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]
     elif mode == "gram":

@@ -11,9 +11,20 @@ them, and a decoder no task. One that learns from stored features is a module wi
 
 one that learns from those of new views, in fit.py, is a module with
 
-    Head(width, n_out)          Features of four blocks -> B n_out h w;  width
-    layers_of(config, layers)   which, of a backbone; those named, or as released
-    RECIPE                      numbers of its training; detr: STAGES, by name
+    Head(width)                 Features of four blocks -> B n_out h w;  width
+    sized(width).n_out          how many
+    layers_of(config, layers)   which blocks, of a backbone; those named, or as released
+    recipe(width, relative)     numbers of its training
+
+one whose answers are masks, such a module with
+
+    trained(source, order, n_out, per, frozen, ranks)    -> a head, what is known of it
+    stride(side)                                         of windows, at test
+
+one whose answers are boxes has
+
+    Head(width, n_out, windows, n_layers), layers_of, as those;  outputs(config)    what its file says of it
+    STAGES                                               numbers of its training, by name
 
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
@@ -25,24 +36,26 @@ from pathlib import Path
 
 import torch
 
-from decoders import depth, detr, dpt, linear
+from decoders import depth, detr, dpt, linear, mask2former
 from weights import File, open_pth, open_safetensors, take
 
-DECODERS = dict(linear=linear, dpt=dpt, detr=detr)
+DECODERS = dict(linear=linear, dpt=dpt, mask2former=mask2former, detr=detr)
 BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
 FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
+MASKS = "segmentation_model.0.level_embed"                  # is in a file of a Mask2Former alone
 NEAR = 0.001                                               # metres, of the first
 
 
 def load_decoder(path, backbone, layers=None, depth_range=None, n_windows=None):
     """
-    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a detector, a linear head of
-                 depth or segmentation, a classifier. What it is, and all sizes, its tensors say
+    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a Mask2Former, a detector, a
+                 linear head of depth or segmentation, a classifier. What it is, and all sizes, its tensors say
     backbone     a ViT of weights.load_backbone
     layers       blocks that it sees, 0-based; None: as released
     depth_range  metres, nearest and farthest bin; None: as released
     n_windows    of a detector, per side; None: as its file says, or as released: 2 for ViT-L+, 3 for others
     returns      a module in eval mode: images B 3 H W, normalised -> metres B h' w', logits B n h w, or logits B n;
+                 a Mask2Former: dict(logits, masks) of its queries, and from `semantic` scores B n H W;
                  a detector: images C H W in a list -> dict(scores, labels, boxes) of each
     raises       ValueError: no such file, of no known decoder, tensors that do not fit, by name
     """
@@ -74,7 +87,8 @@ def read(path):
     if all(name.startswith("module.") for name in stored):
         stored = {name.removeprefix("module."): x for name, x in stored.items()}
     stored = {name: x for name, x in stored.items() if not name.startswith(BACKBONES)}
-    return {name.removeprefix("segmentation_model.1."): x for name, x in stored.items()}, about
+    wrapper = "" if MASKS in stored else "segmentation_model.1."  # there, 0 is an adapter
+    return {name.removeprefix(wrapper): x for name, x in stored.items()}, about
 
 
 def names_in(path):
@@ -142,6 +156,15 @@ def load_linear(file, backbone, layers, depth_range):
     return linear.OfImages(backbone, head, layers)
 
 
+def load_mask2former(file, backbone, layers, depth_range):
+    c = mask2former.read_config(file.path, {name: x.shape for name, x in file.stored.items()})
+    layers = layers or mask2former.blocks(backbone.config.depth)
+    fits(file, c.width, backbone, layers)
+    with torch.device("meta"):
+        head = mask2former.Mask2Former(c)
+    return mask2former.OfImages(backbone, take(head, file), layers)
+
+
 def load_classifier(file, backbone, layers, depth_range):
     n_out, width = file.stored["weight"].shape
     fits(file, width // 2, backbone, [])
@@ -150,6 +173,6 @@ def load_classifier(file, backbone, layers, depth_range):
     return linear.Classifier(backbone, take(head, file))
 
 
-LOADERS = {"reassemble_blocks.projects.0.conv.weight": load_dpt, "transformer.enc_output.weight": load_detr,
-           "conv.weight": load_linear,
+LOADERS = {MASKS: load_mask2former, "transformer.enc_output.weight": load_detr,
+           "reassemble_blocks.projects.0.conv.weight": load_dpt, "conv.weight": load_linear,
            "conv_depth.weight": load_linear, "linear.weight": load_linear, "weight": load_classifier}

@@ -6,7 +6,7 @@ DPT: the patches of four blocks, each as a map of its own size, fused from coars
     Fusion        a coarse map and the next finer one -> twice as large
     DPT           Features of four blocks -> n_out h' w'
     blocks        which four; layers_of, of a backbone
-    sized         the widths for a backbone; RECIPE, of absolute depth; SYNTHMIX, of relative
+    sized         the widths and bins for a backbone; recipe, the numbers of its training
 
 Names of parameters are those of the released files. Their layers, and the bins, see depth.py.
 
@@ -34,20 +34,29 @@ class DPTConfig:
     dropout: float = 0.0           # before the last layer; 0.05 in the paper
 
 
+SMALL = 384              # below this width of a backbone everything is small
+
 # differs: the paper has no DPT of absolute depth; batch, rate and shape of NYU's linear head, one rate for all sizes
 RECIPE = Recipe(lr=1e-3, weight_decay=1e-4, batch=16, betas=(0.9, 0.99), warmup=0.1, clip=35)
 
 
 def sized(width):
-    """Widths as released from 1024 on; below, chosen so that a step costs about what the backbone's does"""
-    for least, channels, fused in (4096, 2048, 512), (1024, 1024, 512), (384, 256, 256), (0, 64, 64):
+    """As released from 1024 on; below chosen by time: most of a small one's goes to the bins of each pixel"""
+    for least, channels, fused, bins in (4096, 2048, 512, 256), (1024, 1024, 512, 256), (SMALL, 256, 256, 256), \
+            (0, 32, 32, 64):
         if width >= least:
-            return DPTConfig(width, (channels,) * 4, fused, dropout=0.05)
+            return DPTConfig(width, (channels,) * 4, fused, n_out=bins, dropout=0.05)
 
 
 # paper: App. D.11, at 768 x 1024 pixels; 12,000 steps of warm-up, of the 160,000 that Depth Anything V2 trains
 # differs: batch, weight decay, betas and clip are not stated there; these are RECIPE's
 SYNTHMIX = Recipe(lr=1e-3, weight_decay=1e-4, batch=16, betas=(0.9, 0.99), warmup=0.075, power=3.5, clip=35)
+
+
+def recipe(width, relative=False):
+    """RECIPE of absolute depth, SYNTHMIX of relative; of a small backbone with small steps, which one core can take"""
+    found = SYNTHMIX if relative else RECIPE
+    return found if width >= SMALL else replace(found, lr=3e-3, batch=4)
 
 
 def conv(n_in, n_out, side, bias=True):
@@ -148,9 +157,9 @@ class DPT(nn.Module):
         return self.conv_depth(x if self.project is None else self.project(x).relu())
 
 
-def Head(width, n_out, class_token=False):
+def Head(width, class_token=False):
     """The DPT for a backbone of that width"""
-    return DPT(replace(sized(width), n_out=n_out, class_token=class_token))
+    return DPT(replace(sized(width), class_token=class_token))
 
 
 def blocks(depth, class_token=False):

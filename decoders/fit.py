@@ -18,6 +18,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -72,25 +73,45 @@ def rate(recipe, peak, step, steps):
     return peak * (recipe.least + (1 - recipe.least) * left)
 
 
+class Normalised(torch.autograd.Function):
+    """B D h w -> the same, of mean 0 and variance 1 over all ranks' batch;  mean and variance D float64, and of what"""
+
+    @staticmethod
+    def forward(ctx, x, eps, ranks):
+        values = x.double().transpose(0, 1).flatten(1)                                         # D (B h w)
+        sums = torch.stack([values.sum(1), values.square().sum(1), torch.full_like(values[:, 0], values.shape[1])])
+        add_up([sums], ranks)
+        n = sums[2, 0]
+        mean = sums[0] / n
+        var = (sums[1] / n - mean**2).clamp(min=0)
+        scale = (var + eps).rsqrt().float()[:, None, None]
+        out = (x - mean.float()[:, None, None]) * scale
+        ctx.save_for_backward(out, scale, n)
+        ctx.ranks = ranks
+        ctx.mark_non_differentiable(mean, var, n)
+        return out, mean, var, n
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        out, scale, n = ctx.saved_tensors
+        sums = torch.stack([g.sum((0, 2, 3)), (g * out).sum((0, 2, 3))])
+        add_up([sums], ctx.ranks)
+        mean, along = (sums / n.float())[:, :, None, None]
+        return scale * (g - mean - out * along), None, None
+
+
 class BatchNorm(nn.BatchNorm2d):
-    """Of features that take no gradient, by the statistics of all ranks' batch."""
-    ranks = None
+    """By the statistics of all ranks' batch."""
+    ranks = Ranks()
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        x, mean, var, n = Normalised.apply(x, self.eps, self.ranks)
         with torch.no_grad():
-            values = x.double().transpose(0, 1).flatten(1)                                     # D (B h w)
-            sums = torch.stack([values.sum(1), values.square().sum(1), torch.full_like(values[:, 0], values.shape[1])])
-            if self.ranks:
-                add_up([sums], self.ranks)
-            n = sums[2, 0]
-            mean = sums[0] / n
-            var = (sums[1] / n - mean**2).clamp(min=0)
             self.running_mean.lerp_(mean.float(), self.momentum)
             self.running_var.lerp_((var * n / (n - 1).clamp(min=1)).float(), self.momentum)
-            mean, std = (v.float()[:, None, None] for v in (mean, (var + self.eps).sqrt()))
-        return (x - mean) / std * self.weight[:, None, None] + self.bias[:, None, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 def untrained(build, c):
@@ -128,8 +149,8 @@ def fit(head, samples, n, loss_of, recipe, c, frozen, ranks, count=None):
     held, rows = np.split(rows, [min(max(n // LOOKS, 1), 64) if n > 1 else 0])
     look = Computed(partial(sample, samples=samples, rows=rows, c=c, batch=recipe.batch))
     refuse(head, recipe, c, frozen, ranks, readable(look[0, 0])[0].shape)
-    for norm in (module for module in head.modules() if isinstance(module, BatchNorm)):
-        norm.ranks = ranks if ranks.count > 1 else None
+    for module in (module for module in head.modules() if hasattr(module, "ranks")):
+        module.ranks = ranks  # BatchNorm's, and what draws for all ranks' batch
     run = Run(head, recipe, peak, c, frozen, ranks)
     first = ranks.rank * mine
     places = [(step, first + i) for step in range(run.step, c.iterations) for i in range(mine)]
@@ -309,8 +330,8 @@ def fitting(head, recipe, c, config, layers, shape, backbone, room, ranks):
     found = of(n_images)
     if found["total"] <= room:
         return found
-    fewer = [n for n in range(n_images - recipe.part, 0, -recipe.part) if of(n)["total"] <= room][:1]
-    ways = [f"--batch {n} ({of(n)['total'] / GB:.3g} GB)" for n in fewer]
+    fewer = ((n, of(n)["total"]) for n in range(n_images - recipe.part, 0, -recipe.part))
+    ways = [f"--batch {n} ({size / GB:.3g} GB)" for n, size in islice((each for each in fewer if each[1] <= room), 1)]
     raise ValueError(f"the decoder's training needs {found['total'] / GB:.3g} GB on each rank, {n_images} images of "
                      f"{shape[2]}x{shape[1]} at once, where there are {room / GB:.3g}; what would fit: "
                      f"{', '.join(ways) or 'a smaller --resolution, or backbone'}")

@@ -144,6 +144,7 @@ class OfImages(nn.Module):
     def __init__(self, backbone, head, layers):
         super().__init__()
         self.backbone, self.head, self.layers = backbone, head, layers
+        self.n_out = head.head.linear.out_features
 
     @torch.no_grad()
     def forward(self, images):

@@ -42,7 +42,7 @@ from engine.ranks import exchange
 
 FORMAT = 3       # of the files, and of what features.py does: a cache of another one is not read
 PATIENCE = 90    # seconds: an NFS client may remember for 60 that a file was not there
-DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I64=np.int64, U8=np.uint8)
+DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I32=np.int32, I64=np.int64, U8=np.uint8)
 SHARED = "ranks of several machines need a --cache on a disk that all of them see"
 
 # --------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def index(path):
         size = int.from_bytes(file.read(8), "little")  # of the header, which comes next
         header = json.loads(file.read(size))
     return {name: (path, DTYPES[x["dtype"]], x["shape"], 8 + size + x["data_offsets"][0])
-            for name, x in sorted(header.items())}
+            for name, x in sorted(header.items()) if name != "__metadata__"}
 
 
 def read(path, dtype, shape, offset):

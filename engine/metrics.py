@@ -2,6 +2,7 @@
 The numbers that the evaluations report, each a function of predictions and truth alone.
 
     confusion, segmentation_scores   mIoU, mean and overall accuracy                       DINOv3 App. D.1
+    panoptic_counts, panoptic_scores  PQ: segments that are found, and how well            Kirillov et al. 2019
     depth_scores                     RMSE, relative error, delta, of one image             Eigen et al. 2014
     region, boundary                 J and F of one object in one frame                    Perazzi et al. 2016
     box_overlap                      IoU of boxes; CorLoc counts those of at least 0.5     Deselaers et al. 2010
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = 255     # the label of pixels that count for nothing
+PER, CROWD = 1000, 999  # panoptic: numbers of a class; that of a crowd, whose objects were not told apart
 TOLERANCE = 0.008  # of a boundary's place, as a share of the image's diagonal
 LEVELS = dict(  # of revisited Oxford and Paris: (positive, ignored)
     easy=(("easy",), ("junk", "hard")), medium=(("easy", "hard"), ("junk",)), hard=(("hard",), ("junk", "easy")))
@@ -51,6 +53,51 @@ def segmentation_scores(counts):
     iou = hit / (truth + counts.sum(0) - hit)                                                  # NaN: left out
     return dict(miou=100 * iou.nanmean().item(), mean_accuracy=100 * (hit / truth).nanmean().item(),
                 accuracy=100 * (hit.sum() / counts.sum()).item())
+
+
+def panoptic_counts(found, truth, n_classes):
+    """
+    Of one image, both H W, class x 1000 + number:  4 n_classes: sum of IoU of what is found, and how often it is; what
+    is found that is not there; what is there and not found. Found is what has an IoU above a half, of one class.
+
+    Void, 255000 and more, is as if it were not there; what lies mostly on it, or on a crowd of its class, is no error.
+    """
+    both, areas = np.unique(np.stack([truth.ravel(), found.ravel()]), axis=1, return_counts=True)
+    shared = dict(zip(map(tuple, both.T.tolist()), areas.tolist(), strict=True))
+    sizes = [dict(zip(*(x.tolist() for x in np.unique(each, return_counts=True)), strict=True)) for each in
+             (truth, found)]
+    void = {f: sum(area for (t, other), area in shared.items() if other == f and t // PER == IGNORE) for f in sizes[1]}
+    counts, matched = np.zeros((4, n_classes)), set()
+    for (t, f), area in shared.items():
+        if t // PER == f // PER != IGNORE and t % PER != CROWD:
+            overlap = area / (sizes[0][t] + sizes[1][f] - area - void[f])
+            if overlap > 0.5:
+                counts[:2, t // PER] += overlap, 1
+                matched |= {("truth", t), ("found", f)}
+    for f, area in sizes[1].items():
+        if f // PER != IGNORE and ("found", f) not in matched:
+            left_out = void[f] + shared.get((f // PER * PER + CROWD, f), 0)
+            counts[2, f // PER] += left_out <= area / 2
+    for t in sizes[0]:
+        if t // PER != IGNORE and t % PER != CROWD and ("truth", t) not in matched:
+            counts[3, t // PER] += 1
+    return counts
+
+
+def panoptic_scores(counts, stuff):
+    """
+    Of the sum of all images' counts, in percent, mean over the classes that are there or found:
+
+        PQ = sum of IoU / (n + extra / 2 + missed / 2),  SQ = sum of IoU / n,  RQ = PQ / SQ,  n = how many are found
+    """
+    overlap, n, extra, missed = counts
+    there = (n + extra + missed) > 0
+    with np.errstate(invalid="ignore"):
+        sq, rq = np.nan_to_num(overlap / n), n / (n + extra / 2 + missed / 2)
+    kinds = np.isin(np.arange(len(n)), list(stuff))
+    return {name: float(100 * x[there & kind].mean()) if (there & kind).any() else 0.0 for name, x, kind in (
+        ("pq", sq * rq, True), ("sq", sq, True), ("rq", rq, True), ("pq_things", sq * rq, ~kinds),
+        ("pq_stuff", sq * rq, kinds))}
 
 
 def depth_scores(predicted, truth):

@@ -2,9 +2,9 @@
 What --out gets: rows of pictures, C H W uint8 each.
 
     hues, shades    class numbers and depths as colours        framed       boxes
-    named           boxes with their classes and scores
+    outlined        segments, coloured by their classes        named        boxes with their classes and scores
     connected       two views and what was matched             entitled     a title below
-    save_pictures
+    save_pictures   rows in one file                           ruler        the metres that shades stand for
 """
 
 import math
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from engine.images import resize
-from engine.metrics import IGNORE
+from engine.metrics import IGNORE, PER
 from engine.views import scaled
 
 SHOWN = 8            # images that --out gets
@@ -39,6 +39,27 @@ def shades(depths, top):
     """Metres H W -> C H W uint8: near is bright; not known is black."""
     grey = np.where(depths > 0, 255 * (1 - np.clip(depths / top, 0, 1) ** 0.5), 0)
     return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+
+
+def ruler(top, width):
+    """C STRIP width uint8: the shades of 0 to `top` metres, and what they stand for"""
+    metres = np.linspace(top / width, top, width)[None].repeat(STRIP, 0)
+    strip = Image.fromarray(shades(metres, top).permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(strip)
+    for share, anchor, ink in (0, "la", "black"), (0.25, "ma", "white"), (0.5, "ma", "white"), (1, "ra", "white"):
+        pen.text((3 + share * (width - 6), 1), f"{share * top:g} m", ink, anchor=anchor)
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+def outlined(image, segments):
+    """C H W uint8, and class x 1000 + number H W: half image, half the class's hue; white lines between segments"""
+    segments = torch.as_tensor(segments)
+    edges = torch.zeros(segments.shape, dtype=torch.bool)
+    for axis in 0, 1:
+        differs = segments.diff(dim=axis) != 0
+        edges |= F.pad(differs, (0, 0, 1, 0) if axis == 0 else (1, 0))
+    mixed = (image.float() + hues((segments // PER).clamp(max=IGNORE)).float()) / 2
+    return torch.where(edges, 255, mixed).to(torch.uint8)
 
 
 def framed(image, boxes):
@@ -103,13 +124,15 @@ def entitled(picture, title, colour=(255, 255, 255), right=""):
     return np.concatenate([picture, np.array(strip)])
 
 
-def save_pictures(c, rows, shown="image, truth, prediction"):
-    """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png"""
+def save_pictures(c, rows, shown="image, truth, prediction", top=0):
+    """Rows of C H W uint8, image, truth, prediction, to OUT/TASK.png.    top  metres: a ruler for shades"""
     if not rows:
         return
     height, width = rows[0][0].shape[1:]
     tiles = [[F.interpolate(each[None], (height, width), mode="nearest-exact")[0] for each in row] for row in rows]
     sheet = torch.cat([torch.cat([F.pad(tile, (0, 4, 0, 4), value=255) for tile in row], 2) for row in tiles], 1)
+    if top:
+        sheet = torch.cat([sheet, ruler(top, sheet.shape[2])], 1)
     Path(c.out).mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(Path(c.out, f"{c.task}.png"))
     print(f"wrote {Path(c.out, f'{c.task}.png')}: {shown}")

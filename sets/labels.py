@@ -6,6 +6,8 @@ Sets of images with a class for every pixel.
     VOC                              JPEGImages/, SegmentationClass/, SegmentationClassAug/, ImageSets/Segmentation/
     Pascal Context                   JPEGImages/, SegmentationClassContext/, ImageSets/SegmentationContext/
     COCO-Stuff                       {,images/}{train,val}2017/, {stuffthingmaps,annotations}/{train,val}2017/
+    Hypersim                         ai_*/images/*_final_preview/*.tonemap.jpg, *_geometry_hdf5/*.semantic.hdf5, and
+                                     metadata_images_split_scene_v1.csv, anywhere in the folder
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from PIL import Image
 
 import shapes
 from engine.metrics import IGNORE
+from engine.task import skip
 from sets.pairs import (
     Pairs,
     alike,
@@ -42,21 +45,20 @@ class Labels:
 
 
 SETS = dict(segmentation=Labels(), ade20k=Labels(150, first=1), cityscapes=Labels(19), voc=Labels(21),
-            camvid=Labels(11, void=11), context=Labels(59, first=1), stuff=Labels(171))
+            camvid=Labels(11, void=11), context=Labels(59, first=1), stuff=Labels(171), hypersim=Labels(40, first=1))
 
 # Cityscapes' 19 classes by what labelIds calls them; all other ids are ignored
 IDS = 7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33
 # COCO-Stuff's 171 classes by what its maps call them: 182 numbers, of which some things were never labelled
 STUFF = tuple(k for k in range(182) if k not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90))
+HYPERSIM = "metadata_images_split_scene_v1.csv"
+COLUMNS = "scene_name", "camera_name", "frame_id", "included_in_public_release", "split_partition_name"
 WHOLE_LISTS = "trainaug", "train_aug"   # VOC's 10,582 images that people train on; or train and, beside it, aug
 
 
 def read_labels(path, labels):
-    """A file of class numbers, palette or grey -> H W uint8, ignored ones 255"""
-    with Image.open(path) as file:
-        if file.mode not in ("P", "L", "I", "I;16", "1"):
-            raise ValueError(f"--data: {path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
-        truth = np.asarray(file).astype(np.int64)
+    """A file of class numbers, palette or grey, or HDF5 -> H W uint8, ignored ones 255"""
+    truth = read_hdf5(path) if path.suffix == ".hdf5" else read_grey(path)
     ids = IDS if path.name.endswith("_labelIds.png") else STUFF if labels == SETS["stuff"] and not path.name.endswith(
         "_labelTrainIds.png") else ()
     if ids:
@@ -66,6 +68,26 @@ def read_labels(path, labels):
     if labels.n_classes and top >= labels.first + labels.n_classes:
         raise ValueError(f"--data: {path} has label {top}; wanted {labels.n_classes} classes from {labels.first} on")
     return np.where(out, IGNORE, truth - labels.first).astype(np.uint8)
+
+
+def read_grey(path):
+    with Image.open(path) as file:
+        if file.mode not in ("P", "L", "I", "I;16", "1"):
+            raise ValueError(f"--data: {path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
+        return np.asarray(file).astype(np.int64)
+
+
+def read_hdf5(path):
+    """Hypersim's: one array, which is called dataset"""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError(f"--data: {path} wants h5py, which is not installed; pip install -e .[geo]") from error
+    try:
+        with h5py.File(path, "r") as file:
+            return np.asarray(file["dataset"]).astype(np.int64)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"--data: {path} cannot be read ({error}); wanted HDF5 with an array dataset") from error
 
 
 def seen_classes(truth, size, path):
@@ -167,4 +189,28 @@ def stuff_pairs(c, _, split):
     return paired(c, keyed(images_below(photos), lambda path: path.stem), maps or found)
 
 
-LAYOUTS = dict(cityscapes=cityscapes_pairs, voc=voc_pairs, context=context_pairs, stuff=stuff_pairs)
+def hypersim_pairs(c, _, split):
+    """Of the public list those of a split whose previews and labels are there; the others are counted"""
+    listed = next(Path(c.data).rglob(HYPERSIM), Path(c.data, HYPERSIM))
+    rows = [line.split(",") for line in lines(listed, "scenes, cameras, frames and splits")]
+    where = {name: k for k, name in enumerate(rows[0])}
+    if lacking := [name for name in COLUMNS if name not in where]:
+        raise ValueError(f"--data: {listed} has no column {lacking[0]}; wanted {', '.join(COLUMNS)}")
+    paths = []
+    for row in rows[1:]:
+        scene, camera, frame, public, own = (row[where[name]] for name in COLUMNS)
+        if own == split and public == "True":
+            root, name = Path(c.data, scene, "images"), f"frame.{int(frame):04}"
+            paths.append((root / f"scene_{camera}_final_preview/{name}.tonemap.jpg",
+                          root / f"scene_{camera}_geometry_hdf5/{name}.semantic.hdf5"))
+    found = [pair for pair in paths if pair[0].is_file() and pair[1].is_file()]
+    if not found:
+        raise ValueError(f"--data: of {len(paths)} frames of {split} that {listed} names none is in {c.data}; wanted "
+                         "ai_*/images/ with previews and semantic.hdf5")
+    if len(found) < len(paths):
+        skip(f"{len(paths) - len(found)} frames of {split} that are not in {c.data}", len(paths) - len(found))
+    return evenly(found, c.limit)
+
+
+LAYOUTS = dict(cityscapes=cityscapes_pairs, voc=voc_pairs, context=context_pairs, stuff=stuff_pairs,
+               hypersim=hypersim_pairs)

@@ -33,18 +33,16 @@ from engine.views import fitted, nearest
 from sets.heights import BLOCK, EDGE, open_heights
 from sets.pairs import others
 
-BINS = 256
 LEAST = 1e-8            # of a bin, as released
-OUTPUTS = f"{BINS} bins of heights to {FAR['canopy']} m"
 
 
 def decode(logits):
-    """... BINS h w -> metres ... h w"""
-    return mean_of_bins(logits, mixed(NEAR, FAR["canopy"], BINS), LEAST)
+    """... n h w -> metres ... h w"""
+    return mean_of_bins(logits, mixed(NEAR, FAR["canopy"], logits.shape[-3]), LEAST)
 
 
 def mean_error(out, truths):
-    """Of answers BINS h w and truths H W, nan where nothing is known"""
+    """Of answers n h w and truths H W, nan where nothing is known"""
     errors = [(resized(decode(logits)[None], truth.shape)[0] - truth)[~truth.isnan()].abs()
               for logits, truth in zip(out, truths, strict=True)]
     errors = torch.cat(errors)
@@ -94,9 +92,10 @@ def train(frozen, source, ranks):
     for i in range(len(source)):
         truth = source.truth(i)
         total, n = total + np.nansum(truth, dtype=np.float64), n + (~np.isnan(truth)).sum()
-    head = untrained(partial(dpt.Head, frozen.model.config.width, BINS, class_token=True), c)
+    width = frozen.model.config.width
+    head = untrained(partial(dpt.Head, width, class_token=True), c)
     views = partial(seen, source=source, order=others(len(source), c), size=size)
-    said = fit(head, views, len(source), mean_error, dpt.RECIPE, c, frozen, ranks)
+    said = fit(head, views, len(source), mean_error, dpt.recipe(width), c, frozen, ranks)
     return head, dict(mean_height=float(total / n), n_train=len(source), **said)
 
 
@@ -108,8 +107,8 @@ def answering(frozen, source, ranks):
         frozen.layers, head = found.layers, found.head.to(frozen.device)
         return (lambda features: mean_of_bins(head(features), found.bins, found.least)), {}
     frozen.layers = layers_of(frozen.model.config, c)
-    head, said = head_of(partial(dpt.Head, n_out=BINS, class_token=True), partial(train, frozen, source, ranks),
-                         OUTPUTS, frozen, c)
+    outputs = f"{dpt.sized(frozen.model.config.width).n_out} bins of heights to {FAR['canopy']} m"
+    head, said = head_of(partial(dpt.Head, class_token=True), partial(train, frozen, source, ranks), outputs, frozen, c)
     return (lambda features: decode(head(features))), said
 
 
@@ -123,8 +122,8 @@ def planned(c):
     """What --plan says, of square images"""
     config = describe(c.weights)
     with torch.device("meta"):
-        head = dpt.Head(config.width, BINS, class_token=True)
-    return plan(head, dpt.RECIPE, c, config, layers_of(config, c), (3, c.resolution, c.resolution))
+        head = dpt.Head(config.width, class_token=True)
+    return plan(head, dpt.recipe(config.width), c, config, layers_of(config, c), (3, c.resolution, c.resolution))
 
 # --------------------------------------------------------------------------------
 # The task

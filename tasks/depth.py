@@ -1,5 +1,5 @@
 """
-Monocular depth: 256 bins of depth for every pixel, from frozen patches and a decoder.
+Monocular depth: bins of depth for every pixel, from frozen patches and a decoder.
 
     python evaluate.py --task depth --weights runs/tiny                                   on the generated `shapes`
     python evaluate.py --task nyu --weights runs/s --data NYU --cache features     train/rgb_*.jpg, train/depth_*.png
@@ -37,7 +37,7 @@ from engine.views import fitted, mirrored, nearest
 from sets.depths import NEAREST, SETS, open_depth, scored_pixels
 from sets.pairs import others
 
-BINS = 256
+BINS = 256               # of the linear decoder; others have their own number
 TURN = 2.5               # degrees at most, one way or the other
 GAMMA, BRIGHTNESS, TINT = 0.1, 0.25, 0.1  # factors of 1 +- this; gamma is an exponent
 CROP = 416 / 480, 544 / 640               # shares of height and width that a step sees
@@ -51,12 +51,12 @@ HUE = 0.1                # the same, of a turn
 
 
 def decode(logits, top):
-    """... BINS h w -> metres ... h w"""
-    return mean_of_bins(logits, evenly(NEAREST, top, BINS))
+    """... n h w -> metres ... h w"""
+    return mean_of_bins(logits, evenly(NEAREST, top, logits.shape[-3]))
 
 
 def depth_loss(out, truths, top):
-    """Of answers BINS h w and truths H W, of any sizes, taken together"""
+    """Of answers n h w and truths H W, of any sizes, taken together"""
     found = [resized(decode(logits, top)[None], truth.shape)[0].flatten()
              for logits, truth in zip(out, truths, strict=True)]
     truth = torch.cat([truth.flatten() for truth in truths])
@@ -155,21 +155,20 @@ def known_loss(out, truths, top):
 
 
 def forgiving_loss(out, truths, form):
-    """Relative, of answers BINS h w and truths H W, all of one size"""
+    """Relative, of answers n h w and truths H W, all of one size"""
     truths = torch.stack(truths)
     return relative_loss(resized(decode(out, form.bins), truths.shape[1:]), truths, known(truths, form.top))
 
 
 def train_live(frozen, train, form, decoder, ranks):
-    c, patch = frozen.c, frozen.model.config.patch_size
+    c, width, patch = frozen.c, frozen.model.config.width, frozen.model.config.patch_size
     size = tuple(fitted(train.image(0), c.resolution, patch)[0].shape[1:])
     order = others(len(train), c)
     mean = mean_of((train.truth(i) for i in range(len(train))), form.top)
-    head = untrained(partial(decoder.Head, frozen.model.config.width, BINS), c)
+    head = untrained(partial(decoder.Head, width), c)
     views = partial(seen, source=train, order=order, size=size, patch=patch, relative=form.relative)
-    loss, recipe = ((partial(forgiving_loss, form=form), decoder.SYNTHMIX) if form.relative else
-                    (partial(known_loss, top=form.bins), decoder.RECIPE))
-    said = fit(head, views, len(train), loss, recipe, c, frozen, ranks)
+    loss = partial(forgiving_loss, form=form) if form.relative else partial(known_loss, top=form.bins)
+    said = fit(head, views, len(train), loss, decoder.recipe(width, form.relative), c, frozen, ranks)
     return head, dict(mean_depth=mean, n_train=len(train), **said)
 
 def planned(c):
@@ -178,24 +177,24 @@ def planned(c):
     if hasattr(decoder, "windows"):
         raise ValueError(f"--plan: {c.decoder} learns from features on disk; it is for decoders of new views, as dpt")
     with torch.device("meta"):
-        head = decoder.Head(config.width, BINS)
+        head = decoder.Head(config.width)
     shape = 3, *cut((c.resolution, c.resolution if c.data == "shapes" else c.resolution * 4 // 3), config.patch_size)
-    recipe = decoder.SYNTHMIX if SETS[c.task].relative else decoder.RECIPE
+    recipe = decoder.recipe(config.width, SETS[c.task].relative)
     return plan(head, recipe, c, config, decoder.layers_of(config, chosen_layers(c, config)), shape)
 
 # --------------------------------------------------------------------------------
 # The task
 
 
-def outputs(form):
-    return f"{BINS} bins to {form.bins} m"
+def outputs(form, n):
+    return f"{n} bins to {form.bins} m"
 
 
 def stored(frozen, data, c):
     """-> the head, what is known of it, and its answers for each val image: plain and mirrored"""
     (train, val, form), decoder = data, DECODERS[c.decoder]
     head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_stored, frozen, train, form, decoder, c),
-                         outputs(form), frozen, c)
+                         outputs(form, BINS), frozen, c)
     maps = frozen.maps("val", val, frozen.seen(mirrored))
     return [measured(i, [decode(x, form.bins) for x in head.predict(views)], val, form, said, c)
             for i, views in enumerate(maps)], said
@@ -221,8 +220,8 @@ def answering(frozen, train, form, ranks):
         frozen.layers, head = found.layers, found.head.to(frozen.device)
         return (lambda features: mean_of_bins(head(features), found.bins, found.least)), {}
     frozen.layers = decoder.layers_of(frozen.model.config, frozen.layers)
-    head, said = head_of(partial(decoder.Head, n_out=BINS), partial(train_live, frozen, train, form, decoder, ranks),
-                         outputs(form), frozen, c)
+    head, said = head_of(decoder.Head, partial(train_live, frozen, train, form, decoder, ranks),
+                         outputs(form, decoder.sized(frozen.model.config.width).n_out), frozen, c)
     return (lambda features: decode(head(features), form.bins)), said
 
 
@@ -252,7 +251,7 @@ def run(data, frozen, c):
     """The whole image, and at test the mean of it and its mirror image"""
     found, said = stored(frozen, data, c) if hasattr(DECODERS[c.decoder], "windows") else frozen.together(
         partial(live, data=data))
-    save_pictures(c, [shown for _, shown in found if shown])
+    save_pictures(c, [shown for _, shown in found if shown], top=data[2].top)
     said = {name: value for name, value in said.items() if name != "mean_depth"}
     return dict(**{name: float(np.mean([scores[name] for scores, _ in found])) for name in found[0][0]},
                 n_val=len(data[1]), **said)
@@ -265,7 +264,7 @@ def task(name, layout, *paper, **more):
     options = more.pop("options", (ITERATIONS, Option("lr", 0.0, "peak; 0 = the decoder's own")))
     more = dict(metric="rmse", sides=(480, 160), decoders=("linear", "dpt")) | more
     return Task(name, layout, open_depth, run, wants="maps", lower=True, view=fitted, options=options,
-                released=("dpt",), plan=planned, pictures="image, truth, prediction", paper=paper, **more)
+                released=("dpt",), plan=planned, pictures="image, truth, prediction, metres", paper=paper, **more)
 
 
 def relative(name, layout, abs_rel=None, delta1=None, n_val=0):

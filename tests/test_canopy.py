@@ -1,7 +1,6 @@
 """tasks/canopy.py: blocks and R2 by hand, the loss in a loop, heads that are trained, kept, released."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,8 +76,7 @@ def land(tmp_path):
     return tmp_path
 
 
-def test_a_head_is_trained_kept_and_read(land, monkeypatch):
-    monkeypatch.setattr(dpt, "RECIPE", replace(dpt.RECIPE, batch=2))
+def test_a_head_is_trained_kept_and_read(land):
     words = "--weights untrained:tiny --resolution 64 --data", land
     trained = run(*words, "--iterations 2 --out", land / "out")
     assert trained["n_blocks"] == 2 * 4 and trained["n_train"] == 2 and "mean_height" not in trained

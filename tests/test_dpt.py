@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,15 @@ def test_sizes_of_the_paper():
     assert dpt.blocks(24) == [4, 11, 17, 23] and dpt.blocks(40) == [9, 19, 29, 39] and dpt.blocks(12) == [2, 5, 8, 11]
     assert dpt.blocks(24, class_token=True) == [5, 11, 17, 23]
     assert dpt.blocks(6) == [0, 2, 3, 5] and dpt.blocks(2) == [0, 0, 0, 1]  # the last is always one of them
+
+
+def test_a_small_backbone_has_a_small_decoder_and_small_steps():
+    small, large = dpt.Head(128), dpt.DPTConfig(768, channels=(256,) * 4, fused=256, dropout=0.05)
+    assert small.conv_depth.head[-1].out_channels == dpt.sized(128).n_out == 64 and dpt.sized(768) == large
+    assert sum(p.numel() for p in small.parameters()) == 238_064
+    for relative, full in (False, dpt.RECIPE), (True, dpt.SYNTHMIX):
+        assert dpt.recipe(384, relative) is full
+        assert dpt.recipe(383, relative) == replace(full, lr=3e-3, batch=4)
 
 
 def test_backbones_and_layers_that_do_not_do():

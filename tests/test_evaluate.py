@@ -106,7 +106,7 @@ def test_photos_that_are_replaced_are_looked_at_again(photos, tmp_path, capsys):
 @pytest.mark.parametrize("task, named", [
     ("knn", {"shots", "layers"}), ("retrieval", set()),
     ("linear", {"shots", "iterations", "linear_batch", "tests", "lr", "head"}),
-    ("segmentation", {"layers", "decoder", "iterations", "lr", "ignore", "head"}),
+    ("segmentation", {"layers", "decoder", "iterations", "lr", "ignore", "init", "scales", "head"}),
     ("depth", {"layers", "decoder", "iterations", "lr", "head"}), ("tracking", {"layers"})])
 def test_settings_are_those_that_the_task_reads(task, named, capsys):
     words = ["--task", task, "--weights", "pixels", "--limit", 6, "--resolution", 64]

@@ -137,8 +137,11 @@ def test_the_best_is_kept_and_not_the_last(monkeypatch):
 def test_batch_norm_is_torch_s():
     own, theirs = BatchNorm(3), nn.BatchNorm2d(3)
     for _ in range(3):
-        x = torch.randn(4, 3, 5, 6) * 3 + 1
+        x, g = (torch.randn(4, 3, 5, 6) * 3 + 1).requires_grad_(), torch.randn(4, 3, 5, 6)
         torch.testing.assert_close(own(x), theirs(x))
+        for a, b in zip(*(torch.autograd.grad(norm(x), [x, norm.weight, norm.bias], g) for norm in (own, theirs)),
+                        strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for name, value in theirs.state_dict().items():
         if name != "num_batches_tracked":
             torch.testing.assert_close(own.state_dict()[name], value)

@@ -12,6 +12,7 @@ import hubconf
 from convnext import CONVNEXT_SIZES, ConvNeXt
 from decoders.detr import DETR, DETRConfig
 from decoders.dpt import DPT, DPTConfig
+from decoders.mask2former import Mask2Former, Mask2FormerConfig
 from model import SIZES, ViT
 from weights import save_backbone
 
@@ -44,6 +45,16 @@ def test_a_detector_on_its_backbone(tmp_path):
     found = detector([torch.randn(3, 96, 128), torch.randn(3, 80, 80)])
     assert [len(each["scores"]) for each in found] == [18, 18] and found[1]["boxes"].max() <= 80
     assert all((each["scores"].diff() <= 0).all() for each in found) and found[0]["labels"].max() <= 2
+
+
+def test_queries_on_their_backbone(tmp_path):
+    vit = ViT(replace(SIZES["s"], depth=4, width=32, heads=2, hidden=32))
+    save_backbone(vit, tmp_path / "x.safetensors", "nano")
+    head = Mask2Former(Mask2FormerConfig(32, 3, decoder=64, hidden=8, queries=5, encoder_layers=1, layers=2, stem=4))
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    decoder = hub("decoder", weights=tmp_path / "x.safetensors", head=tmp_path / "head.pth")
+    images = torch.randn(1, 3, 32, 64)
+    assert decoder.semantic(images).shape == (1, 3, 32, 64) and decoder(images)["logits"].shape == (1, 5, 4)
 
 
 @pytest.mark.parametrize("layout, name", [("meta", "x.pth"), ("hf", "hf"), ("timm", "x.safetensors")])

@@ -1,5 +1,8 @@
 """sets/labels.py: the layouts that people have, and files that are no labels."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -186,3 +189,65 @@ def test_a_photo_is_no_annotation(tmp_path):
     assert labels.read_labels(tmp_path / "b.png", labels.Labels(150, first=1)).max() == 149
     with pytest.raises(ValueError, match="b.png has label 150; wanted 150 classes from 0 on"):
         labels.read_labels(tmp_path / "b.png", labels.Labels(150))
+
+
+class HDF5:
+    """Stands for h5py.File: an array that numpy has saved"""
+
+    def __init__(self, path, mode):
+        try:
+            self.array = np.load(path.open("rb"))
+        except ValueError as error:
+            raise OSError("no such signature") from error
+
+    def __enter__(self):
+        return dict(dataset=self.array)
+
+    def __exit__(self, *_):
+        pass
+
+
+def hypersim(root, columns="scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,"
+                           "split_partition_name"):
+    rows = []
+    for split, scene in ("train", "ai_001_001"), ("val", "ai_002_003"):
+        for frame in 0, 7, 12:
+            rows.append(f"{scene},cam_00,{frame},{frame != 7},,{split}")
+            labels = np.repeat(np.array([-1, 1, 40, 0], np.int16), 15)[None].repeat(40, 0)
+            write(root / f"{scene}/images/scene_cam_00_final_preview/frame.{frame:04}.tonemap.jpg", photo())
+            path = root / f"{scene}/images/scene_cam_00_geometry_hdf5/frame.{frame:04}.semantic.hdf5"
+            path.parent.mkdir(exist_ok=True)
+            np.save(path.open("wb"), labels)
+    rows.append("ai_002_003,cam_00,99,True,,val")
+    (root / "metadata_images_split_scene_v1.csv").write_text("\n".join([columns, *rows]))
+    return TASKS["hypersim"].config(data=str(root), workers=0)
+
+
+def test_hypersim(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=HDF5))
+    train, val, n = labels.open_segmentation(hypersim(tmp_path))
+    assert len(train) == len(val) == 2 and n == 40
+    assert train.truth(0)[0, ::15].tolist() == [255, 0, 39, 255]
+    assert "skipped 1 frames of val that are not in" in capsys.readouterr().out
+
+
+def test_hypersim_that_cannot_be_read(tmp_path, monkeypatch):
+    c = hypersim(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match="wants h5py, which is not installed; pip install -e ..geo"):
+        labels.open_segmentation(c)
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=HDF5))
+    next(tmp_path.rglob("frame.0000.semantic.hdf5")).write_text("no numbers")
+    with pytest.raises(ValueError, match="frame.0000.semantic.hdf5 cannot be read .no such signature"):
+        labels.open_segmentation(c)
+    with pytest.raises(ValueError, match="has no column frame_id; wanted scene_name"):
+        labels.open_segmentation(hypersim(tmp_path, "scene_name,camera_name"))
+    with pytest.raises(ValueError, match="of 2 frames of train that .* names none is in"):
+        labels.open_segmentation(hypersim_without_photos(tmp_path))
+
+
+def hypersim_without_photos(root):
+    c = hypersim(root)
+    for path in root.rglob("*.jpg"):
+        path.unlink()
+    return c

@@ -198,3 +198,41 @@ def test_corruption_error():
     assert metrics.corruption_error(errors) == pytest.approx(100 * exact)
     with pytest.raises(ValueError, match="rain.*wanted 5 errors for each of gaussian_noise"):
         metrics.corruption_error(dict(rain=[1, 2, 3, 4, 5]))
+
+
+# --------------------------------------------------------------------------------
+# Panoptic quality
+
+
+def codes(text):
+    """a, A, b, ...: class 0 and number 0, class 0 and number 1, class 1; . is void, # a crowd of class 0"""
+    known = {".": 255000, "#": 999} | {letter: 1000 * k for k, letter in enumerate("abc")} | {
+        letter: 1000 * k + 1 for k, letter in enumerate("ABC")}
+    return np.array([[known[letter] for letter in row] for row in text.split()])
+
+
+@pytest.mark.parametrize("truth, found, wanted", [
+    ("aab aab", "aab aab", [[1, 1], [1, 1], [0, 0], [0, 0]]),
+    ("aaaA aaaA", "AAAa AAAa", [[2, 0], [2, 0], [0, 0], [0, 0]]),                # numbers mean nothing
+    ("aaaa bbbb", "aaab bbbb", [[0.75, 0.8], [1, 1], [0, 0], [0, 0]]),
+    ("aabb aabb", "abbb abbb", [[0, 4 / 6], [0, 1], [1, 0], [1, 0]]),              # a half is not above a half
+    ("aa.. aa..", "aaab aabb", [[1, 0], [1, 0], [0, 0], [0, 0]]),                  # void is left out, what lies on it
+    ("aab. aabb", "aabb aabb", [[1, 1], [1, 1], [0, 0], [0, 0]]),
+    ("bb## bb##", "bbaa bbAA", [[0, 1], [0, 1], [0, 0], [0, 0]]),                  # of a crowd all are right
+    ("aa## aa##", "aabb aabb", [[1, 0], [1, 0], [0, 1], [0, 0]]),                  # but those of another class
+    ("aabb", "aa..", [[1, 0], [1, 0], [0, 0], [0, 1]]),
+])
+def test_panoptic_counts_by_hand(truth, found, wanted):
+    found = metrics.panoptic_counts(codes(found), codes(truth), 2)
+    np.testing.assert_allclose(found, wanted)
+
+
+def test_panoptic_scores_by_hand():
+    counts = np.array([[1.5, 0.9, 0, 0], [2, 1, 0, 0], [1, 0, 0, 3], [1, 1, 0, 0]])
+    found = metrics.panoptic_scores(counts, {1})
+    a, b = 1.5 / 3, 0.9 / 1.5
+    exact = dict(pq=100 * (a + b) / 3, sq=100 * (0.75 + 0.9) / 3, rq=100 * (2 / 3 + 1 / 1.5) / 3,
+                 pq_things=100 * a / 2, pq_stuff=100 * b)
+    assert found == pytest.approx(exact)
+    perfect = metrics.panoptic_counts(codes("abB"), codes("abB"), 2)
+    assert metrics.panoptic_scores(perfect, {0}) == dict(pq=100, sq=100, rq=100, pq_things=100, pq_stuff=100)

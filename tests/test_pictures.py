@@ -33,6 +33,19 @@ def test_rows_lie_under_each_other(tmp_path, capsys):
         assert file.size == (3 * 16, 2 * 12)
 
 
+def test_a_ruler_says_what_shades_stand_for(tmp_path):
+    found = pictures.ruler(8.0, 400)
+    assert found.shape == (3, pictures.STRIP, 400)
+    for metres in 1.2, 3, 6:  # where no number stands
+        shade = pictures.shades(np.full((1, 1), metres), 8.0)[0, 0, 0].item()
+        assert abs(found[0, 0, round(metres / 8 * 400) - 1].item() - shade) <= 1
+    image = torch.zeros(3, 8, 100, dtype=torch.uint8)
+    pictures.save_pictures(TASKS["depth"].config(out=str(tmp_path)), [[image, image]], top=8.0)
+    with Image.open(tmp_path / "depth.png") as file:
+        assert file.size == (208, 12 + pictures.STRIP)
+        assert np.array(file)[-pictures.STRIP:, :, 0].tolist() == pictures.ruler(8.0, 208)[0].tolist()
+
+
 def test_hues_differ_and_what_is_ignored_is_white():
     table = pictures.hues(torch.arange(256)[None])[:, 0].T
     assert len(table.unique(dim=0)) > 200 and table[255].tolist() == [255] * 3

@@ -14,19 +14,22 @@ from speaking import Colours, photo
 from test_film import film
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from decoders import detr, dpt, names_in
+from decoders import detr, dpt, mask2former, names_in
 from engine.attention import attention_row
 from engine.pictures import STRIP, hues
 from model import ViT, ViTConfig, build
 from visualize import (
     GUTTER,
     HEAT,
+    LEGEND,
     attention_picture,
     depth_pictures,
     main,
+    names_for,
     network_input,
     outliers,
     patch_features,
+    segment_pictures,
     text_pictures,
 )
 
@@ -255,6 +258,57 @@ def test_detect_command(folder, tmp_path, monkeypatch, capsys):
         run(folder, monkeypatch, vit, f"detect 0.png {words.replace('head.safetensors', 'head.pth')}")
 
 # --------------------------------------------------------------------------------
+# Classes and segments
+
+
+class Halves(mask2former.OfImages):
+    """Left is class 1, right class 2, and class 0 is nowhere; the last query is none of them"""
+
+    def __init__(self, backbone):
+        torch.nn.Module.__init__(self)
+        self.backbone = backbone
+
+    def forward(self, images):
+        near = torch.full((1, 3, 4, 8), -9.0)
+        near[0, 0, :, :4], near[0, 1, :, 4:], near[0, 2] = 9, 9, 9
+        return dict(logits=torch.eye(4)[None, [1, 2, 3]] * 9, masks=near)
+
+
+def test_classes_and_segments_have_names_and_colours(vit, tmp_path):
+    image = torch.full((3, 32, 64), 100, dtype=torch.uint8)
+    photo, classes, segments = segment_pictures(Halves(vit), image, ["nothing", "cat", "dog"])
+    assert photo.shape == classes.shape == segments.shape == (32 + LEGEND * STRIP, 64, 3)
+    left, right = (hues(torch.tensor([[1 + k]]))[:, 0, 0] for k in (1, 2))
+    assert classes[5, 5].tolist() == left.tolist() and classes[5, 60].tolist() == right.tolist()
+    assert segments[5, 5].tolist() == [(100 + x) // 2 for x in left.tolist()]
+    assert (segments[:32, 31:33] == 255).all(-1).any(1).all() and (classes[:32] != 255).all()  # a line where they meet
+    legend = {tuple(each[32 + STRIP * k + 12, 30]) for each in (classes, segments) for k in (0, 1)}
+    assert legend == {tuple(left.tolist()), tuple(right.tolist())} and (classes[32 + 2 * STRIP :] == 255).all()
+
+
+def test_names_of_classes(tmp_path):
+    assert names_for(13, "")[:2] == ["background", "star"] and names_for(19, "")[0] == "road"
+    assert names_for(5, "") == [f"class {k}" for k in range(5)]
+    (tmp_path / "names").write_text("a\nb\n")
+    assert names_for(2, tmp_path / "names") == ["a", "b"]
+    with pytest.raises(ValueError, match="names has 2 lines, and the head 3 classes; wanted a name for each"):
+        names_for(3, tmp_path / "names")
+
+
+def test_segment_command(folder, tmp_path, monkeypatch, vit, capsys):
+    wide = build(lambda: ViT(ViTConfig(4, 32, 2, 32, patch_size=8))).eval()
+    c = mask2former.Mask2FormerConfig(32, 3, decoder=64, hidden=8, queries=5, encoder_layers=1, layers=2, stem=4)
+    torch.save(mask2former.Mask2Former(c).state_dict(), tmp_path / "head.pth")
+    words = f"segment 0.png 1.png --resolution 64 --head {tmp_path}/head.pth --out {tmp_path}/a.png"
+    run(folder, monkeypatch, wide, words)
+    assert "2 images" in capsys.readouterr().out and (tmp_path / "a.png").is_file()
+    torch.save({"conv.weight": torch.randn(3, 16, 1, 1), "conv.bias": torch.ones(3)}, tmp_path / "head.pth")
+    run(folder, monkeypatch, vit, words)
+    torch.save(dict(weight=torch.ones(3, 32), bias=torch.ones(3)), tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="answers with no classes; name the head of a task of segmentation"):
+        run(folder, monkeypatch, vit, words)
+
+# --------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -270,8 +324,10 @@ def test_detect_command(folder, tmp_path, monkeypatch, capsys):
     ("pca 0.png --out a.png --prompts dog", "--prompts 'dog': it is for the mode text"),
     ("text 0.png --out a.jpg --prompts dog", "OUT a .png or .html"),
     ("text 0.png --out a.png --prompts dog", "text.safetensors|weights.safetensors does not exist; name the folder"),
-    ("depth 0.png --out a.png", "--head '': it is for the modes depth and detect, which want the file of a"),
-    ("pca 0.png --out a.png --head x", "--head 'x': it is for the modes depth and"),
+    ("depth 0.png --out a.png", "--head '': it is for the modes depth, segment and"),
+    ("pca 0.png --out a.png --head x", "--head 'x': it is for the modes depth, segment"),
+    ("segment 0.png --out a.png", "--head '': it is for the modes depth, segment and"),
+    ("pca 0.png --out a.png --names x", "--names x: it is for the mode segment"),
     ("explore 0.png --out a.png", "OUT a .html"), ("similarity 0.png --out a.html", "OUT a .png"),
     ("explor 0.png --out a.html", "did you mean explore"), ("atention 0.png --out a.png", "did you mean attention")])
 def test_mistakes_are_named(folder, monkeypatch, vit, words, message):

@@ -1,0 +1,148 @@
+"""
+Which vectors lie near which: neighbours, and pictures that are one picture.
+
+    nearest      of each query its nearest vectors
+    alike        all pairs whose cosine is above a threshold: each with each, or within coarse cells
+    components   what hangs together by such pairs
+    copies       a picture as others hand it on; calibrate: the threshold at which copies are told from other pictures
+
+Vectors are of length 1, N D float16; a cosine is a float32 product of two.
+"""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.kmeans import kmeans
+from engine.ranks import Ranks
+
+BLOCK = 2048         # rows and columns of cosines at a time
+ALL = 1 << 16        # vectors: of so many each is compared with each
+CELL = 8192          # vectors of a coarse cell, about; each is in the two nearest
+TRIED = 256          # pictures of which copies are made
+WRONG = 10           # copies that stay are as bad as one picture that goes and is none
+
+
+def nearest(queries, vectors, k, device):
+    """
+    queries  n D float16    vectors  N D float16
+    returns  (rows of the k nearest of each query, n k; their cosines): nearest first, of equal ones the first row
+    """
+    rows, cosines = [], []
+    for q in torch.from_numpy(queries).split(BLOCK):
+        q = q.to(device).float()
+        best = q.new_full((len(q), 0), 0.0)
+        at = torch.empty(len(q), 0, dtype=torch.int64, device=device)
+        for first in range(0, len(vectors), 8 * BLOCK):
+            part = torch.from_numpy(vectors[first : first + 8 * BLOCK]).to(device).float()
+            here = torch.arange(first, first + len(part), device=device).expand(len(q), -1)
+            best, at = torch.cat([best, q @ part.T], 1), torch.cat([at, here], 1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, at = best[:, :k], at.gather(1, order[:, :k])
+        rows.append(at.cpu())
+        cosines.append(best.cpu())
+    return torch.cat(rows).numpy(), torch.cat(cosines).numpy()
+
+
+def alike(vectors, threshold, seed, device, bar=lambda parts: parts):
+    """
+    Pairs i < j, n 2, whose cosine is above the threshold, in order.
+
+    Of more than ALL vectors those alone that share a coarse cell, of the two nearest to each.
+    """
+    n = len(vectors)
+    cells = [np.arange(n)] if n <= ALL else cells_of(vectors, -(-2 * n // CELL), seed, device)
+    found = [np.empty((0, 2), np.int64)]
+    for cell in bar(cells):
+        for first in range(0, len(cell), BLOCK):
+            left = cell[first : first + BLOCK]
+            x = torch.from_numpy(vectors[left]).to(device).float()
+            for second in range(first, len(cell), BLOCK):
+                right = cell[second : second + BLOCK]
+                y = x if first == second else torch.from_numpy(vectors[right]).to(device).float()
+                hits = (x @ y.T > threshold).nonzero().cpu().numpy()
+                pairs = np.stack([left[hits[:, 0]], right[hits[:, 1]]], axis=1)
+                found.append(pairs[pairs[:, 0] < pairs[:, 1]])
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def cells_of(vectors, k, seed, device):
+    """[the rows, rising, of which each of k centroids is among the two nearest]"""
+    centroids = kmeans(vectors, k, [seed, 0], Ranks(device=device)).centroids
+    x = torch.from_numpy(centroids).to(device).float()
+    half, two = x.square().sum(1) / 2, []
+    for first in range(0, len(vectors), BLOCK):
+        part = torch.from_numpy(vectors[first : first + BLOCK]).to(device).float()
+        two.append(torch.addmm(half, part, x.T, beta=-1).topk(min(2, k), dim=1).indices.cpu())
+    two = torch.cat(two).numpy()
+    order = np.argsort(two.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(two.ravel(), minlength=k))[:-1]
+    return [rows // two.shape[1] for rows in np.split(order, ends)]
+
+
+def components(n, pairs):
+    """The lowest row that each of n hangs together with, by pairs"""
+    label = np.arange(n)
+    while len(pairs):
+        before, (a, b) = label.copy(), label[pairs.T]
+        np.minimum.at(label, a, np.minimum(a, b))
+        np.minimum.at(label, b, np.minimum(a, b))
+        label = label[label]
+        if (label == before).all():
+            break
+    return label
+
+
+def central(vectors, label):
+    """{lowest row of a component of several: the row of it that is nearest its mean}"""
+    found, sizes = {}, np.bincount(label, minlength=len(label))
+    order = np.argsort(label, kind="stable")
+    order = order[sizes[label[order]] > 1]
+    for rows in np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else ():
+        x = vectors[rows].astype(np.float64)
+        found[int(label[rows[0]])] = int(rows[(x @ x.mean(0)).round(6).argmax()])
+    return found
+
+# --------------------------------------------------------------------------------
+# How near is a copy
+
+
+def copies(rng, image):
+    """{what was done: the picture after it}.    image  H W 3 uint8, array"""
+    picture = Image.fromarray(image)
+    w, h = picture.size
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=30)
+    left, top = int(rng.integers(w - round(0.8 * w) + 1)), int(rng.integers(h - round(0.8 * h) + 1))
+    small = picture.resize((max(w // 2, 1), max(h // 2, 1)), Image.Resampling.BICUBIC)
+    table = np.clip(np.arange(256) * rng.uniform(0.7, 1.3) + rng.uniform(-30, 30), 0, 255).astype(np.uint8)
+    done = dict(jpeg=Image.open(file), cropped=picture.crop((left, top, left + round(0.8 * w), top + round(0.8 * h))),
+                halved=small, mirrored=picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                recoloured=Image.fromarray(table[image]))
+    return {kind: np.asarray(each.convert("RGB")) for kind, each in done.items()}
+
+
+class Calibration(NamedTuple):
+    threshold: float
+    recall: dict               # {kind of copy: share of copies that are above}
+    others: float              # share of pictures to which another one, that is no copy of ours, is above
+
+
+def calibrate(same, others):
+    """
+    The threshold above which most copies lie, less WRONG times the pictures that have another one above.
+
+    same    {kind: cosines of a picture and its copy}    others  cosine of each picture to the nearest other of the pile
+
+    Real copies in the pile are among the others: they raise their share at every threshold alike, and not the choice.
+    """
+    cosines = np.concatenate([*same.values()])
+    tried = np.unique(np.concatenate([cosines, others])) - 1e-6
+    found = np.mean([(each[:, None] > tried).mean(0) for each in same.values()], axis=0)
+    gain = found - WRONG * (others[:, None] > tried).mean(0)
+    threshold = float(tried[np.flatnonzero(gain > gain.max() - 1e-9)[-1]])
+    return Calibration(threshold, {kind: float((each > threshold).mean()) for kind, each in same.items()},
+                       float((others > threshold).mean()))

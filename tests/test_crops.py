@@ -1,0 +1,75 @@
+"""engine/crops.py: image and truth stay on one another; sizes, padding, what a crop may hold, colours."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine import crops
+from engine.views import GREY
+
+
+def scene(size=(60, 80)):
+    """A truth of nine squares, and an image whose red is 20 x the truth"""
+    truth = (np.arange(size[0])[:, None] * 3 // size[0] * 3 + np.arange(size[1]) * 3 // size[1]).astype(np.uint8)
+    return torch.from_numpy(20 * truth + 10)[None].repeat(3, 1, 1), truth
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_image_and_truth_stay_on_one_another(seed, monkeypatch):
+    monkeypatch.setattr(crops, "recoloured", lambda image, rng: image)
+    image, truth = scene()
+    image, truth = crops.augmented(image, truth, np.random.default_rng(seed), 64, 255)
+    assert image.shape == (3, 64, 64) and truth.shape == (64, 64) and image.dtype == truth.dtype == torch.uint8
+    known = truth != 255
+    off = (image[0].int() - 20 * truth.int() - 10).abs()[known]
+    assert (off > 4).float().mean() < 0.15  # at borders, where the image is between two values
+    assert (image[:, ~known] == torch.tensor(GREY)[:, None]).all()
+
+
+def test_scales_and_mirrors_are_drawn():
+    image, truth = scene()
+    drawn = [crops.augmented(image, truth, np.random.default_rng(seed), 64, 255)[1] for seed in range(60)]
+    rows = np.array([(each != 255).any(1).sum().item() for each in drawn])
+    assert 32 <= rows.min() < 36 and (rows == 64).mean() > 0.5
+    mirrored = [bool((each[0][each[0] != 255].int().diff() < 0).any()) for each in drawn]
+    assert 15 < sum(mirrored) < 45
+    again = crops.augmented(image, truth, np.random.default_rng(5), 64, 255)[1]
+    assert torch.equal(again, drawn[5])
+
+
+def test_a_crop_has_more_than_one_class_where_it_can():
+    truth = np.zeros((256, 256), np.uint8)
+    truth[:, 200:] = 1
+    truth[:, :100] = 255
+    image = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    mixed = [len(crops.augmented(image, truth, np.random.default_rng(seed), 64, 255)[1].unique()) for seed in range(40)]
+    assert sum(n > 1 for n in mixed) > 25
+    assert crops.balanced(np.array([0, 0, 0, 1, 1, 255]), 255, 1)
+    assert not crops.balanced(np.array([0, 0, 0, 1]), 255, 1) and not crops.balanced(np.array([3, 255]), 255, 1)
+    assert not crops.balanced(np.array([1000, 1001, 1002]), 255000, 1000)  # three segments of one class
+
+
+def test_colours():
+    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, same, shifted = image.clone(), 0, []
+    for seed in range(200):
+        out = crops.recoloured(image, np.random.default_rng(seed))
+        assert out.dtype == torch.uint8 and out.shape == image.shape
+        same += torch.equal(out, image)
+        shifted.append(out.float().mean() - image.float().mean())
+    assert 5 < same < 22  # 1 in 16
+    assert torch.equal(image, before) and min(shifted) < -30 < 30 < max(shifted)
+
+
+def test_held_is_the_middle():
+    image, truth = scene((40, 80))
+    image, truth = crops.held(image, truth, 80, 255)
+    assert image.shape == (3, 80, 80) and truth[0].unique().tolist() == [0, 1, 2] and (truth[0] == 1).sum() > 50
+    off = (image[0].int() - 20 * truth.int() - 10).abs()
+    assert (off > 4).float().mean() < 0.1
+
+
+def test_numbers_of_many_digits():
+    image, truth = scene()
+    _, truth = crops.augmented(image, truth.astype(np.int32) * 1000 + 7, np.random.default_rng(0), 32, 255000, 1000)
+    assert truth.dtype == torch.int32 and set(truth.unique().tolist()) <= {1000 * k + 7 for k in range(9)} | {255000}
