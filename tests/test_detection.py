@@ -270,7 +270,7 @@ def trained(c, ranks=ALONE, stop=None):
 
 
 def config(**changes):
-    return replace(TASKS["detection"].config(workers=0, iterations=4, resolution=64), **changes)
+    return replace(TASKS["detection"].config(workers=0, iterations=3, resolution=64), **changes)
 
 
 def as_rank(rank, folder):
@@ -291,7 +291,7 @@ def test_two_ranks_are_one(tmp_path):
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, capsys):
     exact, loss = trained(config(out=str(tmp_path)))
     with pytest.raises(KeyboardInterrupt):
-        trained(config(out=str(tmp_path)), stop=10)
+        trained(config(out=str(tmp_path)), stop=8)
     assert (tmp_path / FILE).is_file()
     found, same = trained(config(out=str(tmp_path)))
     assert "goes on from step" in capsys.readouterr().out and torch.equal(found, exact) and same == loss

@@ -72,10 +72,11 @@ def test_scipy_is_named_if_it_is_missing(monkeypatch):
         objects.assignment(torch.zeros(1, 1))
 
 
-def test_match_by_hand():
-    logits, deltas, before = some(7, 5), some(7, 4, seed=1) * 0.2, some_boxes(7, 2)
+@pytest.mark.parametrize("seed", range(0, 60, 4))
+def test_match_by_hand(seed):
+    logits, deltas, before = some(7, 5, seed=seed), some(7, 4, seed=seed + 1) * 0.2, some_boxes(7, seed + 2)
     found = objects.decode(before[None], deltas[None], torch.tensor([[100, 100]]))[0]
-    boxes, labels = some_boxes(3, 3), torch.tensor([4, 0, 4])
+    boxes, labels = some_boxes(3, seed + 3), torch.tensor([4, 0, 4])
     cost = np.zeros((7, 3))
     for q in range(7):
         for k in range(3):
