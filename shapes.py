@@ -3,6 +3,7 @@ Shapes: an endless data set in one file. A scene is a function of its index and 
 
     scene(index)                  one picture: label, semantic, instances, depth, keypoints, caption
     video(index)                  the same objects in motion: a list of scenes whose instance ids agree
+    boxes(index)                  left, top, width, height of each object's visible part, as COCO has them; its class
     python shapes.py sheet.png    a contact sheet: image | semantic | instances | depth, and a strip of video
 
 A class is a silhouette AND a surface structure (stars are dotted, bolts zigzagged), so a part of an object shows its
@@ -26,6 +27,7 @@ FOCAL = 1.2     # focal length in image widths: 45 degrees
 AREA = 1.9      # of every silhouette, in squared radii: size must not tell the class
 REACH = 1.5     # a silhouette's table spans -REACH..REACH radii
 TABLE = 128     # side of every table, a power of two
+SLIVER = 20     # pixels: an object that shows fewer has no box
 MAX_ROLL = 0.5  # radians; beyond 30 degrees another tooth of the gear would be its top keypoint
 PALETTE = dict(red=0xCC2E2B, orange=0xF08524, yellow=0xF5D142, green=0x40994D, teal=0x1F8F94, blue=0x335EC7,
                purple=0x7A42A8, pink=0xF294B2, brown=0x73472B, white=0xF2F0E6, black=0x1F1F29, gray=0x8F9199)
@@ -419,6 +421,29 @@ def world_of(who, index, size, seed):
 def scene(index, size=96, seed=0):
     """the picture number index, size x size; size sets its resolution and nothing else"""
     return render(world_of("scene", index, size, seed), size)
+
+
+def boxes_of(scene):
+    """
+    boxes n 4: left, top, width, height in pixels; labels n: classes; areas n: visible pixels; of objects that show at
+    least SLIVER pixels, and how many others show some
+    """
+    found, slivers = [], 0
+    for k in np.unique(scene.instances[scene.instances > 0]):
+        rows, cols = np.nonzero(scene.instances == k)
+        if len(rows) < SLIVER:
+            slivers += 1
+            continue
+        left, top = cols.min(), rows.min()
+        found.append([left, top, cols.max() + 1 - left, rows.max() + 1 - top, scene.semantic[rows[0], cols[0]] - 1,
+                      len(rows)])
+    found = np.array(found, float).reshape(-1, 6)
+    return found[:, :4], found[:, 4].astype(int), found[:, 5], slivers
+
+
+def boxes(index, size=96, seed=0):
+    """boxes_of the picture number index"""
+    return boxes_of(scene(index, size, seed))
 
 
 def video(index, n_frames=8, size=96, seed=0):

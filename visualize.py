@@ -10,6 +10,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     python visualize.py text dog.jpg --weights runs/words --prompts "a dog; grass; sky" --out dog.png   or .html: a page
     python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   .html; FILM: .mp4
     python visualize.py segment PHOTOS --weights runs/s --head heads/head.safetensors --out masks.png  classes, segments
+    python visualize.py detect PHOTOS --weights runs/s --head heads/head.safetensors --out boxes.png   or .html: a page
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -21,6 +22,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
     depth_pictures       image -> metres, near is bright, over a scale; depth_film, of a video       film.py
     segment_pictures     image -> its classes, and their names; the segments of a Mask2Former, and their scores
+    detect_pictures      image -> boxes, with classes and scores
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -47,9 +49,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from decoders import load_decoder
+from decoders import load_decoder, names_in
 from decoders.adapter import COARSEST
 from decoders.depth import Depth
+from decoders.detr import Detector
 from decoders.linear import OfImages as LinearSegmenter
 from decoders.mask2former import OfImages as Mask2Former
 from decoders.masks import panoptic
@@ -63,7 +66,7 @@ from engine.explore import HEAT, gallery, page
 from engine.film import is_film, redrawn
 from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
 from engine.metrics import PER
-from engine.pictures import STRIP, entitled, hues, outlined
+from engine.pictures import STRIP, SURE, entitled, hues, named, outlined
 from engine.sources import open_source
 from engine.views import fitted
 from losses import gram_loss
@@ -74,7 +77,9 @@ from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
-             depth=".png .html .mp4", segment=".png")  # of OUT
+             depth=".png .html .mp4", segment=".png", detect=".png .html")  # of OUT
+HEADS = dict(depth=(Depth, "depth", "depth"), segment=((Mask2Former, LinearSegmenter), "classes", "segmentation"),
+             detect=(Detector, "boxes", "detection"))  # what a mode's --head is, what it answers with, its task
 LEGEND = 5  # strips below a picture of classes
 GUTTER = 4  # white pixels between pictures
 
@@ -83,7 +88,7 @@ GUTTER = 4  # white pixels between pictures
 class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
-    head: str = ""             # depth, segment: a decoder's file, of evaluate.py --out or a released one
+    head: str = ""             # depth, segment, detect: a decoder's file, of evaluate.py --out or a released one
     out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
@@ -367,11 +372,24 @@ def depth_pictures(decoder, image, ends=None):
             entitled(np.vstack([heat, bar]), f"{near:.2f} m", right=f"{far:.2f} m")], metres
 
 
-def depth_decoder(c, vit, layers):
-    decoder = load_decoder(c.head, vit, layers)
-    if not isinstance(decoder, Depth):
-        raise ValueError(f"--head {c.head} answers with no depth; name the head of a task of depth")
+def decoder_of(mode, c, vit, layers):
+    """--head, of a kind that the mode shows. Raises ValueError if it is of another."""
+    decoder, (kinds, what, task) = load_decoder(c.head, vit, layers), HEADS[mode]
+    if not isinstance(decoder, kinds):
+        raise ValueError(f"--head {c.head} answers with no {what}; name the head of a task of {task}")
     return decoder.to(next(vit.parameters()).device)
+
+
+def detect_pictures(decoder, image, names):
+    """
+    decoder  decoders.detr.Detector    image  C H W    names  {label, as text: name}
+    returns  H W 3 uint8 each, a strip below it: the photo; the boxes that it is sure of;  how many those are
+    """
+    (found,) = decoder([network_input(decoder.backbone, image)[0]])
+    boxes, scores, labels = (found[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
+    n, photo = int((scores >= SURE).sum()), shown(image)
+    pictures = [x.permute(1, 2, 0).numpy() for x in (photo, named(photo, boxes, scores, labels, names))]
+    return [entitled(pictures[0], "image"), entitled(pictures[1], f"{n} of at least {SURE}")], n
 
 
 def depth_film(decoder, film, c):
@@ -434,13 +452,6 @@ def names_for(n, path):
                 [f"class {k}" for k in range(n)])
 
 
-def segment_decoder(c, vit, layers):
-    decoder = load_decoder(c.head, vit, layers)
-    if not isinstance(decoder, Mask2Former | LinearSegmenter):
-        raise ValueError(f"--head {c.head} answers with no classes; name the head of a task of segmentation")
-    return decoder.to(next(vit.parameters()).device)
-
-
 def side_by_side(image, colours):
     """C H W, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
     if colours.ndim == 2:
@@ -482,8 +493,9 @@ def configure(argv):
     sizes = c.sizes.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
-    if bool(c.head) != (mode in ("depth", "segment")):
-        raise ValueError(f"--head {c.head!r}: it is for the modes depth and segment, which want the file of a decoder")
+    if bool(c.head) != (mode in HEADS):
+        raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment and detect, which want the file of a "
+                         "decoder")
     if c.names and mode != "segment":
         raise ValueError(f"--names {c.names}: it is for the mode segment")
     if mode not in MODES:
@@ -525,7 +537,7 @@ def main(argv):
     vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
     patch = math.lcm(*(net.config.patch_size for net in nets))
     if is_film(c.out):
-        print(depth_film(depth_decoder(c, vit, layers), names[0], c))
+        print(depth_film(decoder_of(mode, c, vit, layers), names[0], c))
         return
     patch = math.lcm(patch, COARSEST) if mode == "segment" else patch
     photos, names = load_photos(names, c.resolution, patch, reader(c, nets[0].config))
@@ -539,12 +551,16 @@ def main(argv):
         groups, lines = zip(*(outliers_picture(vit, photo) for photo in photos), strict=True)
         print(*(line for name, each in zip(names, lines, strict=True) for line in (name, *each)), sep="\n  ")
     if mode == "depth":
-        decoder = depth_decoder(c, vit, layers)
+        decoder = decoder_of(mode, c, vit, layers)
         groups, metres = zip(*(depth_pictures(decoder, photo) for photo in photos), strict=True)
         print("metres, from the nearest to the farthest:", *(f"{name}: {x.min():.2f} to {x.max():.2f}"
               for name, x in zip(names, metres, strict=True)), sep="\n  ")
+    if mode == "detect":
+        decoder, classes = decoder_of(mode, c, vit, layers), names_in(c.head)
+        groups, counts = zip(*(detect_pictures(decoder, photo, classes) for photo in photos), strict=True)
+        print("boxes:", *(f"{name}: {n}" for name, n in zip(names, counts, strict=True)), sep="\n  ")
     if mode == "segment":
-        decoder = segment_decoder(c, vit, layers)
+        decoder = decoder_of(mode, c, vit, layers)
         groups = [segment_pictures(decoder, photo, names_for(decoder.n_out, c.names)) for photo in photos]
     if mode == "text":
         prompts = [prompt.strip() for prompt in c.prompts.split(";") if prompt.strip()]
@@ -552,7 +568,7 @@ def main(argv):
         print("cosines, from the least to the largest:", *(f"{name}, {prompt}: {x.min():.2f} to {x.max():.2f}"
               for name, each in zip(names, cosines, strict=True)
               for prompt, x in zip(prompts, each.unbind(2), strict=True)), sep="\n  ")
-    pictured = "attention", "outliers", "text", "depth", "segment"
+    pictured = "attention", "outliers", "text", *HEADS
     maps = [] if mode in pictured else patch_features(vit, photos, layers=layers)
     if mode == "pca":
         groups = [side_by_side(*each) for each in zip(photos, pca_picture(maps, c.foreground), strict=True)]

@@ -21,33 +21,42 @@ one whose answers are masks, such a module with
     trained(source, order, n_out, per, frozen, ranks)    -> a head, what is known of it
     stride(side)                                         of windows, at test
 
+one whose answers are boxes has
+
+    Head(width, n_out, windows, n_layers), layers_of, as those;  outputs(config)    what its file says of it
+    STAGES                                               numbers of its training, by name
+
 load_decoder reads released ones, and those that evaluate.py --out has kept: images in, answers out.
 """
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from decoders import depth, dpt, linear, mask2former
+from decoders import depth, detr, dpt, linear, mask2former
 from weights import File, open_pth, open_safetensors, take
 
-DECODERS = dict(linear=linear, dpt=dpt, mask2former=mask2former)
+DECODERS = dict(linear=linear, dpt=dpt, mask2former=mask2former, detr=detr)
 BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
 FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
 MASKS = "segmentation_model.0.level_embed"                  # is in a file of a Mask2Former alone
 NEAR = 0.001                                               # metres, of the first
 
 
-def load_decoder(path, backbone, layers=None, depth_range=None):
+def load_decoder(path, backbone, layers=None, depth_range=None, n_windows=None):
     """
-    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a Mask2Former, a linear head of
-                 depth or segmentation, a classifier. What it is, and all sizes, its tensors say
+    path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a Mask2Former, a detector, a
+                 linear head of depth or segmentation, a classifier. What it is, and all sizes, its tensors say
     backbone     a ViT of weights.load_backbone
     layers       blocks that it sees, 0-based; None: as released
     depth_range  metres, nearest and farthest bin; None: as released
+    n_windows    of a detector, per side; None: as its file says, or as released: 2 for ViT-L+, 3 for others
     returns      a module in eval mode: images B 3 H W, normalised -> metres B h' w', logits B n h w, or logits B n;
-                 a Mask2Former: dict(logits, masks) of its queries, and from `semantic` scores B n H W
+                 a Mask2Former: dict(logits, masks) of its queries, and from `semantic` scores B n H W;
+                 a detector: images C H W in a list -> dict(scores, labels, boxes) of each
     raises       ValueError: no such file, of no known decoder, tensors that do not fit, by name
     """
     path = Path(path)
@@ -55,7 +64,8 @@ def load_decoder(path, backbone, layers=None, depth_range=None):
     file = File(path, about.get("outputs", ""), backbone.config, stored, [])
     for mark, load in LOADERS.items():
         if mark in file.stored:
-            return load(file, backbone, layers, depth_range).eval()
+            option = n_windows if load is load_detr else depth_range
+            return load(file, backbone, layers, option).eval()
     first = ", ".join(list(file.stored)[:3]) or "no tensors"
     raise ValueError(f"{path} is no decoder: it has {first}, ...; wanted one of {', '.join(LOADERS)}")
 
@@ -79,6 +89,12 @@ def read(path):
     stored = {name: x for name, x in stored.items() if not name.startswith(BACKBONES)}
     wrapper = "" if MASKS in stored else "segmentation_model.1."  # there, 0 is an adapter
     return {name.removeprefix(wrapper): x for name, x in stored.items()}, about
+
+
+def names_in(path):
+    """{label, as text: name} of what a detector of ours answers; of a released file, which has none, nothing"""
+    _, about = read(Path(path))
+    return json.loads(about.get("said", "{}")).get("names", {})
 
 
 def fits(file, width, backbone, layers):
@@ -108,6 +124,21 @@ def farthest(file):
     """Metres, of a decoder of depth that evaluate.py has kept; None for others"""
     said = re.fullmatch(r"\d+ bins to ([\d.]+) m", file.layout)
     return said and float(said[1])
+
+
+def load_detr(file, backbone, layers, n_windows):
+    alias, D = "transformer.decoder.", backbone.config.width
+    stored = {name.removeprefix(alias) if name.startswith((alias + "class_embed", alias + "bbox_embed")) else name: x
+              for name, x in reversed(file.stored.items())}                             # a second name for the same
+    n_windows = n_windows or (2 if D == 1024 and not file.layout else None)
+    c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()}, file.layout, n_windows)
+    layers = detr.layers_of(backbone.config, layers)
+    if c.width == len(layers) * D:
+        c = replace(c, windows=0)
+    fits(file, c.width // (len(layers) * (1 + (c.windows > 0))), backbone, layers)
+    with torch.device("meta"):
+        head = detr.DETR(c)
+    return detr.Detector(backbone, take(head, file._replace(stored=stored), strange=print), layers)
 
 
 def load_linear(file, backbone, layers, depth_range):
@@ -142,5 +173,6 @@ def load_classifier(file, backbone, layers, depth_range):
     return linear.Classifier(backbone, take(head, file))
 
 
-LOADERS = {MASKS: load_mask2former, "reassemble_blocks.projects.0.conv.weight": load_dpt, "conv.weight": load_linear,
+LOADERS = {MASKS: load_mask2former, "transformer.enc_output.weight": load_detr,
+           "reassemble_blocks.projects.0.conv.weight": load_dpt, "conv.weight": load_linear,
            "conv_depth.weight": load_linear, "linear.weight": load_linear, "weight": load_classifier}

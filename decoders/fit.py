@@ -54,7 +54,9 @@ class Recipe:
     part: int = 2                 # of them that have one loss; the step's is the mean over parts
     betas: tuple = (0.9, 0.999)
     warmup: float = 0.0           # share of the steps in which the rate rises to its peak
-    power: float = 0.0            # of the polynomial by which it falls to 0; 0 = half a cosine
+    power: float = 0.0            # of the polynomial by which it falls; 0 = half a cosine
+    until: float = 1.0            # share of the steps after which it falls no more
+    least: float = 0.0            # share of the peak that it falls to
     drop: float = 0.0             # share of the steps after which it is a tenth, instead of falling; 0 = it falls
     clip: float = math.inf        # largest gradient norm
     undecayed: tuple = None       # words in names of what has no weight decay, beside biases and norms; None: all has
@@ -66,8 +68,9 @@ def rate(recipe, peak, step, steps):
         return peak * (step + 1) / warmup
     if recipe.drop:
         return peak * (1 if step < round(recipe.drop * steps) else 0.1)
-    done = (step - warmup) / max(steps - warmup, 1)
-    return peak * ((1 - done) ** recipe.power if recipe.power else (1 + math.cos(math.pi * done)) / 2)
+    done = min((step - warmup) / max(recipe.until * steps - warmup, 1), 1)
+    left = (1 - done) ** recipe.power if recipe.power else (1 + math.cos(math.pi * done)) / 2
+    return peak * (recipe.least + (1 - recipe.least) * left)
 
 
 class Normalised(torch.autograd.Function):

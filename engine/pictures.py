@@ -2,7 +2,7 @@
 What --out gets: rows of pictures, C H W uint8 each.
 
     hues, shades    class numbers and depths as colours        framed       boxes
-    outlined        segments, coloured by their classes
+    outlined        segments, coloured by their classes        named        boxes with their classes and scores
     connected       two views and what was matched             entitled     a title below
     save_pictures   rows in one file                           ruler        the metres that shades stand for
 """
@@ -21,6 +21,7 @@ from engine.metrics import IGNORE, PER
 from engine.views import scaled
 
 SHOWN = 8            # images that --out gets
+SURE = 0.3           # score from which on a box is drawn; chosen by eye
 STRIP = 14           # pixels of a title's height
 LINES = 30           # matches that a picture shows
 MATCHED = "two views; a match is green if it is right, red if not"
@@ -70,6 +71,23 @@ def framed(image, boxes):
                            ((top, top + 2), (left, right)), ((bottom - 2, bottom), (left, right))):
             image[:, max(rows[0], 0) : rows[1], max(cols[0], 0) : cols[1]] = torch.tensor([255, 0, 0])[:, None, None]
     return image
+
+
+def named(image, boxes, scores, labels, names):
+    """
+    C H W uint8 with the boxes n 4, left, top, right, bottom, of which one is SURE, in the colours of their labels n;
+    names  {label, as text: name}
+    """
+    picture, sure = Image.fromarray(image.permute(1, 2, 0).numpy()), np.flatnonzero(np.asarray(scores) >= SURE)[::-1]
+    pen = ImageDraw.Draw(picture)
+    rows = (np.asarray(x)[sure].tolist() for x in (boxes, scores, labels))
+    for (left, top, right, bottom), score, label in zip(*rows, strict=True):  # the best is drawn last
+        colour = tuple(hues(torch.tensor([[1 + label % 200]]))[:, 0, 0].tolist())
+        words, at = f"{names.get(str(label), label)} {score:.2f}", (left + 3, top + 2)
+        pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour, width=2)
+        pen.rectangle(pen.textbbox(at, words), fill=colour)
+        pen.text(at, words, "black" if sum(colour) > 300 else "white")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def apart(points, count, least=0.06):

@@ -82,6 +82,8 @@ def flat(head):
 def test_rate():
     r = Recipe(lr=1.0, weight_decay=0, batch=2, warmup=0.2)
     assert [rate(r, 1.0, i, 10) for i in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    early = replace(r, until=0.6, least=0.1)
+    assert [rate(early, 2.0, i, 10) for i in (0, 2, 4, 6, 9)] == pytest.approx([1, 2, 1.1, 0.2, 0.2])
     power = replace(r, power=3.5, warmup=0)
     assert rate(power, 2.0, 5, 10) == pytest.approx(2 * 0.5**3.5)
     drop = replace(r, drop=0.8)

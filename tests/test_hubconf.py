@@ -10,6 +10,7 @@ import torch
 
 import hubconf
 from convnext import CONVNEXT_SIZES, ConvNeXt
+from decoders.detr import DETR, DETRConfig
 from decoders.dpt import DPT, DPTConfig
 from decoders.mask2former import Mask2Former, Mask2FormerConfig
 from model import SIZES, ViT
@@ -33,6 +34,17 @@ def test_a_decoder_on_its_backbone(tmp_path):
     decoder = hub("decoder", weights=tmp_path / "x.safetensors", head=tmp_path / "head.pth", depth_range=(1, 2))
     depth = decoder(torch.randn(1, 3, 32, 48))
     assert depth.shape == (1, 32, 64) and 1 <= depth.min() <= depth.max() <= 2
+
+
+def test_a_detector_on_its_backbone(tmp_path):
+    vit = ViT(replace(SIZES["s"], depth=4, width=16, heads=2, hidden=32))
+    save_backbone(vit, tmp_path / "x.safetensors", "nano")
+    head = DETR(DETRConfig(8 * 16, d=32, heads=2, hidden=8, bias=4, depths=(1, 1), queries=6, repeated=6, n_classes=3))
+    torch.save({"model": head.state_dict()}, tmp_path / "head.pth")
+    detector = hub("decoder", weights=tmp_path / "x.safetensors", head=tmp_path / "head.pth", n_windows=2)
+    found = detector([torch.randn(3, 96, 128), torch.randn(3, 80, 80)])
+    assert [len(each["scores"]) for each in found] == [18, 18] and found[1]["boxes"].max() <= 80
+    assert all((each["scores"].diff() <= 0).all() for each in found) and found[0]["labels"].max() <= 2
 
 
 def test_queries_on_their_backbone(tmp_path):

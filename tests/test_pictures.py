@@ -60,3 +60,12 @@ def test_framed_draws_inside_the_box():
     red = (found[0] == 255).nonzero()
     assert red.min(0).values.tolist() == [4, 5] and red.max(0).values.tolist() == [13, 14]
     assert len(red) == 100 - 36 and image.max() == 0
+
+
+def test_boxes_with_their_names():
+    image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    boxes, scores, labels = [[10, 20, 50, 50], [0, 0, 5, 5], [60, 5, 85, 55]], [0.9, 0.1, 0.8], [3, 3, 7]
+    found = pictures.named(image, boxes, scores, labels, {"3": "dog"})
+    colours = [pictures.hues(torch.tensor([[1 + label]]))[:, 0, 0] for label in (3, 7)]
+    assert torch.equal(found[:, 49, 11], colours[0]) and torch.equal(found[:, 54, 84], colours[1])
+    assert not found[:, :5, :5].any() and not image.any() and not found[:, 45, 20].any()  # not sure; untouched; inside

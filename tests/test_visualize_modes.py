@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from speaking import Colours, photo
 from test_film import film
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from decoders import dpt, mask2former
+from decoders import detr, dpt, mask2former, names_in
 from engine.attention import attention_row
 from engine.pictures import STRIP, hues
 from model import ViT, ViTConfig, build
@@ -233,6 +234,29 @@ def test_depth_command(folder, tmp_path, monkeypatch, vit, capsys):
     with pytest.raises(ValueError, match="answers with no depth; name the head of a task of depth"):
         run(folder, monkeypatch, vit, f"depth 0.png {words}")
 
+
+
+def test_detect_command(folder, tmp_path, monkeypatch, capsys):
+    """The head is sure of a dog for each of its four queries."""
+    vit = build(lambda: ViT(ViTConfig(3, 16, 2, 32))).eval()
+    c = detr.DETRConfig(4 * 16, 0, d=32, heads=2, hidden=8, bias=4, depths=(1, 1), queries=4, repeated=4, n_classes=3)
+    head = detr.start(detr.DETR(c))
+    torch.nn.init.constant_(head.class_embed[0].bias, -9)
+    with torch.no_grad():
+        head.class_embed[0].bias[1] = 9
+    about = dict(outputs=detr.outputs(c), said=json.dumps(dict(names={"1": "dog"})), format="pt")
+    save_file(head.state_dict(), tmp_path / "head.safetensors", about)
+    words = f"--out {tmp_path}/a.png --head {tmp_path}/head.safetensors --resolution 64 --layers 0,1,2,2"
+    run(folder, monkeypatch, vit, f"detect 0.png 1.png {words}")
+    said = capsys.readouterr().out
+    assert "boxes:\n  " in said and "0.png: 4\n" in said and "2 images" in said
+    assert names_in(tmp_path / "head.safetensors") == {"1": "dog"} and (tmp_path / "a.png").is_file()
+    run(folder, monkeypatch, vit, f"detect 0.png {words.replace('a.png', 'a.html')}")
+    assert (tmp_path / "a.html").read_text().count("<img src=") == 2
+    torch.save(dict(weight=torch.ones(3, 32), bias=torch.ones(3)), tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="answers with no boxes; name the head of a task of detection"):
+        run(folder, monkeypatch, vit, f"detect 0.png {words.replace('head.safetensors', 'head.pth')}")
+
 # --------------------------------------------------------------------------------
 # Classes and segments
 
@@ -300,9 +324,9 @@ def test_segment_command(folder, tmp_path, monkeypatch, vit, capsys):
     ("pca 0.png --out a.png --prompts dog", "--prompts 'dog': it is for the mode text"),
     ("text 0.png --out a.jpg --prompts dog", "OUT a .png or .html"),
     ("text 0.png --out a.png --prompts dog", "text.safetensors|weights.safetensors does not exist; name the folder"),
-    ("depth 0.png --out a.png", "--head '': it is for the modes depth and segment, which want the file"),
-    ("pca 0.png --out a.png --head x", "--head 'x': it is for the modes depth and segment"),
-    ("segment 0.png --out a.png", "--head '': it is for the modes depth and segment, which want the file"),
+    ("depth 0.png --out a.png", "--head '': it is for the modes depth, segment and"),
+    ("pca 0.png --out a.png --head x", "--head 'x': it is for the modes depth, segment"),
+    ("segment 0.png --out a.png", "--head '': it is for the modes depth, segment and"),
     ("pca 0.png --out a.png --names x", "--names x: it is for the mode segment"),
     ("explore 0.png --out a.png", "OUT a .html"), ("similarity 0.png --out a.html", "OUT a .png"),
     ("explor 0.png --out a.html", "did you mean explore"), ("atention 0.png --out a.png", "did you mean attention")])
