@@ -143,6 +143,6 @@ def calibrate(same, others):
     tried = np.unique(np.concatenate([cosines, others])) - 1e-6
     found = np.mean([(each[:, None] > tried).mean(0) for each in same.values()], axis=0)
     gain = found - WRONG * (others[:, None] > tried).mean(0)
-    threshold = float(tried[np.flatnonzero(gain > gain.max() - 1e-9)[-1]])
+    threshold = float(tried[gain.argmax()])
     return Calibration(threshold, {kind: float((each > threshold).mean()) for kind, each in same.items()},
                        float((others > threshold).mean()))

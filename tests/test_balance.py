@@ -49,6 +49,8 @@ def test_it_is_a_function_of_the_seed():
     assert (balanced(tree(), 8, 3) == balanced(tree(), 8, 3)).all()
     assert len({tuple(balanced(tree(), 8, seed)) for seed in range(8)}) > 1
     assert len({tuple(balanced(tree(), 20, seed)) for seed in range(3)}) == 1
+    one = [(np.zeros(20, int), 1)]
+    assert len({tuple(balanced(one, 5, seed)) for seed in range(8)}) > 4
 
 
 def test_groups_and_divergence():
