@@ -154,3 +154,9 @@ def test_embeddings_do_not_decay():
             wanted = p.ndim == 1 or any(word in name for word in ("level_embed", "level_encoding", "query_feat",
                                                                   "query_embed"))
             assert (name in still) == wanted, name
+
+
+def test_it_learns_squares():
+    """The loss of images that nothing is learned from: 24.7 after one step, 17.9 after 24"""
+    first, last = (trained(Config(iterations=n))[1]["held_out_loss"] for n in (1, 24))
+    assert last < 0.8 * first
