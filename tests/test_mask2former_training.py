@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,19 @@ def test_rates_are_those_of_the_paper():
     assert mask2former.recipe("cityscapes", 4096).lr == 1.5e-5 and mask2former.recipe("voc", 4096).lr == 1e-5
     assert mask2former.recipe("ade20k", 128) == mask2former.recipe("segmentation", 128)
     assert mask2former.recipe("segmentation", 384).lr == 1e-4
+
+
+@pytest.mark.parametrize("task, resolution, iterations, says", [
+    ("ade20k", 896, 20000, ""), ("ade20k", 512, 20000, "the paper trains ade20k at 896 pixels, for 20,000 steps"),
+    ("voc", 512, 7, "the paper trains voc at 1024 pixels"), ("voc", 1024, 7, ""), ("camvid", 512, 7, "")])
+def test_what_the_paper_does_otherwise_is_said(task, resolution, iterations, says, monkeypatch, capsys):
+    monkeypatch.setattr(mask2former, "fit", lambda *words: {})
+    monkeypatch.setattr(mask2former, "Head", lambda width, n: torch.nn.Linear(1, 1))
+    frozen = Fixed()
+    frozen.c = SimpleNamespace(task=task, resolution=resolution, iterations=iterations, seed=0, init="")
+    frozen.model = SimpleNamespace(config=SimpleNamespace(width=1024))
+    mask2former.trained(Squares(), range(12), 3, 1, frozen, ALONE)
+    assert capsys.readouterr().out == (f"mask2former: {says}\n" if says else "")
 
 
 def test_embeddings_do_not_decay():
