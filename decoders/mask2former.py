@@ -71,7 +71,8 @@ def recipe(task, width):
     Wide decoders have one image at a time: two of 896 pixels take more than 80 GB beside the 7B backbone.
 
     differs: the paper is silent on weight decay, and on what is not decayed: ViT-Adapter's; and on clipping: none is.
-             For a set that it does not train on, rate and clipping are Mask2Former's own, times ten for small decoders
+             For a set that it does not train on the rate is Mask2Former's, for a small decoder ten times that; their
+             warm-up and clipping are ours
     """
     if task in STAGES and width >= 384:
         stage = STAGES[task]
@@ -347,6 +348,10 @@ def trained(source, order, n_classes, per, frozen, ranks):
     head = untrained(partial(Head, D, n_classes), c)
     if c.init:
         begin(head, c.init)
+    stage = STAGES.get(c.task)
+    if stage and ranks.main and (c.resolution, c.iterations) != (stage.resolution, stage.iterations or c.iterations):
+        print(f"mask2former: the paper trains {c.task} at {stage.resolution} pixels"
+              + f", for {stage.iterations:,} steps" * bool(stage.iterations))
     seen = partial(sample, source=source, order=order, side=c.resolution, per=per)
     loss = partial(masks_loss, n_points=min(POINTS, max(c.resolution**2 // 16, 256)))
     return head, fit(head, seen, len(source), loss, recipe(c.task, D), c, frozen, ranks)

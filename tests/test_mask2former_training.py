@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_rates_are_those_of_the_paper():
     assert mask2former.recipe("segmentation", 384).lr == 1e-4
 
 
+@pytest.mark.parametrize("task, resolution, iterations, says", [
+    ("ade20k", 896, 20000, ""), ("ade20k", 512, 20000, "the paper trains ade20k at 896 pixels, for 20,000 steps"),
+    ("voc", 512, 7, "the paper trains voc at 1024 pixels"), ("voc", 1024, 7, ""), ("camvid", 512, 7, "")])
+def test_what_the_paper_does_otherwise_is_said(task, resolution, iterations, says, monkeypatch, capsys):
+    monkeypatch.setattr(mask2former, "fit", lambda *words: {})
+    monkeypatch.setattr(mask2former, "Head", lambda width, n: torch.nn.Linear(1, 1))
+    frozen = Fixed()
+    frozen.c = SimpleNamespace(task=task, resolution=resolution, iterations=iterations, seed=0, init="")
+    frozen.model = SimpleNamespace(config=SimpleNamespace(width=1024))
+    mask2former.trained(Squares(), range(12), 3, 1, frozen, ALONE)
+    assert capsys.readouterr().out == (f"mask2former: {says}\n" if says else "")
+
+
 def test_embeddings_do_not_decay():
     """Of two steps whose gradients are 0 only what decays changes"""
     torch.manual_seed(0)
@@ -154,3 +168,9 @@ def test_embeddings_do_not_decay():
             wanted = p.ndim == 1 or any(word in name for word in ("level_embed", "level_encoding", "query_feat",
                                                                   "query_embed"))
             assert (name in still) == wanted, name
+
+
+def test_it_learns_squares():
+    """The loss of images that nothing is learned from: 24.7 after one step, 17.9 after 24"""
+    first, last = (trained(Config(iterations=n))[1]["held_out_loss"] for n in (1, 24))
+    assert last < 0.8 * first
