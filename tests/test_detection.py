@@ -80,6 +80,13 @@ def test_boxes_move_with_the_image(alike):
     assert alike or min(sizes)[0] == 64  # 0.6 of 96, in whole patches
 
 
+def test_half_of_the_images_are_mirrored(monkeypatch):
+    monkeypatch.setattr(detection, "CUT", (1.0, 1.0))
+    lefts = [detection.sample(0, np.random.default_rng(k), Square(), [0], 96, 16, True)[1]["boxes"][0, 0].item()
+             for k in range(80)]
+    assert set(lefts) == {40, 72} and 25 < lefts.count(72) < 55
+
+
 def test_without_an_rng_it_is_fitted():
     image, objects = detection.sample(0, None, Square(), [0], 48, 16, False)
     assert image.shape == (3, 48, 80) and objects["boxes"].tolist() == [[20, 15, 44, 31]]
