@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from engine.explore import HEAT
 from engine.images import resize
 from engine.metrics import IGNORE, PER
 from engine.views import scaled
@@ -37,8 +38,9 @@ def hues(labels):
 
 def shades(depths, top):
     """Metres H W -> C H W uint8: near is bright; not known is black."""
-    grey = np.where(depths > 0, 255 * (1 - np.clip(depths / top, 0, 1) ** 0.5), 0)
-    return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+    near, at = 1 - np.clip(depths / top, 0, 1) ** 0.5, np.linspace(0, 1, len(HEAT))
+    colours = [np.where(depths > 0, np.interp(near, at, channel), 0) for channel in np.transpose(HEAT)]
+    return torch.from_numpy(np.rint(np.stack(colours)).astype(np.uint8))
 
 
 def ruler(top, width):

@@ -71,18 +71,18 @@ class Depths:
     bins = property(lambda self: self.last or self.top)
 
 
-KITTI = 0.40810811, 0.99189189, 0.03594771, 0.96405229  # Garg's crop; Eigen's:
-EIGEN = 0.3324324, 0.91351351, 0.0359477, 0.96405229
+BENCHMARK = 352, 1216  # pixels of KITTI's images, of which these shares of rows and columns are scored
+GARG, EIGEN = (0.40810811, 0.99189189, 0.03594771, 0.96405229), (0.3324324, 0.91351351, 0.0359477, 0.96405229)
 
 # differs: NYU's images are whole in training, and depths beyond 43:608, 45:472 not known; there the images are cut
 # differs: ETH3D has no farthest depth there; none of its rooms and courts is a kilometre deep
 SETS = dict(depth=Depths(), nyu=Depths(scored=(45 / 480, 471 / 480, 41 / 640, 601 / 640),
                                        trained=(45 / 480, 472 / 480, 43 / 640, 608 / 640)),
-            kitti=Depths(256, 80.0, scored=KITTI, crop=(352, 1216)),
+            kitti=Depths(256, 80.0, scored=GARG, crop=BENCHMARK),
             **{name: replace(form, last=100.0, relative=True) for name, form in dict(
                 relative=Depths(top=100.0), eth3d=Depths(1, 1000.0), scannet=Depths(), diode=Depths(1, 350.0, 0.6),
                 nyu_relative=Depths(scored=(45 / 480, 471 / 480, 41 / 640, 601 / 640)),
-                kitti_relative=Depths(256, 80.0, scored=EIGEN, crop=(352, 1216))).items()})
+                kitti_relative=Depths(256, 80.0, scored=EIGEN, crop=BENCHMARK)).items()})
 
 
 def read_depth(path, unit, trained=(0, 1, 0, 1)):

@@ -139,7 +139,7 @@ def live(frozen, data):
         truth = torch.from_numpy(val.truth(i))
         known = ~truth.isnan()
         found = answer(frozen.network(frozen.network_input(frozen.view(val.image(i))), frozen.layers))
-        found = resized(found, truth.shape)[0].cpu().clamp(min=0)
+        found = resized(found, truth.shape)[0].cpu()
         chance = said.get("mean_height", 0.0)  # of what it was trained on; of a released head: bare ground
         errors = [(x - truth)[known].abs() for x in (found, torch.tensor(chance))]
         top = max(truth.nan_to_num(0).max().item(), 1.0)

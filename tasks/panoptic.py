@@ -24,7 +24,9 @@ from engine.task import Option, Task
 from engine.views import fitted
 from sets.pairs import others
 from sets.panoptics import open_panoptic
+from shapes import CLASSES
 
+CATEGORIES = 133         # of COCO
 
 @torch.no_grad()
 def segments_of(image, size, head, frozen, stuff):
@@ -69,9 +71,15 @@ def opened(c):
     return open_panoptic(c)
 
 
+def planned(c):
+    config, n_classes = describe(c.weights), len(CLASSES) + 1 if c.data == "shapes" else CATEGORIES
+    DECODERS[c.decoder].check(c, config)
+    return DECODERS[c.decoder].planned(c, config, n_classes)
+
+
 OPTIONS = (Option("iterations", 40000, "steps of the head", shapes=300, least=1),
            Option("lr", 0.0, "peak; 0 = the decoder's own"),
            Option("init", "", "head.safetensors of another --out that training begins from"))
 TASK = Task("panoptic", "{train,val}2017/, annotations/panoptic_{train,val}2017.json, panoptic_{train,val}2017/",
             opened, run, wants="maps", metric="pq", sides=(640, 160), options=OPTIONS, decoders=("mask2former",),
-            pictures="image, truth, prediction")
+            plan=planned, pictures="image, truth, prediction")

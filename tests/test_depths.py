@@ -212,7 +212,7 @@ def test_relative_nyu_and_kitti(tmp_path):
     assert (rows[0], rows[-1], cols[0], cols[-1]) == (117, 320, 43, 1171)
 
 
-def test_images_to_train_on_without_depth_are_counted(tmp_path, capsys):
+def test_images_to_train_on_without_depth_are_left_out_and_counted(tmp_path, capsys):
     for split, n in ("train", 3), ("test", 1):
         for i in range(n):
             write(tmp_path / f"{split}/rgb_{i}.jpg", photo())

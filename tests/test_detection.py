@@ -124,6 +124,7 @@ def test_views_are_turned_back_and_merged(decay):
             box = torch.cat([(low + high) / 2, (high - low).float()])
             return SimpleNamespace(layers=[detr.Answer(torch.tensor([[[2.0]]]), None, None, box[None, None])])
     boxes, scores, labels = detection.answer(Square().image(0), fake, Head(), detr.best)
+    assert [2048 * scale for scale in detection.SCALES] == [1536, 1728, 1920, 2112, 2304, 2496, 2688, 2880]
     assert sides == [s for k in (1536, 1728, 1920, 2112, 2304, 2496, 2688, 2880)
                      for s in [-(-round(k / 2048 * 96) // 16) * 16] * 2]
     assert boxes[0].tolist() == pytest.approx([40, 30, 88, 62], abs=1.5)

@@ -61,5 +61,7 @@ def test_from_one_end_to_the_other(tmp_path, capsys):
     assert (found["n_classes"], found["n_val"]) == (13, 3) and 0 <= found["pq"] <= 100
     again = run("--head", tmp_path / "head.safetensors")
     assert again["pq"] == found["pq"] and (tmp_path / "panoptic.png").is_file()
+    planned = run("--plan", "--memory", 24, "--batch", 8)
+    assert planned["parameters_of_decoder"] > 9e5 and planned["total_bytes"] < 1e9
     with pytest.raises(ValueError, match="--resolution 48: mask2former wants a multiple of 32"):
         run("--resolution", 48)

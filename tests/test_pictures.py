@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from engine import pictures
+from engine.explore import HEAT
 from tasks import TASKS
 
 
@@ -37,8 +38,10 @@ def test_a_ruler_says_what_shades_stand_for(tmp_path):
     found = pictures.ruler(8.0, 400)
     assert found.shape == (3, pictures.STRIP, 400)
     for metres in 1.2, 3, 6:  # where no number stands
-        shade = pictures.shades(np.full((1, 1), metres), 8.0)[0, 0, 0].item()
-        assert abs(found[0, 0, round(metres / 8 * 400) - 1].item() - shade) <= 1
+        shade = pictures.shades(np.full((1, 1), metres), 8.0)[:, 0, 0].int()
+        assert (found[:, 0, round(metres / 8 * 400) - 1].int() - shade).abs().max() <= 1
+    ends = pictures.shades(np.array([[0, 1e-9, 8, 9]]), 8.0)[:, 0].T.tolist()
+    assert ends == [[0, 0, 0], list(HEAT[-1]), list(HEAT[0]), list(HEAT[0])]
     image = torch.zeros(3, 8, 100, dtype=torch.uint8)
     pictures.save_pictures(TASKS["depth"].config(out=str(tmp_path)), [[image, image]], top=8.0)
     with Image.open(tmp_path / "depth.png") as file:
