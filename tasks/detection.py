@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 from torchvision.tv_tensors import BoundingBoxes
 
-from decoders import DECODERS, load_decoder
+from decoders import DECODERS, load_decoder, of_one_name, read
 from decoders.detr import FEWEST, Detector
 from decoders.fit import everyone, fit, plan, untrained
 from decoders.objects import detection_loss, soft_nms
@@ -87,17 +86,15 @@ def boxes_in(objects):
 
 
 def begun(head, path):
-    """The head with the parameters of a file, but for the classes if it has others"""
-    if not Path(path).is_file():
-        raise ValueError(f"--start {path} does not exist; name a head.safetensors of an earlier --out")
-    stored, own = load_file(path), head.state_dict()
-    other = [name for name in own if name not in stored or stored[name].shape != own[name].shape]
+    """The head with the parameters of a file, ours or released, but for the classes if it has others"""
+    stored, own = of_one_name(read(Path(path))[0]), head.state_dict()
+    other = [name for name in own if name not in stored or stored[name].shape != tuple(own[name].shape)]
     if strange := [name for name in other if not name.startswith("class_embed")]:
         raise ValueError(f"--start {path} has {strange[0]} of another shape, or not at all; name a head of the same "
                          "decoder, windows and backbone")
     if other:
         print(f"--start {path} has other classes: they begin anew")
-    head.load_state_dict(own | {name: stored[name] for name in own if name not in other})
+    head.load_state_dict(own | {name: stored[name].read() for name in own if name not in other})
     return head
 
 
@@ -254,7 +251,7 @@ def task(name, layout, *paper, trains=True):
                Option("lr", 0.0, "peak; 0 = the stage's"),
                Option("stage", "coco", "numbers of the training: small, or the paper's: objects365 at --resolution "
                       "1536, objects365_large, coco", shapes="small"),
-               Option("start", "", "head.safetensors that training begins with; classes may be others"),
+               Option("start", "", "a head, ours or released, that training begins with; classes may be others"),
                Option("windows", 3, "per side, each seen by itself beside the whole image; 0 = the image as it is",
                       shapes=0),
                Option("tta", "", "linear or quadratic: eight sizes and mirror images, merged by this Soft-NMS"))

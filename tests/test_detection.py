@@ -209,11 +209,16 @@ def test_training_begins_with_a_head_of_other_classes(tmp_path, capsys):
     own = head.state_dict()
     for name, x in old.state_dict().items():
         assert own[name].shape[0] == 7 if name.startswith("class_embed") else torch.equal(own[name], x + 1)
-    detection.begun(detr.Head(32, 5, 0), tmp_path / "x.safetensors")
+    again = {"transformer.decoder." * name.startswith(("class_embed", "bbox_embed")) + name: x + 1
+             for name, x in old.state_dict().items()}
+    torch.save({"model": again}, tmp_path / "x.pth")
+    for name in "x.safetensors", "x.pth":
+        head = detection.begun(detr.Head(32, 5, 0), tmp_path / name)
+        assert all(torch.equal(x, old.state_dict()[name] + 1) for name, x in head.state_dict().items())
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match="has input_proj.0.0.weight of another shape, or not at all"):
         detection.begun(detr.Head(32, 5, 2), tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="--start .*y.safetensors does not exist"):
+    with pytest.raises(ValueError, match="y.safetensors does not exist; name the file of a decoder"):
         detection.begun(new, tmp_path / "y.safetensors")
 
 
@@ -223,7 +228,7 @@ def test_training_begins_with_a_head_of_other_classes(tmp_path, capsys):
     (["--weights", "untrained:convnext_t"], "wants a backbone with patches of 16 pixels, this one has 32"),
     (["--windows", "5"], "64x64 pixels do not go into 5x5 windows"),
     (["--resolution", "48"], "images of 48x48 pixels; wanted at least 64 a side"),
-    (["--start", "nowhere"], "--start nowhere does not exist"),
+    (["--start", "nowhere"], "nowhere does not exist; name the file of a decoder"),
     (["--windows", "-1"], "--windows"),
 ])
 def test_mistakes(words, says, weights, capsys):
