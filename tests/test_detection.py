@@ -195,6 +195,8 @@ def test_a_released_head_is_measured(weights, tmp_path, capsys):
     words = "--weights", weights, "--resolution", 96, "--data", tmp_path, "--windows", 2
     found, _ = run(capsys, *words, "--head", tmp_path / "8.pth")
     assert found["n_val"] == 2 and found["chance_ap"] > 0 and found["windows"] == 2
+    with pytest.raises(ValueError, match="--windows 0: --head .*8.pth sees 3 a side"):
+        run(capsys, *words, "--head", tmp_path / "8.pth", "--windows", 0)
     with pytest.raises(ValueError, match="9.pth is no detector of 8 classes, as"):
         run(capsys, *words, "--head", tmp_path / "9.pth")
 
@@ -224,6 +226,7 @@ def test_training_begins_with_a_head_of_other_classes(tmp_path, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["--stage", "imagenet"], "--stage imagenet: choose one of small, objects365, objects365_large, coco"),
+    (["--stage", "imagenet", "--plan"], "--stage imagenet: choose one of small"),
     (["--tta", "hard"], "--tta hard: write linear or quadratic"),
     (["--weights", "untrained:convnext_t"], "wants a backbone with patches of 16 pixels, this one has 32"),
     (["--windows", "5"], "64x64 pixels do not go into 5x5 windows"),
