@@ -126,10 +126,15 @@ def farthest(file):
     return said and float(said[1])
 
 
+def of_one_name(stored):
+    """{name: Stored} of a detector's file, which may have some tensors again under a second name"""
+    again = "transformer.decoder."
+    return {name.removeprefix(again) if name.startswith((again + "class_embed", again + "bbox_embed")) else name: x
+            for name, x in reversed(stored.items())}
+
+
 def load_detr(file, backbone, layers, n_windows):
-    alias, D = "transformer.decoder.", backbone.config.width
-    stored = {name.removeprefix(alias) if name.startswith((alias + "class_embed", alias + "bbox_embed")) else name: x
-              for name, x in reversed(file.stored.items())}                             # a second name for the same
+    stored, D = of_one_name(file.stored), backbone.config.width
     n_windows = n_windows or (2 if D == 1024 and not file.layout else None)
     c = detr.read_config(file.path, {name: x.shape for name, x in stored.items()}, file.layout, n_windows)
     layers = detr.layers_of(backbone.config, layers)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 from torchvision.tv_tensors import BoundingBoxes
 
-from decoders import DECODERS, load_decoder
+from decoders import DECODERS, load_decoder, of_one_name, read
 from decoders.detr import FEWEST, Detector
 from decoders.fit import everyone, fit, plan, untrained
 from decoders.objects import detection_loss, soft_nms
@@ -87,26 +86,31 @@ def boxes_in(objects):
 
 
 def begun(head, path):
-    """The head with the parameters of a file, but for the classes if it has others"""
-    if not Path(path).is_file():
-        raise ValueError(f"--start {path} does not exist; name a head.safetensors of an earlier --out")
-    stored, own = load_file(path), head.state_dict()
-    other = [name for name in own if name not in stored or stored[name].shape != own[name].shape]
+    """The head with the parameters of a file, ours or released, but for the classes if it has others"""
+    stored, own = of_one_name(read(Path(path))[0]), head.state_dict()
+    other = [name for name in own if name not in stored or stored[name].shape != tuple(own[name].shape)]
     if strange := [name for name in other if not name.startswith("class_embed")]:
         raise ValueError(f"--start {path} has {strange[0]} of another shape, or not at all; name a head of the same "
                          "decoder, windows and backbone")
     if other:
         print(f"--start {path} has other classes: they begin anew")
-    head.load_state_dict(own | {name: stored[name] for name in own if name not in other})
+    head.load_state_dict(own | {name: stored[name].read() for name in own if name not in other})
     return head
+
+
+def stage_of(c):
+    stages = DECODERS[c.decoder].STAGES
+    if c.stage not in stages:
+        raise ValueError(f"--stage {c.stage}: choose one of {', '.join(stages)}")
+    return stages[c.stage]
 
 
 def steps_of(c, stage, n):
     return c.iterations or max(stage.epochs * n // stage.recipe.batch, 1)
 
 
-def train_live(frozen, data, build, decoder, ranks):
-    c, patch, train, stage = frozen.c, frozen.model.config.patch_size, data.train, decoder.STAGES[frozen.c.stage]
+def train_live(frozen, data, build, ranks):
+    c, patch, train, stage = frozen.c, frozen.model.config.patch_size, data.train, stage_of(frozen.c)
     if train is None:
         raise ValueError(f"--data: {c.data} has six domains, and no images to train on; name a --head")
     head = untrained(partial(build, frozen.model.config.width), c)
@@ -172,13 +176,15 @@ def answering(frozen, data, ranks):
         found = load_decoder(c.head, frozen.model, frozen.layers or None, n_windows=c.windows)
         if not isinstance(found, Detector) or found.head.config.n_classes != data.n_classes:
             raise ValueError(f"--head {c.head} is no detector of {data.n_classes} classes, as {c.data} wants")
+        if found.head.config.windows != c.windows:
+            raise ValueError(f"--windows {c.windows}: --head {c.head} sees {found.head.config.windows} a side")
         frozen.layers = found.layers
         return found.head.to(frozen.device), dict(names={})
     frozen.layers = decoder.layers_of(frozen.model.config, frozen.layers)
     build = partial(decoder.Head, n_out=data.n_classes, windows=c.windows, n_layers=len(frozen.layers))
     with torch.device("meta"):
         outputs = decoder.outputs(build(frozen.model.config.width).config)
-    head, said = head_of(build, partial(train_live, frozen, data, build, decoder, ranks), outputs, frozen, c)
+    head, said = head_of(build, partial(train_live, frozen, data, build, ranks), outputs, frozen, c)
     if odd := [label for label in said["names"] if said["names"][label] != data.names.get(int(label))]:
         raise ValueError(f"--head {c.head} calls class {odd[0]} {said['names'][odd[0]]}, {c.data} "
                          f"{data.names.get(int(odd[0]), 'has none of that number')}; name a head of these classes")
@@ -234,18 +240,15 @@ def planned(c):
     with torch.device("meta"):
         head = decoder.Head(config.width, 91, c.windows, len(layers))
     shape = 3, c.resolution, c.resolution if c.data == "shapes" else c.resolution * 3 // 2
-    return plan(head, decoder.STAGES[c.stage].recipe, replace(c, batch=c.batch if c.data == "shapes" else 1), config,
-                layers, shape)
+    return plan(head, stage_of(c).recipe, replace(c, batch=c.batch if c.data == "shapes" else 1), config, layers, shape)
 
 
 def opened(c):
     """The data. Raises ValueError also for what the command line alone could tell."""
-    decoder = DECODERS[c.decoder]
-    if c.stage not in decoder.STAGES:
-        raise ValueError(f"--stage {c.stage}: choose one of {', '.join(decoder.STAGES)}")
     if c.tta not in ("", "linear", "quadratic"):
         raise ValueError(f"--tta {c.tta}: write linear or quadratic")
-    decoder.layers_of(describe(c.weights), [])
+    stage_of(c)
+    DECODERS[c.decoder].layers_of(describe(c.weights), [])
     return open_detections(c)
 
 
@@ -254,7 +257,8 @@ def task(name, layout, *paper, trains=True):
                Option("lr", 0.0, "peak; 0 = the stage's"),
                Option("stage", "coco", "numbers of the training: small, or the paper's: objects365 at --resolution "
                       "1536, objects365_large, coco", shapes="small"),
-               Option("start", "", "head.safetensors that training begins with; classes may be others"),
+               Option("start", "", "a head, ours or released, that training begins with; classes may be others",
+                      scored=False),
                Option("windows", 3, "per side, each seen by itself beside the whole image; 0 = the image as it is",
                       shapes=0),
                Option("tta", "", "linear or quadratic: eight sizes and mirror images, merged by this Soft-NMS"))

@@ -80,6 +80,13 @@ def test_boxes_move_with_the_image(alike):
     assert alike or min(sizes)[0] == 64  # 0.6 of 96, in whole patches
 
 
+def test_half_of_the_images_are_mirrored(monkeypatch):
+    monkeypatch.setattr(detection, "CUT", (1.0, 1.0))
+    lefts = [detection.sample(0, np.random.default_rng(k), Square(), [0], 96, 16, True)[1]["boxes"][0, 0].item()
+             for k in range(80)]
+    assert set(lefts) == {40, 72} and 25 < lefts.count(72) < 55
+
+
 def test_without_an_rng_it_is_fitted():
     image, objects = detection.sample(0, None, Square(), [0], 48, 16, False)
     assert image.shape == (3, 48, 80) and objects["boxes"].tolist() == [[20, 15, 44, 31]]
@@ -117,6 +124,7 @@ def test_views_are_turned_back_and_merged(decay):
             box = torch.cat([(low + high) / 2, (high - low).float()])
             return SimpleNamespace(layers=[detr.Answer(torch.tensor([[[2.0]]]), None, None, box[None, None])])
     boxes, scores, labels = detection.answer(Square().image(0), fake, Head(), detr.best)
+    assert [2048 * scale for scale in detection.SCALES] == [1536, 1728, 1920, 2112, 2304, 2496, 2688, 2880]
     assert sides == [s for k in (1536, 1728, 1920, 2112, 2304, 2496, 2688, 2880)
                      for s in [-(-round(k / 2048 * 96) // 16) * 16] * 2]
     assert boxes[0].tolist() == pytest.approx([40, 30, 88, 62], abs=1.5)
@@ -187,6 +195,8 @@ def test_a_released_head_is_measured(weights, tmp_path, capsys):
     words = "--weights", weights, "--resolution", 96, "--data", tmp_path, "--windows", 2
     found, _ = run(capsys, *words, "--head", tmp_path / "8.pth")
     assert found["n_val"] == 2 and found["chance_ap"] > 0 and found["windows"] == 2
+    with pytest.raises(ValueError, match="--windows 0: --head .*8.pth sees 3 a side"):
+        run(capsys, *words, "--head", tmp_path / "8.pth", "--windows", 0)
     with pytest.raises(ValueError, match="9.pth is no detector of 8 classes, as"):
         run(capsys, *words, "--head", tmp_path / "9.pth")
 
@@ -201,21 +211,27 @@ def test_training_begins_with_a_head_of_other_classes(tmp_path, capsys):
     own = head.state_dict()
     for name, x in old.state_dict().items():
         assert own[name].shape[0] == 7 if name.startswith("class_embed") else torch.equal(own[name], x + 1)
-    detection.begun(detr.Head(32, 5, 0), tmp_path / "x.safetensors")
+    again = {"transformer.decoder." * name.startswith(("class_embed", "bbox_embed")) + name: x + 1
+             for name, x in old.state_dict().items()}
+    torch.save({"model": again}, tmp_path / "x.pth")
+    for name in "x.safetensors", "x.pth":
+        head = detection.begun(detr.Head(32, 5, 0), tmp_path / name)
+        assert all(torch.equal(x, old.state_dict()[name] + 1) for name, x in head.state_dict().items())
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match="has input_proj.0.0.weight of another shape, or not at all"):
         detection.begun(detr.Head(32, 5, 2), tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="--start .*y.safetensors does not exist"):
+    with pytest.raises(ValueError, match="y.safetensors does not exist; name the file of a decoder"):
         detection.begun(new, tmp_path / "y.safetensors")
 
 
 @pytest.mark.parametrize("words, says", [
     (["--stage", "imagenet"], "--stage imagenet: choose one of small, objects365, objects365_large, coco"),
+    (["--stage", "imagenet", "--plan"], "--stage imagenet: choose one of small"),
     (["--tta", "hard"], "--tta hard: write linear or quadratic"),
     (["--weights", "untrained:convnext_t"], "wants a backbone with patches of 16 pixels, this one has 32"),
     (["--windows", "5"], "64x64 pixels do not go into 5x5 windows"),
     (["--resolution", "48"], "images of 48x48 pixels; wanted at least 64 a side"),
-    (["--start", "nowhere"], "--start nowhere does not exist"),
+    (["--start", "nowhere"], "nowhere does not exist; name the file of a decoder"),
     (["--windows", "-1"], "--windows"),
 ])
 def test_mistakes(words, says, weights, capsys):

@@ -1,6 +1,7 @@
 """sets/detections.py: COCO, VOC, COCO-O and shapes as they lie on disk, and what is wrong with them in one line."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_boxes_of_shapes():
         assert (inside == k).sum() == area and all((edge == k).any() for edge in
                                                    (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
         assert set(scene.semantic[scene.instances == k]) == {label + 1}
+
+
+def test_twenty_pixels_are_no_sliver():
+    instances = np.zeros((12, 12), np.uint8)
+    instances[2:6, 1:6], instances[8:12, 6:11] = 1, 4
+    instances[11, 10] = 0
+    boxes, labels, areas, slivers = shapes.boxes_of(SimpleNamespace(instances=instances, semantic=instances + 5))
+    assert (boxes.tolist(), labels.tolist(), areas.tolist(), slivers) == ([[1, 2, 5, 4]], [5], [20], 1)
 
 
 def test_slivers_are_counted():
