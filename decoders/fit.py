@@ -280,7 +280,7 @@ def needs(head, config, layers, shape, n_images):
 
     head     on any device, the meta one too    config  of the backbone    shape  C H W of what a step sees
     returns  parameters, gradients, Adam's moments, the best so far; features of n_images, what the head keeps of them
-             for its backward, and three times its outputs: the loss's own, and two gradients
+             for its backward, and four times its outputs: the loss's own, two gradients, a convolution's copy
     """
     meta = OnMeta(config, layers)
     values = {name: x.detach().to("meta").requires_grad_(x.requires_grad)
@@ -305,7 +305,7 @@ def needs(head, config, layers, shape, n_images):
         best=sum(x.nbytes for x in values.values()),
         features=whole(tree_leaves(features)),
         activations=whole(kept.values()),
-        outputs=3 * sum(x.nbytes for x in tree_leaves(outputs)),
+        outputs=4 * sum(x.nbytes for x in tree_leaves(outputs)),
         block=n_images * P * (6 * config.width + 2 * hidden) * F32,  # of the backbone, at work: stream, q k v, MLP
     )
     return found | dict(total=sum(found.values()))
