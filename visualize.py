@@ -20,9 +20,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
-    depth_pictures       image -> metres, near is bright, over a scale; depth_film, of a video       film.py
-    segment_pictures     image -> its classes, and their names; the segments of a Mask2Former, and their scores
-    detect_pictures      image -> boxes, with classes and scores
+    depth, segment, detect   what a decoder answers                            decoders/pictures.py
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -49,26 +47,27 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from decoders import load_decoder, names_in
+from decoders import names_in
 from decoders.adapter import COARSEST
-from decoders.depth import Depth
-from decoders.detr import Detector
-from decoders.linear import OfImages as LinearSegmenter
-from decoders.mask2former import OfImages as Mask2Former
-from decoders.masks import panoptic
+from decoders.pictures import (
+    HEADS,
+    decoder_of,
+    depth_film,
+    depth_pictures,
+    detect_pictures,
+    segment_pictures,
+)
 from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
 from engine.attention import attention_row
 from engine.channels import of_run, reader
 from engine.curves import draw, find_runs
-from engine.explore import HEAT, gallery, page
-from engine.film import is_film, redrawn
-from engine.images import EXTENSIONS, ImageConfig, resize, shown, unit
-from engine.metrics import PER
-from engine.pictures import STRIP, SURE, entitled, hues, named, outlined
+from engine.explore import gallery, page
+from engine.film import is_film
+from engine.images import EXTENSIONS, ImageConfig, resize, shown
+from engine.pictures import entitled, hues, network_input, side_by_side
 from engine.sources import open_source
-from engine.views import fitted
 from losses import gram_loss
 from recipes import saved_config
 from sets.pairs import lines as lines_of
@@ -78,9 +77,6 @@ from weights import load_backbone
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
              depth=".png .html .mp4", segment=".png", detect=".png .html")  # of OUT
-HEADS = dict(depth=(Depth, "depth", "depth"), segment=((Mask2Former, LinearSegmenter), "classes", "segmentation"),
-             detect=(Detector, "boxes", "detection"))  # what a mode's --head is, what it answers with, its task
-LEGEND = 5  # strips below a picture of classes
 GUTTER = 4  # white pixels between pictures
 
 
@@ -141,12 +137,6 @@ def load_photos(names, resolution, patch_size, read):
     if broken:
         print(f"skipped {len(broken)} of {len(names)}:", *broken, sep="\n  ")
     return photos, taken
-
-
-def network_input(vit, image):
-    """C H W -> 1 C H W float32, normalised as in training, on the network's device."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (vit.config.mean, vit.config.std))
-    return ((unit(image[None]) - mean) / std).to(next(vit.parameters()).device)
 
 
 @torch.no_grad()
@@ -355,91 +345,6 @@ def text_pictures(model, image, prompts):
     return [entitled(photo, "image"), *heats, entitled(best, "nearest of them")], cosines
 
 
-@torch.no_grad()
-def depth_pictures(decoder, image, ends=None):
-    """
-    decoder  decoders.depth.Depth    image  C H W    ends  metres, of the scale; None = the nearest and the farthest
-    returns  H W 3 uint8 each, a strip below it: the photo; its depth, near is bright, and the scale in metres, even
-             from end to end;  metres, H W
-    """
-    metres = decoder(network_input(decoder.backbone, image))[None]
-    metres = F.interpolate(metres, image.shape[1:], mode="bilinear")[0, 0].cpu().numpy()
-    near, far = ends or (metres.min(), metres.max())
-    photo, heat = side_by_side(image, 1 - ((metres - near) / max(far - near, 1e-6)).clip(0, 1))
-    ramp = np.linspace(1, 0, heat.shape[1])[None].repeat(STRIP // 2, 0)
-    bar = side_by_side(image[:, :1].expand(-1, STRIP // 2, -1), ramp)[1]
-    return [entitled(np.vstack([photo, np.full_like(bar, 255)]), "image"),
-            entitled(np.vstack([heat, bar]), f"{near:.2f} m", right=f"{far:.2f} m")], metres
-
-
-def decoder_of(mode, c, vit, layers):
-    """--head, of a kind that the mode shows. Raises ValueError if it is of another."""
-    decoder, (kinds, what, task) = load_decoder(c.head, vit, layers), HEADS[mode]
-    if not isinstance(decoder, kinds):
-        raise ValueError(f"--head {c.head} answers with no {what}; name the head of a task of {task}")
-    return decoder.to(next(vit.parameters()).device)
-
-
-def detect_pictures(decoder, image, names):
-    """
-    decoder  decoders.detr.Detector    image  C H W    names  {label, as text: name}
-    returns  H W 3 uint8 each, a strip below it: the photo; the boxes that it is sure of;  how many those are
-    """
-    (found,) = decoder([network_input(decoder.backbone, image)[0]])
-    boxes, scores, labels = (found[key].cpu().numpy() for key in ("boxes", "scores", "labels"))
-    n, photo = int((scores >= SURE).sum()), shown(image)
-    pictures = [x.permute(1, 2, 0).numpy() for x in (photo, named(photo, boxes, scores, labels, names))]
-    return [entitled(pictures[0], "image"), entitled(pictures[1], f"{n} of at least {SURE}")], n
-
-
-def depth_film(decoder, film, c):
-    """Writes OUT, photo and depth side by side; returns a line. All frames have the scale of the first one."""
-    ends, patch = [], decoder.backbone.config.patch_size
-
-    def draw(frame):
-        pictures, metres = depth_pictures(decoder, fitted(frame, c.resolution, patch)[0], ends[0] if ends else None)
-        ends.append((metres.min(), metres.max()))
-        return np.hstack(pictures)
-    n, width, height = redrawn(film, c.out, draw)
-    near, far = min(near for near, _ in ends), max(far for _, far in ends)
-    return f"wrote {c.out}: {n} frames, {width}x{height} pixels; {near:.2f} to {far:.2f} m, on the first one's scale"
-
-
-@torch.no_grad()
-def segment_pictures(decoder, image, names):
-    """
-    decoder  a Mask2Former, or a linear head, on its backbone    image  C H W    names  of the classes
-    returns  H W 3 uint8 each, strips below it: the photo; its classes, with the largest by name and share; of a
-             Mask2Former its segments, with the largest by name and score
-    """
-    x, size = network_input(decoder.backbone, image), image.shape[1:]
-    found, answers = [], decoder(x)
-    scores = decoder.semantic(x) if isinstance(decoder, Mask2Former) else \
-        F.interpolate(answers, size, mode="bilinear", align_corners=False)
-    labels = scores[0].argmax(0).cpu()
-    numbers, counts = labels.unique(return_counts=True)
-    order = counts.argsort(descending=True).tolist()
-    found = [[], [(numbers[k].item(), f"{counts[k] / labels.numel():.0%}") for k in order]]
-    pictures = [shown(image), hues(1 + labels)]
-    if isinstance(decoder, Mask2Former):
-        segments, known = panoptic(answers["logits"][0], answers["masks"][0], size)
-        areas = torch.bincount(segments.flatten().cpu(), minlength=len(known) + 1)[1:]
-        found.append([(known[k][0], f"{known[k][1]:.2f}") for k in areas.argsort(descending=True).tolist()])
-        codes = torch.tensor([0] + [(1 + label) * PER + k for k, (label, _) in enumerate(known)])
-        pictures.append(outlined(shown(image), codes[segments.cpu()]))
-    return [with_legend(picture.permute(1, 2, 0).numpy().copy(), rows, names)
-            for picture, rows in zip(pictures, found, strict=True)]
-
-
-def with_legend(picture, rows, names):
-    """[(class, words)] -> below a picture LEGEND strips in the classes' colours, the first of them"""
-    for k in range(LEGEND):
-        label, words = rows[k] if k < len(rows) else (None, "")
-        colour = (255,) * 3 if label is None else hues(torch.tensor([[1 + label]]))[:, 0, 0].tolist()
-        picture = entitled(picture, "" if label is None else names[label], colour, words)
-    return picture
-
-
 def names_for(n, path):
     """Of n classes: of a file, of a set that has so many, or numbers. Raises ValueError."""
     if path:
@@ -450,16 +355,6 @@ def names_for(n, path):
     known = [("background", *shapes.CLASSES), *LABELS.values()]
     return next(([name.split(";")[0] for name in each] for each in known if len(each) == n),
                 [f"class {k}" for k in range(n)])
-
-
-def side_by_side(image, colours):
-    """C H W, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
-    if colours.ndim == 2:
-        at = np.linspace(0, 1, len(HEAT))
-        colours = np.stack([np.interp(colours, at, channel) / 255 for channel in np.transpose(HEAT)], -1)
-    colours = torch.from_numpy(np.rint(colours * 255).astype(np.uint8)).permute(2, 0, 1)
-    colours = F.interpolate(colours[None], image.shape[1:], mode="nearest-exact")[0]
-    return [each.permute(1, 2, 0).numpy().copy() for each in (shown(image), colours)]
 
 
 def sheet(groups):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from engine.explore import HEAT
-from engine.images import resize
+from engine.images import resize, shown, unit
 from engine.metrics import IGNORE, PER
 from engine.views import scaled
 
@@ -62,6 +62,22 @@ def outlined(image, segments):
         edges |= F.pad(differs, (0, 0, 1, 0) if axis == 0 else (1, 0))
     mixed = (image.float() + hues((segments // PER).clamp(max=IGNORE)).float()) / 2
     return torch.where(edges, 255, mixed).to(torch.uint8)
+
+
+def network_input(vit, image):
+    """C H W -> 1 C H W float32, normalised as in training, on the network's device."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (vit.config.mean, vit.config.std))
+    return ((unit(image[None]) - mean) / std).to(next(vit.parameters()).device)
+
+
+def side_by_side(image, colours):
+    """C H W, and in 0..1 h w 3, or h w for HEAT -> both H W 3 uint8. No smoothing: it would feign resolution."""
+    if colours.ndim == 2:
+        at = np.linspace(0, 1, len(HEAT))
+        colours = np.stack([np.interp(colours, at, channel) / 255 for channel in np.transpose(HEAT)], -1)
+    colours = torch.from_numpy(np.rint(colours * 255).astype(np.uint8)).permute(2, 0, 1)
+    colours = F.interpolate(colours[None], image.shape[1:], mode="nearest-exact")[0]
+    return [each.permute(1, 2, 0).numpy().copy() for each in (shown(image), colours)]
 
 
 def framed(image, boxes):

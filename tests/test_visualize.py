@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.explore import HEAT
 from engine.images import resize
 from model import ViT, ViTConfig, build
 from visualize import (
     GUTTER,
-    HEAT,
     MODES,
     cropped,
     find_images,

@@ -15,21 +15,18 @@ from test_film import film
 
 from convnext import ConvNeXt, ConvNeXtConfig
 from decoders import detr, dpt, mask2former, names_in
+from decoders.pictures import LEGEND, depth_pictures, segment_pictures
 from engine.attention import attention_row
-from engine.pictures import STRIP, hues
+from engine.explore import HEAT
+from engine.pictures import STRIP, hues, network_input
 from model import ViT, ViTConfig, build
 from visualize import (
     GUTTER,
-    HEAT,
-    LEGEND,
     attention_picture,
-    depth_pictures,
     main,
     names_for,
-    network_input,
     outliers,
     patch_features,
-    segment_pictures,
     text_pictures,
 )
 
