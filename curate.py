@@ -22,6 +22,7 @@ import json
 import os
 import signal
 import sys
+import timeit
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,9 +36,9 @@ from engine import config as command_line
 from engine.balance import balanced
 from engine.chunks import Keyed, index, kept, read, serve, turn, write
 from engine.features import Frozen, describe, load, whole_patches
-from engine.kmeans import Clusters, Part, choose_levels, hierarchy, with_resampling
+from engine.kmeans import Clusters, Part, choose_levels, hierarchy, products, with_resampling
 from engine.names import LISTS
-from engine.near import TRIED, alike, calibrate, central, components, copies, nearest
+from engine.near import ALL, CELL, TRIED, alike, calibrate, components, copies, groups_of, nearest
 from engine.pile import page
 from engine.ranks import choose_precision, count_workers, leading, linked, start_ranks
 from engine.shards import Entry, write_tensors
@@ -63,6 +64,7 @@ class CurateConfig:
     threshold: float = 0.0     # [0, 1]: cosine from which on two are copies; 0 = measured on copies made of the pile
     against: str = ""          # photos to be tested on: what is a copy of one, or of its copies, is dropped
     overwrite: bool = False    # a list that exists is replaced
+    plan: bool = False         # say what it takes, and start nothing
     resolution: int = 224      # [1, 16384]: pixels of the square that the network sees
     batch: int = 64            # [1, 1e6]: images at a time
     device: str = "auto"       # auto, cpu, cuda, mps
@@ -256,11 +258,9 @@ def curate(c, network, ranks):
             _, cosines = nearest(pile.vectors[:], seen.vectors[:], 1, ranks.device)
             tested = np.flatnonzero(np.isin(label, label[cosines[:, 0] > threshold]))
         if c.dedup:
-            for first, middle in central(pile.vectors, label).items():
-                rows = np.flatnonzero(label == first)
-                groups.append([middle, *rows[rows != middle]])
-            dropped = [row for _, *rows in groups for row in rows]
-    left = np.setdiff1d(everything, np.concatenate([tested, np.array(dropped, np.int64)]))
+            groups = groups_of(pile.vectors, label)
+            dropped = [rows[1:] for rows in groups]
+    left = np.setdiff1d(everything, np.concatenate([tested, *dropped]))
     if c.keep > len(left):
         raise ValueError(f"--keep {c.keep}: {len(left):,} of {len(pile):,} photos are left without copies; keep fewer")
     clusters, clustered, retrieved = [], left if not c.like else left[:0], left[:0]
@@ -346,6 +346,24 @@ def report(c, found):
 # The command
 
 
+def plan(c, device):
+    """What it takes: lines. The speed is that of one product here, now; features are planned when they begin."""
+    n, width = len(open_source(c.data, seed=c.seed)), describe(c.weights).width
+    lines = [f"{n:,} photos, vectors of {width}: {2 * n * width / 1e9:.3g} GB on disk, and once in memory, of one rank"]
+    if c.keep:
+        levels = read_levels(c, n)
+        count, x = products(n, width, levels), torch.randn(ROWS, width, device=device)
+        centroids = torch.randn(width, 256, device=device)
+        seconds = min(timeit.repeat(lambda: (x @ centroids)[0, 0].item(), number=1, repeat=5))
+        hours = count / (ROWS * width * 256) * seconds / 3600
+        lines.append("clusters " + ", ".join(f"{k:,}" + f" (again, of the {r} nearest)" * (r > 1) for k, r in levels)
+                     + f": {2 * count / 1e12:.3g} TFLOP at most, {hours:.2g} hours of this machine's {device.type}")
+    if c.dedup or c.against:
+        cells = n * n / 2 if n <= ALL else 2 * n * CELL / 2
+        lines.append(f"copies: {2 * cells * width / 1e12:.3g} TFLOP")
+    return lines
+
+
 def configure(argv):
     values, words = command_line.read_words(argv, command_line.types(CurateConfig()))
     if len(words) > 1:
@@ -386,6 +404,9 @@ def main(argv):
     c = configure(argv)
     ranks = start_ranks(c.device, talk=True)
     c = replace(c, precision=choose_precision(c.precision, ranks.device))
+    if c.plan:
+        print(*plan(c, ranks.device) if ranks.main else (), sep="\n", end="\n" * ranks.main)
+        return
     if ranks.rank:
         with redirect_stdout(None), turn("reading"):
             network = load(c.weights, precision=c.precision)

@@ -220,6 +220,18 @@ def hierarchy(vectors, levels, seed, run):
     return found
 
 
+def products(n, width, levels):
+    """Multiplications that the distances of all levels take, if no level settles before its last step"""
+    total = 0
+    for k, r in levels:
+        coarse = round(k**0.5) if k > DIRECT else 0
+        once = n * (coarse + k / coarse if coarse else k)
+        near = min(r * k, n) * k if r > 1 else 0
+        total += (STEPS + 1) * once + AGAIN * ((STEPS + 1) * near + n * k) * (r > 1)
+        n = k
+    return round(total * width)
+
+
 def choose_levels(n, keep):
     """
     [(k, r)] for n images of which `keep` stay: k = keep / 8, then a 25th, a 10th, an 8th, a 4th of those below, while

@@ -3,7 +3,7 @@ Which vectors lie near which: neighbours, and pictures that are one picture.
 
     nearest      of each query its nearest vectors
     alike        all pairs whose cosine is above a threshold: each with each, or within coarse cells
-    components   what hangs together by such pairs
+    components   what hangs together by such pairs; groups_of, as rows
     copies       a picture as others hand it on; calibrate: the threshold at which copies are told from other pictures
 
 Vectors are of length 1, N D float16; a cosine is a float32 product of two.
@@ -96,14 +96,15 @@ def components(n, pairs):
     return label
 
 
-def central(vectors, label):
-    """{lowest row of a component of several: the row of it that is nearest its mean}"""
-    found, sizes = {}, np.bincount(label, minlength=len(label))
+def groups_of(vectors, label):
+    """[rows] of each component of several, the one that is nearest their mean first, then as they come"""
+    found, sizes = [], np.bincount(label, minlength=len(label))
     order = np.argsort(label, kind="stable")
     order = order[sizes[label[order]] > 1]
     for rows in np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else ():
         x = vectors[rows].astype(np.float64)
-        found[int(label[rows[0]])] = int(rows[(x @ x.mean(0)).round(6).argmax()])
+        middle = (x @ x.mean(0)).round(6).argmax()
+        found.append(np.concatenate([rows[middle : middle + 1], np.delete(rows, middle)]))
     return found
 
 # --------------------------------------------------------------------------------

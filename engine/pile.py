@@ -75,7 +75,7 @@ def page(c, found):
     if found.groups:
         out.append(f"<h2>{len(found.groups):,} groups of copies</h2>")
         for rows in sorted(found.groups, key=len, reverse=True)[:ROWS]:
-            row(np.array(rows), f"{len(rows):,} photos, the first stays")
+            row(rows, f"{len(rows):,} photos, the first stays")
         said["groups"] = len(found.groups)
     if len(found.tested):
         out.append(f"<h2>{len(found.tested):,} copies of photos to be tested on</h2>")

@@ -136,6 +136,15 @@ def test_seeds_bring_the_nearest(photos, tmp_path, capsys):
     Batches(replace(RECIPES["tiny"], batch=4, group=4, patch_size=16), source, 0, 4)[0]
 
 
+def test_plan_says_what_it_takes_and_starts_nothing(photos, tmp_path, capsys):
+    curate.main([str(photos), "--weights", "untrained:tiny", "--resolution", "16", "--out", str(tmp_path / "kept.txt"),
+                 "--keep", "20", "--levels", "12,4", "--dedup", "--plan"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "67 photos, vectors of 128: 1.72e-05 GB on disk, and once in memory, of one rank"
+    assert said[1].startswith("clusters 12 (again, of the 2 nearest), 4: ") and "TFLOP at most" in said[1]
+    assert said[2].startswith("copies: ") and len(said) == 3 and not [*tmp_path.iterdir()]
+
+
 def test_parquet(photos, tmp_path):
     pytest.importorskip("pyarrow")
     curate.main([str(photos), *WORDS, "--out", str(tmp_path / "kept.parquet"), "--keep", "9"])

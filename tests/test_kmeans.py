@@ -146,6 +146,14 @@ def test_default_levels():
     assert choose_levels(50, 4) == [(1, 25)] and choose_levels(10, 80) == [(10, 1)]
 
 
+def test_products_are_those_of_the_steps():
+    """each vector and each centroid, at 51 looks; made again: ten times more, of r each, and one look of all"""
+    assert km.products(1000, 16, [(10, 1)]) == 51 * 1000 * 10 * 16
+    assert km.products(1000, 16, [(100, 1), (10, 1)]) == 51 * (1000 * 100 + 100 * 10) * 16
+    assert km.products(1000, 16, [(10, 3)]) == (51 * 10_000 + 10 * (51 * 30 * 10 + 10_000)) * 16
+    assert km.products(10**6, 1, [(10_000, 1)]) == 51 * 10**6 * 200
+
+
 def gaussians(seed):
     """50 of them, of 8580 to 24 vectors, in 16 dimensions"""
     rng = np.random.default_rng(seed)

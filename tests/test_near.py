@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine import near
-from engine.near import alike, calibrate, cells_of, central, components, copies, nearest
+from engine.near import alike, calibrate, cells_of, components, copies, groups_of, nearest
 
 CPU = torch.device("cpu")
 
@@ -63,10 +63,11 @@ def test_a_chain_hangs_together():
     assert components(3, np.empty((0, 2), np.int64)).tolist() == [0, 1, 2]
 
 
-def test_the_most_central_of_a_component_stays():
+def test_the_most_central_of_a_component_comes_first():
     x = unit(np.array([[1, 0], [1, 0.3], [1, 0.6], [-1, 0], [0, 1]], float))
-    assert central(x, np.array([0, 0, 0, 3, 4])) == {0: 1}
-    assert central(x, np.arange(5)) == {}
+    assert [rows.tolist() for rows in groups_of(x, np.array([0, 0, 0, 3, 4]))] == [[1, 0, 2]]
+    assert [rows.tolist() for rows in groups_of(x, np.array([0, 1, 1, 0, 4]))] == [[0, 3], [1, 2]]
+    assert groups_of(x, np.arange(5)) == []
 
 
 def test_copies_of_a_picture():
