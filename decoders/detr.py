@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -118,8 +119,8 @@ def seen(images, look, n_windows):
         raise ValueError(f"detr: {W}x{H} pixels do not go into {n_windows}x{n_windows} windows of whole patches; "
                          "take larger images, or fewer windows")
     windows = torch.cat([torch.cat([columns(images[:, :, top:bottom, left:right])
-                                    for left, right in zip(cols, cols[1:], strict=False)], 3)
-                         for top, bottom in zip(rows, rows[1:], strict=False)], 2)             # B columns h w
+                                    for left, right in pairwise(cols)], 3)
+                         for top, bottom in pairwise(rows)], 2)             # B columns h w
     whole = columns(F.interpolate(images, (rows[1], cols[1]), mode="bilinear", antialias=True))
     return torch.cat([F.interpolate(whole, windows.shape[2:], mode="bilinear"), windows], 1)
 

@@ -247,4 +247,4 @@ def choose_levels(n, keep):
 
 def with_resampling(n, ks):
     """r is half a cluster's mean size; 1 where clusters are so many that each vector is compared with few."""
-    return [(k, max(below // k // 2, 1) if k <= DIRECT else 1) for below, k in zip([n, *ks], ks, strict=False)]
+    return [(k, max(below // k // 2, 1) if k <= DIRECT else 1) for below, k in zip([n, *ks[:-1]], ks, strict=True)]
