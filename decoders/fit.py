@@ -153,7 +153,7 @@ def fit(head, samples, n, loss_of, recipe, c, frozen, ranks, count=None):
         module.ranks = ranks  # BatchNorm's, and what draws for all ranks' batch
     run = Run(head, recipe, peak, c, frozen, ranks)
     first = ranks.rank * mine
-    places = [(step, first + i) for step in range(run.step, c.iterations) for i in range(mine)]
+    places = ((step, first + i) for step in range(run.step, c.iterations) for i in range(mine))
     stream, every = loader(look, places, c.workers), max(c.iterations // LOOKS, 1)
     bar = tqdm(range(run.step, c.iterations + 1), "decoder", c.iterations, initial=run.step, unit="it", leave=False,
                disable=ranks.rank > 0 or None)
