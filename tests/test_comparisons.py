@@ -10,6 +10,7 @@ from test_train import MICRO
 import train
 import visualize
 from engine import comparisons
+from engine.explore import HEAT
 from model import ViT, ViTConfig, build
 from weights import save_backbone
 
@@ -79,8 +80,8 @@ def test_gram_shows_both_networks_on_one_scale_and_what_differs(folder, capsys):
     a, b = (comparisons.cosines(m, (1, 2)) for m in maps)
     low, unit = min(a.min(), b.min()), [F.normalize(m.flatten(0, 1), dim=-1) for m in maps]
     for tile, cosine in zip(rows[0][1:3], (a, b), strict=True):
-        level = np.interp((cosine[0, 0] - low) / (1 - low), np.linspace(0, 1, len(visualize.HEAT)),
-                          np.array(visualize.HEAT)[:, 0])
+        level = np.interp((cosine[0, 0] - low) / (1 - low), np.linspace(0, 1, len(HEAT)),
+                          np.array(HEAT)[:, 0])
         assert abs(int(tile[3, 3, 0]) - level) <= 1                       # far from the ring
     sign = np.sign(b - a)[0, 0]
     assert np.sign(int(rows[0][3][3, 3, 0]) - int(rows[0][3][3, 3, 2])) == sign
