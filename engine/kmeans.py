@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine.ranks import Ranks, add_up
 
 STEPS = 50         # of Lloyd at most
-SETTLED = 1e-3     # share of the vectors that change their cluster, below which it ends
+SETTLED = 5e-3     # share of the vectors that change their cluster, below which it ends
 SAMPLE = 64        # vectors for each cluster, at most, of which k-means++ chooses
 DIRECT = 1024      # clusters: more of them are made in two steps
 AGAIN = 10         # times that a level is made again

@@ -23,6 +23,7 @@ BLOCK = 2048         # rows and columns of cosines at a time
 ALL = 1 << 16        # vectors: of so many each is compared with each
 CELL = 8192          # vectors of a coarse cell, about; each is in the two nearest
 TRIED = 256          # pictures of which copies are made
+SURE = 0.1           # share of copies that a threshold must find for it to tell how many are real
 WRONG = 10           # copies that stay are as bad as one picture that goes and is none
 
 
@@ -129,21 +130,25 @@ def copies(rng, image):
 class Calibration(NamedTuple):
     threshold: float
     recall: dict               # {kind of copy: share of copies that are above}
-    others: float              # share of pictures to which another one, that is no copy of ours, is above
+    others: float              # share of pictures to which another one of the pile is above
+    wrong: float               # of these, as estimated, those that are no copies
 
 
 def calibrate(same, others):
     """
-    The threshold above which most copies lie, less WRONG times the pictures that have another one above.
+    The threshold above which most copies lie, less WRONG times the other pictures that do.
 
     same    {kind: cosines of a picture and its copy}    others  cosine of each picture to the nearest other of the pile
 
-    Real copies in the pile are among the others: they raise their share at every threshold alike, and not the choice.
+    Real copies in the pile are among the others: as many, at most, as at every threshold the share of copies that are
+    found lets there be. That is too few where few are seen: then less is dropped than could be.
     """
     cosines = np.concatenate([*same.values()])
     tried = np.unique(np.concatenate([cosines, others])) - 1e-6
     found = np.mean([(each[:, None] > tried).mean(0) for each in same.values()], axis=0)
-    gain = found - WRONG * (others[:, None] > tried).mean(0)
-    threshold = float(tried[gain.argmax()])
-    return Calibration(threshold, {kind: float((each > threshold).mean()) for kind, each in same.items()},
-                       float((others > threshold).mean()))
+    above = (others[:, None] > tried).mean(0)
+    real = (above / found.clip(1e-9))[found >= SURE].min()
+    wrong = (above - real * found).clip(0)
+    best = (found - WRONG * wrong).argmax()
+    return Calibration(float(tried[best]), {kind: float((each > tried[best]).mean()) for kind, each in same.items()},
+                       float(above[best]), float(wrong[best]))

@@ -66,12 +66,12 @@ def page(c, found):
                 row(found.left[near], f"{len(rows):,} photos, {chosen[rows].sum():,} kept")
     if found.calibration:
         recall = ", ".join(f"{kind} {share:.0%}" for kind, share in found.calibration.recall.items())
-        mean, others = np.mean([*found.calibration.recall.values()]), found.calibration.others
-        said |= dict(threshold=found.calibration.threshold, recall=float(mean),
-                     precision_least=float(mean / max(mean + others, 1e-9)))
+        others, wrong = found.calibration.others, found.calibration.wrong
+        said |= dict(threshold=found.calibration.threshold, precision=1 - wrong / max(others, 1e-9),
+                     recall=float(np.mean([*found.calibration.recall.values()])))
         out.append(f"<h2>Copies</h2><p>Above a cosine of {found.calibration.threshold:.3f} two are copies: of copies "
                    f"that were made of the pile {recall} are found; {others:.1%} of its photos have another one above, "
-                   "real copies among them.")
+                   f"of which {wrong / max(others, 1e-9):.0%} are no copies, by estimate.")
     if found.groups:
         out.append(f"<h2>{len(found.groups):,} groups of copies</h2>")
         for rows in sorted(found.groups, key=len, reverse=True)[:ROWS]:
