@@ -222,7 +222,8 @@ def clusters_of(pile, left, levels):
         found = pile.stage(f"level {at + 1}", lambda: pile.frozen.together(partial(on_all_ranks, work))._asdict(),
                            levels=levels[: at + 1], left=digest, seed=pile.c.seed)
         return Clusters(**found)
-    return hierarchy(Part(pile.vectors, left), levels, pile.c.seed, run)
+    vectors = pile.vectors if len(left) == len(pile) else Part(pile.vectors, left)
+    return hierarchy(vectors, levels, pile.c.seed, run)
 
 # --------------------------------------------------------------------------------
 # The list
@@ -416,9 +417,7 @@ def main(argv):
         with turn("reading"):
             network = load(c.weights, precision=c.precision)
         said = report(c, curate(c, network, ranks))
-    for name, value in said.items():
-        print(f"{name:14} {value:.3f}" if isinstance(value, float) else f"{name:14} {value}")
-    print(json.dumps(said))
+    command_line.show(said)
 
 
 if __name__ == "__main__":

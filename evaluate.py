@@ -133,9 +133,7 @@ def main(argv):
     result = evaluate(c)
     if result is None:  # a rank that served
         return
-    for name, value in result.items():
-        print(f"{name:14} {value:.3f}" if isinstance(value, float) else f"{name:14} {value}")
-    print(json.dumps(result))
+    command_line.show(result)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ A number's comment begins with what it may be, and `apply` refuses all else; of 
 
 import errno
 import inspect
+import json
 import os
 import re
 import select
@@ -152,6 +153,13 @@ def describe(config):
     value = {field: ",".join(f"{v:.3g}" for v in old) if type(old := getattr(config, field)) is tuple else str(old)
              for field in types(config)}
     return "\n".join(f"  --{field:18} {value[field] or '-':14} {beside.get(field, '')}" for field in value)
+
+
+def show(result):
+    """{what: value} as a table, and last as one line of JSON"""
+    for name, value in result.items():
+        print(f"{name:14} {value:.3f}" if isinstance(value, float) else f"{name:14} {value}")
+    print(json.dumps(result))
 
 
 def run(main):

@@ -175,7 +175,7 @@ def divergence(x, label, levels, seed):
 def test_levels_balance_what_flat_clusters_do_not(seed):
     """
     KL of 400 kept of 19,976, measured on seeds 0, 1, 2: at random 1.56 to 1.64, flat 0.91 to 0.99, levels 0.067 to
-    0.091, with resampling 0.049 to 0.075; 49 / 800 = 0.06 is what drawing from equal shares has
+    0.081, with resampling 0.056 to 0.069; 49 / 800 = 0.06 is what drawing from equal shares has
     """
     x, label = gaussians(seed)
     assert len(x) == 19_976
@@ -188,4 +188,4 @@ def test_levels_balance_what_flat_clusters_do_not(seed):
 @pytest.mark.long
 def test_what_is_made_again_of_the_nearest_is_more_even():
     x, label = gaussians(1)
-    assert divergence(x, label, [(1000, 10), (250, 2), (50, 2)], 1) < 0.06   # 0.049; 0.091 of the first time alone
+    assert divergence(x, label, [(1000, 10), (250, 2), (50, 2)], 1) < 0.06   # 0.056; 0.081 of the first time alone
