@@ -22,8 +22,7 @@ from torch import nn
 from decoders.fit import BatchNorm
 from engine.ranks import Ranks
 
-HEADS = 16      # of every attention: the tensors do not say it
-POINTS = 4      # that a head looks at in each map
+PLACES = 4      # that a head looks at in each map
 COARSEST = 32   # pixels: both sides of an image are a multiple
 RATIO = 4       # of the width to what is inside of the convolutional network
 
@@ -59,21 +58,22 @@ def centres(sizes, device):
 
 
 class DeformableAttention(nn.Module):
-    """Queries and their places -> what they find in `n_levels` maps.    inner  width of the values"""
+    """Queries and their places -> what `heads` find in `n_levels` maps.    inner  width of the values"""
 
-    def __init__(self, width, inner, n_levels):
+    def __init__(self, width, inner, n_levels, heads):
         super().__init__()
-        n = HEADS * n_levels * POINTS
+        self.heads = heads
+        n = heads * n_levels * PLACES
         self.sampling_offsets, self.attention_weights = nn.Linear(width, 2 * n), nn.Linear(width, n)
         self.value_proj, self.output_proj = nn.Linear(width, inner), nn.Linear(inner, width)
         self.start(n_levels)
 
     def start(self, n_levels):
         """Each head looks in its own direction, one, two, ... cells away, at all alike"""
-        angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         ways = torch.stack([angles.cos(), angles.sin()], 1)                                    # A 2
         ways = ways / ways.abs().amax(1, keepdim=True)
-        steps = torch.arange(1, POINTS + 1)[:, None]                                           # K 1
+        steps = torch.arange(1, PLACES + 1)[:, None]                                           # K 1
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((ways[:, None, None] * steps).expand(-1, n_levels, -1, -1).flatten())
         for x in self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias:
@@ -84,11 +84,11 @@ class DeformableAttention(nn.Module):
 
     def forward(self, queries, places, features, sizes):
         """queries B N D    places  N 2, of the queries    features  B S D: maps of `sizes`    -> B N D"""
-        form = HEADS, len(sizes), POINTS
+        form = self.heads, len(sizes), PLACES
         offsets = self.sampling_offsets(queries).unflatten(2, (*form, 2))                      # B N A L K 2
-        weights = self.attention_weights(queries).unflatten(2, (HEADS, -1)).softmax(3).unflatten(3, form[1:])
+        weights = self.attention_weights(queries).unflatten(2, (self.heads, -1)).softmax(3).unflatten(3, form[1:])
         cells = torch.tensor([(w, h) for h, w in sizes], device=queries.device)[:, None]       # L 1 2
-        values = self.value_proj(features).unflatten(2, (HEADS, -1))                           # B S A E
+        values = self.value_proj(features).unflatten(2, (self.heads, -1))                      # B S A E
         return self.output_proj(sampled(values, sizes, places[:, None, None, None] + offsets / cells, weights))
 
 # --------------------------------------------------------------------------------
@@ -158,10 +158,10 @@ class ConvFFN(nn.Module):
 class Extractor(nn.Module):
     """c += attention(c, patches);  c += ConvFFN(c)"""
 
-    def __init__(self, width, drop):
+    def __init__(self, width, drop, heads):
         super().__init__()
         self.query_norm, self.feat_norm, self.ffn_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
-        self.attn, self.ffn = DeformableAttention(width, width // 2, 1), ConvFFN(width)
+        self.attn, self.ffn = DeformableAttention(width, width // 2, 1, heads), ConvFFN(width)
         self.drop = DropPath(drop)
 
     def forward(self, c, sizes, patches, grid):
@@ -170,11 +170,11 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    def __init__(self, width, drop, n_extra):
+    def __init__(self, width, drop, heads, n_extra):
         super().__init__()
-        self.extractor = Extractor(width, drop)
+        self.extractor = Extractor(width, drop, heads)
         if n_extra:
-            self.extra_extractors = nn.ModuleList(Extractor(width, drop) for _ in range(n_extra))
+            self.extra_extractors = nn.ModuleList(Extractor(width, drop, heads) for _ in range(n_extra))
 
     def forward(self, c, *seen):
         for extract in (self.extractor, *getattr(self, "extra_extractors", ())):
@@ -187,14 +187,15 @@ class Adapter(nn.Module):
     Features of four blocks, shallow first, and the images B 3 H W that they are of -> B D H/k W/k, k = 4, 8, 16, 32.
 
     width  D, of both    stem  channels of the first convolutions    drop  how often a sample does without a ConvFFN
+    heads  of its attention
     raises ValueError for sides that are no multiple of 32
     """
 
-    def __init__(self, width, stem=64, drop=0.3):
+    def __init__(self, width, stem=64, drop=0.3, heads=16):
         super().__init__()
         self.level_embed = nn.Parameter(torch.zeros(3, width))
         self.spm = SpatialPrior(width, stem)
-        self.interactions = nn.ModuleList(Interaction(width, drop, n_extra) for n_extra in (0, 0, 0, 2))
+        self.interactions = nn.ModuleList(Interaction(width, drop, heads, n_extra) for n_extra in (0, 0, 0, 2))
         self.up = nn.ConvTranspose2d(width, width, 2, 2)
         self.norm1, self.norm2, self.norm3, self.norm4 = (BatchNorm(width) for _ in range(4))
         self.start()

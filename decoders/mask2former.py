@@ -27,13 +27,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from decoders.adapter import COARSEST, HEADS, Adapter, DeformableAttention, centres
+from decoders.adapter import COARSEST, PLACES, Adapter, DeformableAttention, centres
 from decoders.fit import Recipe, fit, plan, untrained
-from decoders.masks import POINTS, masks_loss, sample, semantic
+from decoders.masks import CLASS, POINTS, masks_loss, sample, semantic
+from engine.crops import SCALES
 
 LEVELS = 3        # maps that queries look at: strides 32, 16, 8
 GROUPS = 32       # of a GroupNorm
 UNDECAYED = "level_e", "query_"   # embeddings
+SMALL = 384       # width of a backbone below which the decoder is one that a laptop can train
+NEAR = (0.8, 1.25), 30.0   # its crops' scales, and weight of the classes: with the others' it finds no class for long
 
 resized = partial(F.interpolate, mode="bilinear", align_corners=False)
 
@@ -49,6 +52,7 @@ class Mask2FormerConfig:
     layers: int = 9          # L
     stem: int = 64           # channels of the adapter's first convolutions
     drop: float = 0.3        # how often a sample does without a ConvFFN of the adapter
+    heads: int = 16          # of every attention
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,18 @@ def recipe(task, width):
              For a set that it does not train on the rate is Mask2Former's, for a small decoder ten times that; their
              warm-up and clipping are ours
     """
-    if task in STAGES and width >= 384:
+    if task in STAGES and width >= SMALL:
         stage = STAGES[task]
         return Recipe(stage.lr, 0.05, 16, 1, warmup=stage.warmup / (stage.iterations or 20000), undecayed=UNDECAYED)
-    return Recipe(1e-4, 0.05, 16, 1, warmup=0.075, clip=1.0, undecayed=UNDECAYED) if width >= 384 else \
-        Recipe(1e-3, 0.05, 8, warmup=0.075, clip=1.0, undecayed=UNDECAYED)
+    return Recipe(1e-4, 0.05, 16, 1, warmup=0.075, clip=1.0, undecayed=UNDECAYED) if width >= SMALL else \
+        Recipe(1e-3, 0.05, 4, warmup=0.075, clip=1.0, undecayed=UNDECAYED)
 
 
 def sized(width):
     """As released for 7B, and the paper's baselines' 1024 from there on; below, chosen so that a laptop can train it"""
-    if width < 384:
-        return Mask2FormerConfig(width, decoder=64, hidden=256, queries=24, encoder_layers=2, layers=3, stem=16, drop=0)
+    if width < SMALL:
+        return Mask2FormerConfig(width, decoder=64, hidden=256, queries=24, encoder_layers=2, layers=3, stem=16, drop=0,
+                                 heads=4)
     decoder, hidden = (2048, 4096) if width >= 4096 else (1024, 4096) if width >= 1024 else (256, 1024)
     return Mask2FormerConfig(width, decoder=decoder, hidden=hidden)
 
@@ -113,7 +118,7 @@ def positions(size, d, device):
 class EncoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn = DeformableAttention(c.decoder, c.decoder, LEVELS)
+        self.self_attn = DeformableAttention(c.decoder, c.decoder, LEVELS, c.heads)
         self.norm1, self.norm2 = nn.LayerNorm(c.decoder), nn.LayerNorm(c.decoder)
         self.linear1, self.linear2 = nn.Linear(c.decoder, c.hidden), nn.Linear(c.hidden, c.decoder)
 
@@ -184,15 +189,16 @@ class PixelDecoder(nn.Module):
 class Attention(nn.Module):
     """That of nn.MultiheadAttention, its names too; the mask is one for all heads"""
 
-    def __init__(self, d):
+    def __init__(self, d, heads):
         super().__init__()
+        self.heads = heads
         self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * d, d)), nn.Parameter(torch.zeros(3 * d))
         self.out_proj = nn.Linear(d, d)
 
     def forward(self, q, k, v, allowed=None):
         """q B Q d    k, v  B N d    allowed  B Q N bool"""
         thirds = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (F.linear(x, *third).unflatten(2, (HEADS, -1)).transpose(1, 2) for x, *third in thirds)  # B A . E
+        q, k, v = (F.linear(x, *third).unflatten(2, (self.heads, -1)).transpose(1, 2) for x, *third in thirds)
         found = F.scaled_dot_product_attention(q, k, v, None if allowed is None else allowed[:, None])
         return self.out_proj(found.transpose(1, 2).flatten(2))
 
@@ -200,7 +206,7 @@ class Attention(nn.Module):
 class CrossLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.multihead_attn, self.norm = Attention(c.decoder), nn.LayerNorm(c.decoder)
+        self.multihead_attn, self.norm = Attention(c.decoder, c.heads), nn.LayerNorm(c.decoder)
 
     def forward(self, x, own, keys, values, allowed):
         return self.norm(x + self.multihead_attn(x + own, keys, values, allowed))
@@ -209,7 +215,7 @@ class CrossLayer(nn.Module):
 class SelfLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.norm = Attention(c.decoder), nn.LayerNorm(c.decoder)
+        self.self_attn, self.norm = Attention(c.decoder, c.heads), nn.LayerNorm(c.decoder)
 
     def forward(self, x, own):
         return self.norm(x + self.self_attn(x + own, x + own, x))
@@ -296,7 +302,7 @@ class Mask2Former(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.width = c.width
-        self.segmentation_model = nn.ModuleList([Adapter(c.width, c.stem, c.drop), Segmenter(c)])
+        self.segmentation_model = nn.ModuleList([Adapter(c.width, c.stem, c.drop, c.heads), Segmenter(c)])
 
     def see(self, frozen, images):
         """What forward takes, of C H W uint8 each"""
@@ -352,8 +358,9 @@ def trained(source, order, n_classes, per, frozen, ranks):
     if stage and ranks.main and (c.resolution, c.iterations) != (stage.resolution, stage.iterations or c.iterations):
         print(f"mask2former: the paper trains {c.task} at {stage.resolution} pixels"
               + f", for {stage.iterations:,} steps" * bool(stage.iterations))
-    seen = partial(sample, source=source, order=order, side=c.resolution, per=per)
-    loss = partial(masks_loss, n_points=min(POINTS, max(c.resolution**2 // 16, 256)))
+    scales, of_class = NEAR if D < SMALL else (SCALES, CLASS)
+    seen = partial(sample, source=source, order=order, side=c.resolution, per=per, scales=scales)
+    loss = partial(masks_loss, n_points=min(POINTS, max(c.resolution**2 // 16, 256)), of_class=of_class)
     return head, fit(head, seen, len(source), loss, recipe(c.task, D), c, frozen, ranks)
 
 
@@ -369,8 +376,9 @@ def check(c, config):
     if hasattr(config, "dims"):
         raise ValueError("mask2former sees four blocks of one width and grid; a ConvNeXt has stages of several: name a "
                          "ViT")
-    if config.depth < 4 or config.width % (2 * HEADS):
-        raise ValueError(f"mask2former wants a backbone of at least 4 blocks whose width is a multiple of {2 * HEADS}; "
+    heads = sized(config.width).heads
+    if config.depth < 4 or config.width % (2 * heads):
+        raise ValueError(f"mask2former wants a backbone of at least 4 blocks whose width is a multiple of {2 * heads}; "
                          f"{c.weights} has {config.depth} of width {config.width}")
     if c.resolution % COARSEST:
         raise ValueError(f"--resolution {c.resolution}: mask2former wants a multiple of {COARSEST}")
@@ -402,7 +410,8 @@ def begin(head, path):
 def read_config(path, shapes):
     """The configuration of a file, by names and shapes of its tensors. Raises ValueError if they are of none."""
     adapter, head = "segmentation_model.0.", "segmentation_model.1."
-    need = dict(level_embed=f"{adapter}level_embed", stem=f"{adapter}spm.stem.0.weight",
+    need = dict(looks=f"{adapter}interactions.0.extractor.attn.sampling_offsets.weight",
+                level_embed=f"{adapter}level_embed", stem=f"{adapter}spm.stem.0.weight",
                 classes=f"{head}predictor.class_embed.weight", queries=f"{head}predictor.query_feat.weight",
                 hidden=f"{head}predictor.transformer_ffn_layers.0.linear1.weight")
     for name in need.values():
@@ -412,4 +421,5 @@ def read_config(path, shapes):
     counts = [len({name.removeprefix(part).partition(".")[0] for name in shapes if name.startswith(part)})
               for part in (f"{head}pixel_decoder.encoder.encoder.layers.", f"{head}predictor.transformer_ffn_layers.")]
     return Mask2FormerConfig(found["level_embed"][1], found["classes"][0] - 1, found["classes"][1],
-                             found["hidden"][0], found["queries"][0], *counts, found["stem"][0])
+                             found["hidden"][0], found["queries"][0], *counts, found["stem"][0],
+                             heads=found["looks"][0] // (2 * PLACES))

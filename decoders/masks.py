@@ -45,15 +45,15 @@ def segments_of(truth, per=1):
     return segments, found // per
 
 
-def sample(row, rng, source, order, side, per=1):
+def sample(row, rng, source, order, side, per=1, scales=crops.SCALES):
     """
     What a step sees of one image:  C H W uint8, its segments, their classes, a seed for the points
 
-    rng  None: as it is, its middle    order  whose truth it has
+    rng  None: as it is, its middle    order  whose truth it has    scales  see crops.py
     """
     image, truth = source.image(row), source.truth(order[row])
     image, truth = crops.held(image, truth, side, IGNORE * per) if rng is None else \
-        crops.augmented(image, truth, rng, side, IGNORE * per, per)
+        crops.augmented(image, truth, rng, side, IGNORE * per, per, scales)
     return image, *segments_of(truth, per), torch.tensor(0 if rng is None else rng.integers(2**62))
 
 
@@ -65,10 +65,10 @@ def read_at(maps, points):
     return found[:, 0, 0].unflatten(0, maps.shape[:2])
 
 
-def costs(logits, found, truths, classes, points):
+def costs(logits, found, truths, classes, points, of_class=CLASS):
     """
     logits  O Q n+1    found  O Q h w    truths  m H W    classes  m    points  O 1 P 2
-    returns O Q m:  2 x -probability of the class + 5 x cross entropy of the mask + 5 x dice, both at the points
+    returns O Q m:  of_class x -probability of the class + 5 x cross entropy of the mask + 5 x dice, both at the points
     """
     x = read_at(found, points)                                                                 # O Q P
     y = read_at(truths.expand(len(x), -1, -1, -1), points)                                     # O m P
@@ -76,13 +76,13 @@ def costs(logits, found, truths, classes, points):
     entropy = (here @ y.mT + away @ (1 - y).mT) / x.shape[2]
     p = x.sigmoid()
     dice = 1 - (2 * p @ y.mT + 1) / (p.sum(2)[:, :, None] + y.sum(2)[:, None] + 1)
-    return MASK * entropy + DICE * dice - CLASS * logits.softmax(2)[:, :, classes]
+    return MASK * entropy + DICE * dice - of_class * logits.softmax(2)[:, :, classes]
 
 
 @torch.no_grad()
-def match(logits, found, truths, classes, points):
+def match(logits, found, truths, classes, points, of_class=CLASS):
     """Arguments as of costs -> queries O m, where m <= Q: that of each segment; those without one are -1"""
-    cost = costs(logits, found, truths, classes, points).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
+    cost = costs(logits, found, truths, classes, points, of_class).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
     queries = torch.full((len(cost), len(classes)), -1)
     for o, each in enumerate(cost):
         rows, columns = torch.from_numpy(assignment(each))
@@ -109,9 +109,9 @@ def unsure_points(found, n, generator):
     return torch.cat([many.gather(1, taken), anew], 1)
 
 
-def masks_loss(found, segments, classes, seeds, n_points=POINTS):
+def masks_loss(found, segments, classes, seeds, n_points=POINTS, of_class=CLASS):
     """
-    Sum over all predictions o of  2 CE_o + 5 BCE_o + 5 dice_o:
+    Sum over all predictions o of  of_class CE_o + 5 BCE_o + 5 dice_o:
 
         CE_o    of the classes of all queries, weighted mean: 0.1 for a query without a segment
         BCE_o   sum over segments of the mean over points of the cross entropy of its query's mask, over all segments
@@ -131,13 +131,13 @@ def masks_loss(found, segments, classes, seeds, n_points=POINTS):
         generator = torch.Generator().manual_seed(int(seed))
         truths = (numbers == torch.arange(1, len(own) + 1, device=numbers.device)[:, None, None]).float()
         points = torch.rand(len(logits), 1, n_points, 2, generator=generator).to(maps.device)
-        queries = match(logits[:, b], maps[:, b], truths, own, points)                         # O m
+        queries = match(logits[:, b], maps[:, b], truths, own, points, of_class)                         # O m
         o, k = (queries >= 0).nonzero(as_tuple=True)
         target[o, b, queries[o, k]] = own[k]
         total = total + mask_terms(maps[o, b, queries[o, k]], truths, k, n_points, generator) / count
     weight = torch.ones(logits.shape[3], device=logits.device)
     weight[-1] = NOTHING
-    return total + CLASS * sum(F.cross_entropy(x.flatten(0, 1), y.flatten(), weight)
+    return total + of_class * sum(F.cross_entropy(x.flatten(0, 1), y.flatten(), weight)
                                for x, y in zip(logits, target, strict=True))
 
 

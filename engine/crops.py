@@ -23,15 +23,15 @@ FACTOR = 0.5             # of contrast and saturation: 1 +- this
 HUE = 0.5                # of the circle of colours, either way
 
 
-def augmented(image, truth, rng, side, void, per=1):
+def augmented(image, truth, rng, side, void, per=1, scales=SCALES):
     """
-    image C H W, truth H W -> side side: the short side becomes 0.5 to 2 times that; cut at random, up to ten times
-    until no class has more than three quarters of it; mirrored, recoloured; beside the image GREY and void
+    image C H W, truth H W -> side side: the short side becomes 0.5 to 2 times that, or as `scales` says; cut at random,
+    up to ten times until no class has more than three quarters of it; mirrored, recoloured; outside GREY and void
 
     void  the number in truth of what is not known, or more
     """
     H, W = image.shape[1:]
-    short = int(side * rng.uniform(*SCALES))
+    short = int(side * rng.uniform(*scales))
     size = [max(round(x * short / min(H, W)), 1) for x in (H, W)]
     image = tv.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
     truth = nearest(truth, size)

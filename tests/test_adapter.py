@@ -53,7 +53,7 @@ def test_centres_go_row_by_row():
 
 
 def test_at_first_heads_look_one_to_four_cells_in_sixteen_directions_at_all_alike():
-    attention = DeformableAttention(32, 16, 2)
+    attention = DeformableAttention(32, 16, 2, 16)
     offsets = attention.sampling_offsets(torch.randn(1, 1, 32)).view(16, 2, 4, 2)
     for head in range(16):
         x, y = math.cos(head * math.pi / 8), math.sin(head * math.pi / 8)

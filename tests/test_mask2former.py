@@ -1,6 +1,7 @@
 """decoders/mask2former.py: beside the forward pass written out again in float64, on invented weights; files, sizes."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -296,6 +297,14 @@ def test_round_trip(backbone, file, tmp_path):
     again = load_decoder(tmp_path / "x.pth", backbone)
     images = torch.randn(1, 3, 32, 64)
     assert all(torch.equal(x, y) for x, y in zip(decoder(images).values(), again(images).values(), strict=True))
+
+
+@pytest.mark.parametrize("heads", [2, 4, 16])
+def test_a_file_says_how_many_heads_look(backbone, tmp_path, heads):
+    torch.save(Mask2Former(replace(SMALL, heads=heads)).state_dict(), tmp_path / "x.pth")
+    adapter, segmenter = load_decoder(tmp_path / "x.pth", backbone).head.segmentation_model
+    found = {module.heads for module in (*adapter.modules(), *segmenter.modules()) if hasattr(module, "heads")}
+    assert found == {heads}
 
 
 @pytest.mark.parametrize("change, says", [

@@ -152,6 +152,19 @@ def test_what_the_paper_does_otherwise_is_said(task, resolution, iterations, say
     assert capsys.readouterr().out == (f"mask2former: {says}\n" if says else "")
 
 
+@pytest.mark.parametrize("width, scales, of_class", [(128, (0.8, 1.25), 30), (384, (0.5, 2.0), 2)])
+def test_small_decoders_see_crops_near_the_image_and_weigh_classes_more(width, scales, of_class, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(mask2former, "fit", lambda *words: fitted.append(words) or {})
+    monkeypatch.setattr(mask2former, "Head", lambda width, n: torch.nn.Linear(1, 1))
+    frozen = Fixed()
+    frozen.c = SimpleNamespace(task="segmentation", resolution=64, iterations=1, seed=0, init="")
+    frozen.model = SimpleNamespace(config=SimpleNamespace(width=width))
+    mask2former.trained(Squares(), range(12), 3, 1, frozen, ALONE)
+    (_, sample, _, loss, *_), = fitted
+    assert sample.keywords["scales"] == scales and loss.keywords["of_class"] == of_class
+
+
 def test_embeddings_do_not_decay():
     """Of two steps whose gradients are 0 only what decays changes"""
     torch.manual_seed(0)

@@ -55,6 +55,17 @@ def test_the_loss_is_transformers(monkeypatch, counts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_how_much_classes_weigh(monkeypatch):
+    """Where masks are all alike the matching is that of the classes, whatever they weigh: only they weigh more"""
+    found, (segments, classes) = answers(5, layers=2, B=1), truths(6, (3,))
+    found = found._replace(masks=tuple(torch.zeros_like(m) for m in found.masks))
+    two, three, thirty = (masks.masks_loss(found, segments, classes, [0], 50, of_class=w).item() for w in (2, 3, 30))
+    assert thirty - two == pytest.approx(28 * (three - two), rel=1e-5) and three - two > 0.1
+    costs = [masks.costs(found.logits[0], found.masks[0], torch.zeros(3, 4, 4), classes[0], torch.rand(1, 1, 9, 2), w)
+             for w in (0, 1, 30)]
+    torch.testing.assert_close(costs[2] - costs[0], 30 * (costs[1] - costs[0]))
+
+
 def test_match_is_the_best_of_all():
     found, (segments, classes) = answers(2, layers=2, B=1), truths(3, (3,))
     own = torch.stack([(segments[0] == k + 1).float() for k in range(3)])
