@@ -1,7 +1,7 @@
 """
 The DINOv3 vision transformer: patches, registers, axial RoPE, and the projection heads of the pretraining losses.
 
-    ViTConfig, SIZES   the family, tiny to 7B                                       DINOv3 §3.2, §5.2, Tab. 2
+    ViTConfig, SIZES   the family, tiny to 7B                                       DINOv3 §3.2, §7.1, Tab. 2
     rope_tables        axial rotary position embedding with box jitter              DINOv3 §3.2
     Noise, Packing     stochastic depth on a subset of the samples; crops of different sizes in one sequence
     ViT                images -> Features(cls, registers, patches, grid)

@@ -1,5 +1,5 @@
 """
-Look at frozen patch features. Dimension letters: see the top of model.py.
+Look at frozen patch features.    paper: DINOv3 §6.1.1    Dimension letters: see the top of model.py.
 
     python visualize.py pca shapes:3 shapes:8 --weights runs/tiny --out pca.png       generated images, files, a folder
     python visualize.py pca PHOTOS --weights runs/s --out pca.png --resolution 512 --foreground 0.5
@@ -25,7 +25,7 @@ Look at frozen patch features. Dimension letters: see the top of model.py.
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
     sizes_picture        image at several sizes -> colours in one basis, consistency       DINOv3 Fig. 4, 17
-    training_frames      a run's kept networks -> a frame for each
+    training_frames      a run's kept networks -> a frame for each                    DINOv3 §4.1
 
 Why does my PCA look wrong?
     coarse              a colour is a patch, 16 pixels: --resolution 1024; papers show larger inputs, not upsampling

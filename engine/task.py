@@ -72,11 +72,15 @@ PLAN = (Option("plan", False, "print what training the head needs, and start not
 HEAD = Option("head", "", "head.safetensors that an earlier run with --out has left: nothing is trained")
 
 
+GIVEN = object()  # any value but the default
+
+
 class Paper(NamedTuple):
     metric: str
     values: dict               # {size: number}
     side: int                  # of --resolution
     items: dict                # {metric: how many there are in the whole set}
+    options: dict = {}         # {name: its value there, or GIVEN}; all others of the task are at their defaults
 
 
 def by_size(*values):
@@ -153,12 +157,20 @@ class Task:
 
     def beside(self, c, size, metrics):
         """{paper_METRIC: its number for a network of this size}, if it was measured as the paper did."""
-        if c.control or c.limit or any(getattr(c, each.name) != each.default for each in self.all_options()
-                                       if each.scored and (each != HEAD or self.trains)):
+        if c.control or c.limit:
             return {}
         return {f"paper_{row.metric}": row.values[size] for row in self.paper
                 if size in row.values and row.metric in metrics and c.resolution == row.side
-                and all(metrics.get(name) == n for name, n in row.items.items())}
+                and all(metrics.get(name) == n for name, n in row.items.items()) and self.agrees(c, row.options)}
+
+    def agrees(self, c, wanted):
+        """Whether the options are those of a protocol"""
+        for option in self.all_options():
+            value, there = getattr(c, option.name), wanted.get(option.name, option.default)
+            if option.scored and (option != HEAD or self.trains) and (
+                    value == option.default if there is GIVEN else value != there):
+                return False
+        return True
 
     def settings(self, c, metrics):
         """The options that the task has read, beside those that its metrics name."""

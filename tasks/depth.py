@@ -13,7 +13,8 @@ Monocular depth: bins of depth for every pixel, from frozen patches and a decode
 Absolute: RMSE in metres. Relative: mean relative error, of depth that least squares have brought to the truth's scale
 and shift; trained on synthetic depths, measured on photos it never saw.
 
-paper: DINOv3 Tab. 3, App. D.2; relative: Tab. 12, App. D.11. Dimension letters: see the top of model.py.
+paper: DINOv3 §6.1.2, Tab. 3, App. D.2; relative: §6.3.3, Tab. 12, App. D.11. Dimension letters: see the top of
+model.py.
 """
 
 from functools import partial

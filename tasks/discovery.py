@@ -105,7 +105,8 @@ def run(source, frozen, c):
     """
     CorLoc, percent of the images where the box of the main object overlaps a true one by half, at the best threshold.
 
-    paper:   DINOv3 App. D.4, TokenCut: images as large as they are, padded to whole patches; --resolution scales them
+    paper:   DINOv3 §6.1.4, App. D.4, TokenCut: images as large as they are, padded to whole patches;
+    --resolution scales them
     """
     hits, whole, shown = [], [], []
     boxes = partial(boxes_at, maps=frozen.maps("images", source), source=source, **frozen.view.keywords)

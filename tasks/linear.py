@@ -4,7 +4,7 @@ A linear classifier on class token and mean patch, by SGD, at many learning rate
     python evaluate.py --task linear --weights runs/s --data IMAGENET --tests imagenet-r,imagenet-a,real.json
                                                      the rate that val picked on more sets: see sets/variants.py
 
-paper: DINOv3 App. D, App. D.7, Tab. 3, Tab. 4. Dimension letters: see the top of model.py.
+paper: DINOv3 §6.2.1, App. D, App. D.7, Tab. 3, Tab. 4. Dimension letters: see the top of model.py.
 """
 
 from functools import partial

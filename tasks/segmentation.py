@@ -17,8 +17,8 @@ The paper's best, on ADE20k: three trainings, each from what the last one has le
     stored    linear: the features of all windows once, on disk
     live      mask2former: those of new crops in every step, on all ranks
 
-paper: DINOv3 Tab. 3, App. D.1: short side 512, windows of 512; Tab. 11, App. D.10: 896. Dimension letters: see the top
-of model.py.
+paper: DINOv3 §6.1.2, Tab. 3, App. D.1: short side 512, windows of 512; §6.3.2, Tab. 11, App. D.10: 896. Dimension
+letters: see the top of model.py.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ from engine.metrics import IGNORE, confusion, segmentation_scores
 from engine.pictures import SHOWN, hues, save_pictures
 from engine.ranks import linked
 from engine.sliding import enlarged, places, resized, slide, windows
-from engine.task import Option, Paper, Task, by_size
+from engine.task import GIVEN, Option, Paper, Task, by_size
 from engine.views import nearest
 from sets.labels import SETS, open_segmentation
 from sets.pairs import others
@@ -218,7 +218,9 @@ FOLDERS = "{images,annotations}/{training,validation}/"
 TASKS = (
     task("segmentation", FOLDERS + ": class numbers from 0"),
     task("ade20k", FOLDERS, Paper("miou", by_size(
-        47.0, 48.8, 51.8, 54.9, 54.8, 55.9, 42.7, 44.8, 46.3, 47.8), 512, dict(n_val=2000))),  # Tab. 14
+        47.0, 48.8, 51.8, 54.9, 54.8, 55.9, 42.7, 44.8, 46.3, 47.8), 512, dict(n_val=2000)),  # Tab. 14
+        *(Paper("miou", {"7b": value}, 896, dict(n_val=2000), dict(decoder="mask2former", head=GIVEN, scales=scales))
+          for value, scales in ((62.6, ""), (63.0, "0.9,0.95,1,1.05,1.1")))),                  # Tab. 11, App. D.10
     task("cityscapes", "leftImg8bit/, gtFine/*_labelTrainIds.png", Paper("miou", {"7b": 81.1}, 512, dict(n_val=500))),
     task("voc", "JPEGImages/, SegmentationClass[Aug]/, ImageSets/Segmentation/",
          Paper("miou", {"7b": 86.6}, 512, dict(n_val=1449))),                               # Tab. 3

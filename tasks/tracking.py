@@ -4,7 +4,7 @@ Tracking, without any training: the first frame's masks carried through a video 
     python evaluate.py --task tracking --weights runs/tiny                          videos of the generated `shapes`
     python evaluate.py --task davis --weights runs/s --data DAVIS --resolution 960  JPEGImages/480p, Annotations/480p
 
-paper: DINOv3 Tab. 5, App. D.5. Dimension letters: see the top of model.py.
+paper: DINOv3 §6.1.5, Tab. 5, App. D.5. Dimension letters: see the top of model.py.
 """
 
 import math

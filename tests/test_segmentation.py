@@ -176,7 +176,7 @@ def test_what_training_masks_needs_is_planned(capsys, monkeypatch):
 
 @pytest.mark.parametrize("more, says", [
     (["--resolution", "48"], "--resolution 48: mask2former wants a multiple of 32"),
-    (["--weights", "pixels"], "at least 4 blocks whose width is a multiple of 32; pixels has 1 of width 48"),
+    (["--weights", "pixels"], "at least 4 blocks whose width is a multiple of 8; pixels has 1 of width 48"),
     (["--weights", "untrained:convnext_t"], "four blocks of one width and grid; a ConvNeXt has stages of several"),
     (["--layers", "each"], "--layers each: mask2former sees four blocks"),
     (["--init", "a", "--head", "b"], "--head b cannot be read"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from decoders import DECODERS
-from engine.task import SKIPPED, EvaluateConfig, Option, Paper, Task, by_size, skip
+from engine.task import GIVEN, SKIPPED, EvaluateConfig, Option, Paper, Task, by_size, skip
 from engine.views import fitted
 from tasks import TASKS
 
@@ -33,6 +33,28 @@ def test_the_papers_number_stands_beside_what_was_measured_like_it():
     for change in dict(resolution=80), dict(lr=1.0), dict(control=True), dict(limit=2):
         assert TASK.beside(replace(c, **change), "s", found) == {}
     assert TASK.beside(c, "s", dict(steps=7.0, n_val=8)) == TASK.beside(c, "s", dict(rmse=1.0, n_val=9)) == {}
+
+
+def test_a_protocol_may_want_other_options():
+    task = replace(TASK, paper=(Paper("steps", {"s": 4.0}, 64, {}, dict(lr=1.0, layers=GIVEN)),))
+    c = task.config(data="PHOTOS", resolution=64)
+    assert task.beside(replace(c, lr=1.0, layers="3"), "s", dict(steps=7.0)) == dict(paper_steps=4.0)
+    for change in dict(lr=1.0), dict(layers="3"), dict(lr=2.0, layers="3"), {}:
+        assert task.beside(replace(c, **change), "s", dict(steps=7.0)) == {}
+
+
+@pytest.mark.parametrize("name, side, options, number", [
+    ("ade20k", 896, dict(decoder="mask2former", head="x"), dict(paper_miou=62.6)),
+    ("ade20k", 896, dict(decoder="mask2former", head="x", scales="0.9,0.95,1,1.05,1.1"), dict(paper_miou=63.0)),
+    ("ade20k", 896, dict(decoder="mask2former", head="x", scales="1,2"), {}),
+    ("ade20k", 896, dict(decoder="mask2former"), {}), ("ade20k", 512, dict(head="x"), {}),
+    ("ade20k", 512, {}, dict(paper_miou=55.9)),
+    ("coco", 2048, {}, dict(paper_ap=65.6)), ("coco", 1536, dict(head="x"), dict(paper_ap=65.4)),
+    ("coco", 2048, dict(head="x", tta="quadratic"), dict(paper_ap=66.1)), ("coco", 1536, dict(tta="quadratic"), {})])
+def test_numbers_of_the_large_decoders(name, side, options, number):
+    c = TASKS[name].config(data="DATA", resolution=side, **options)
+    found = dict(miou=1.0, n_val=2000) if name == "ade20k" else dict(ap=1.0, n_val=5000)
+    assert TASKS[name].beside(c, "7b", found) == number
 
 
 def test_settings_are_those_that_the_metrics_do_not_name():
@@ -85,7 +107,7 @@ def test_the_papers_numbers():
     """Facts of the paper: Tab. 14 for ViT-S and the 7B."""
     wanted = dict(ade20k=(47.0, 55.9), nyu=(0.403, 0.309), davis=(72.7, 79.7), navi=(56.3, 64.4), spair=(50.4, 58.7))
     for name, numbers in wanted.items():
-        (row,) = TASKS[name].paper
+        row, *_ = TASKS[name].paper
         assert (row.values["s"], row.values["7b"]) == numbers
     assert [row.values["l"] for row in TASKS["linear"].paper] == [90.2, 88.1, 74.8]
     assert {name: TASKS[name].paper[0].side for name in ("ade20k", "davis", "navi", "spair")} == dict(
