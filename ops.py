@@ -309,7 +309,7 @@ def rope_attention(qkv, n_images, rope, heads):
     On a CPU they take bfloat16 and float32, on CUDA bfloat16 and float16 with E = 64 or 128; else the definition runs.
     """
     kind, E = qkv.device.type, qkv.shape[1] // (3 * heads)
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
     ways = [path("rope_attention", qkv, len(cos), E) for cos, _ in rope]
     if all(way == "kernel" for way in ways):

@@ -181,6 +181,16 @@ def stream_backbone(path, size=None, dtype=torch.float32, in_chans=0):
     if size is not None and size != (found := size_of(file.config)):
         raise ValueError(f"{path} is {found}, not {size!r}; leave --size out, or name another file")
     model = empty(file.config)
+    tensors = tensors_of(file, model, dtype)
+    if in_chans in (0, file.config.in_chans):
+        return model, tensors
+    stem = stem_of(model.state_dict())
+    return empty(inflated(file.config, in_chans)), (
+        (key, inflated_stem(x, in_chans) if key == stem else x) for key, x in tensors)
+
+
+def tensors_of(file, model, dtype):
+    """(name, tensor) of all that a network without storage has, each read when it is asked for: see load_backbone"""
     own, lacking = model.state_dict(), layouts.account(*file, model)
     norm = gather(file, "norm.weight", own["norm.weight"], dtype)
 
@@ -189,13 +199,8 @@ def stream_backbone(path, size=None, dtype=torch.float32, in_chans=0):
     mended = {key: read(key) for key in own if key.endswith(("periods", "bias_mask", "qkv.bias"))}  # kilobytes
     mend(file, model, mended)
     if file.notes:
-        print(f"{path}, read as {file.layout}, {size_of(file.config)}: {'; '.join(dict.fromkeys(file.notes))}")
-    tensors = ((key, mended[key] if key in mended else read(key)) for key in own)
-    if in_chans in (0, file.config.in_chans):
-        return model, tensors
-    stem = stem_of(own)
-    return empty(inflated(file.config, in_chans)), (
-        (key, inflated_stem(x, in_chans) if key == stem else x) for key, x in tensors)
+        print(f"{file.path}, read as {file.layout}, {size_of(file.config)}: {'; '.join(dict.fromkeys(file.notes))}")
+    return ((key, mended[key] if key in mended else read(key)) for key in own)
 
 
 def empty(config):

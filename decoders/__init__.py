@@ -36,10 +36,10 @@ from pathlib import Path
 
 import torch
 
-from decoders import depth, detr, dpt, linear, mask2former
+from decoders import depth, detr, dpt, linear, mask2former, vggt
 from weights import File, open_pth, open_safetensors, take
 
-DECODERS = dict(linear=linear, dpt=dpt, mask2former=mask2former, detr=detr)
+DECODERS = dict(linear=linear, dpt=dpt, mask2former=mask2former, detr=detr, vggt=vggt)
 BACKBONES = "segmentation_model.0.backbone.", "backbone."  # what lies in a file beside the decoder
 FAR = dict(dpt=100.0, canopy=96.0, linear=10.0)            # metres, of the last bin, as released
 MASKS = "segmentation_model.0.level_embed"                  # is in a file of a Mask2Former alone

@@ -4,6 +4,7 @@ What --out gets: rows of pictures, C H W uint8 each.
     hues, shades    class numbers and depths as colours        framed       boxes
     outlined        segments, coloured by their classes        named        boxes with their classes and scores
     connected       two views and what was matched             entitled     a title below
+    clouds, cloud   points in space, from two sides, from one
     save_pictures   rows in one file                           ruler        the metres that shades stand for
 """
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from engine.cameras import points_of
 from engine.explore import HEAT
 from engine.images import resize, shown, unit
 from engine.metrics import IGNORE, PER
@@ -24,6 +26,8 @@ SHOWN = 8            # images that --out gets
 SURE = 0.3           # score from which on a box is drawn; chosen by eye
 STRIP = 14           # pixels of a title's height
 LINES = 30           # matches that a picture shows
+ABOVE = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # who looks down: ahead of the camera is up
+ASIDE = np.array([[0.8, 0, 0.6], [0.3, 0.866, -0.4], [-0.5196, 0.5, 0.6928]])  # 37 degrees to the left, 30 down
 MATCHED = "two views; a match is green if it is right, red if not"
 
 
@@ -132,6 +136,49 @@ def connected(a, b, start, end, right, side=400):
         for x, y in ends:
             pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour, outline=(0, 0, 0, 160), width=2)
     return resize(torch.from_numpy(np.array(sheet)).permute(2, 0, 1), H // 2, W)
+
+
+def clouds(images, depths, intrinsics, poses, window=None):
+    """
+    All points that the frames of a scene show, from above and from behind the first camera's right shoulder.
+
+    images      F 3 H W uint8    depths  F H W, 0 = not known    intrinsics, poses  F 3 3 and F 4 4 of each frame
+    window      middle 3, and half of the pictures' height: of another one's; None = as these points want it
+    returns     two pictures C H W uint8, the window
+    """
+    each = [points_of(*frame) for frame in zip(depths, intrinsics, poses, strict=True)]
+    ways = np.linalg.inv(poses[0])
+    points, cameras = ((ways[:3, :3] @ x.T).T + ways[:3, 3]
+                       for x in (np.concatenate([found for found, _ in each]), np.array(poses)[:, :3, 3]))
+    colours = np.concatenate([image.numpy()[:, there].T for image, (_, there) in zip(images, each, strict=True)])
+    if window is None:
+        middle = np.median(points, 0)
+        window = middle, 1.2 * np.quantile(np.linalg.norm(points - middle, axis=1), 0.9)
+    return [cloud(points, colours, cameras, turned, window, images.shape[2:]) for turned in (ABOVE, ASIDE)], window
+
+
+def cloud(points, colours, cameras, turned, window, size):
+    """
+    Points in space as from far away, what is nearer in front; cameras as red squares.
+
+    points n 3, colours n 3 uint8, cameras m 3    axes right, down, ahead    turned  3 3: what they are for who looks
+    window   middle 3, and half of the picture's height in the points' unit    size  H W, pixels
+    returns  C H W uint8, white where nothing is
+    """
+    (middle, half), (H, W) = window, size
+    picture, scale = np.full((H, W, 3), 255, np.uint8), H / 2 / half
+
+    def places(x):
+        x = (x - middle) @ turned.T * scale
+        col, row = np.floor(x[:, 0] + W / 2), np.floor(x[:, 1] + H / 2)
+        return row.astype(int), col.astype(int), x[:, 2], (row >= 0) & (row < H) & (col >= 0) & (col < W)
+    row, col, far, there = places(points)
+    order = np.argsort(-far)
+    order = order[there[order]]  # of points in one place the last is painted: the nearest
+    picture[row[order], col[order]] = colours[order]
+    for y, x in zip(*places(cameras)[:2], strict=True):
+        picture[max(y - 1, 0) : max(y + 2, 0), max(x - 1, 0) : max(x + 2, 0)] = 255, 0, 0
+    return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 def entitled(picture, title, colour=(255, 255, 255), right=""):

@@ -6,4 +6,5 @@ wrong with it is said in one line.
     classes   images of one class each     finegrained, variants    known sets; ImageNet's other test sets
     rankings  instances to rank            videos, clips            to track in, to classify
     scans, navi, things                    the same point, or part, in two images
+    posed, rooms                           scenes whose cameras are known; generated ones
 """

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.cameras import rotation, unproject
 from engine.images import read_image, resize
 from engine.task import skip
 from engine.views import nearest
 from sets.pairs import evenly
-from sets.scans import unproject
 
 EVERY = 4               # one photo in so many is a source
 TURN = 120              # degrees between the cameras of a pair, at most
@@ -49,13 +49,6 @@ def annotations(path):
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--data: {path} is no list of photos with filename, image_size and camera, which has q, t "
                          f"and focal_length: {type(error).__name__} {error}") from error
-
-
-def rotation(q):
-    """Unit quaternion w x y z -> 3 3, object to camera"""
-    w, v = q[0], q[1:]
-    cross = np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
-    return np.eye(3) + 2 * w * cross + 2 * cross @ cross
 
 
 def draw_pairs(views, seed):

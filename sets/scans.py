@@ -1,5 +1,6 @@
 """
-Views of a scene whose cameras are known: len, image(i), points(i, grid) -> h w 3 metres, pairs of indices, name.
+Views of a scene whose cameras are known: len, image(i), depth(i) -> H W metres, points(i, grid) -> h w 3 metres, pairs
+of indices, name, poses, intrinsics.
 """
 
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.cameras import unproject
 from engine.images import read_image
 from sets.pairs import evenly
 
@@ -41,16 +43,21 @@ class Scan:
     def image(self, i):
         return read_image(next(Path(self.names[i]).parent.glob(Path(self.names[i]).name + ".color.*")))
 
-    def points(self, i, grid):
-        """Which point of the world the middle of each cell of the grid sees:  h w 3, metres; NaN: depth not known"""
+    def depth(self, i):
+        """H W float64, 0 = not known"""
         with Image.open(self.names[i] + ".depth.png") as file:
             depth = np.asarray(file).astype(np.float64)
+        return np.where(depth == 65535, 0, depth / 1000)
+
+    def points(self, i, grid):
+        """Which point of the world the middle of each cell of the grid sees:  h w 3, metres; NaN: depth not known"""
+        depth = self.depth(i)
         (H, W), (h, w) = depth.shape, grid
         v, u = np.meshgrid((np.arange(h) + 0.5) * H / h, (np.arange(w) + 0.5) * W / w, indexing="ij")
         z = depth[v.astype(int), u.astype(int)]
-        z[(z == 0) | (z == 65535)] = np.nan
+        z[z == 0] = np.nan
         pose = self.poses[i]
-        return torch.from_numpy(unproject(z / 1000, v, u, self.intrinsics) @ pose[:3, :3].T + pose[:3, 3]).float()
+        return torch.from_numpy(unproject(z, v, u, self.intrinsics) @ pose[:3, :3].T + pose[:3, 3]).float()
 
 
 def matrix(path, n):
@@ -63,7 +70,3 @@ def matrix(path, n):
         raise ValueError(f"--data: {path} has numbers of shape {found.shape}; wanted {n} x {n}, all finite")
     return found
 
-
-def unproject(z, v, u, intrinsics):
-    """Depths h w at rows v and columns u, in pixels -> h w 3 in the camera's metres: right, down, ahead"""
-    return np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T * z[..., None]

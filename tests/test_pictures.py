@@ -69,3 +69,37 @@ def test_boxes_with_their_names():
     colours = [pictures.hues(torch.tensor([[1 + label]]))[:, 0, 0] for label in (3, 7)]
     assert torch.equal(found[:, 49, 11], colours[0]) and torch.equal(found[:, 54, 84], colours[1])
     assert not found[:, :5, :5].any() and not image.any() and not found[:, 45, 20].any()  # not sure; untouched; inside
+
+
+def test_points_lie_where_they_are_seen_from():
+    """Ahead is up from above, down is down from behind; what is nearer to who looks is in front."""
+    points = np.array([[0.0, 0, 2], [1, 0, 2], [0, 1, 2], [0, -1, 2]])
+    colours = np.array([[10, 0, 0], [20, 0, 0], [30, 0, 0], [40, 0, 0]], np.uint8)
+    view = pictures.cloud(points, colours, np.zeros((1, 3)), pictures.ABOVE, (np.array([0.0, 0, 1]), 2.0), (40, 80))
+    red = view[0].int()
+    assert red[10, 40] == 40 and red[10, 50] == 20  # of three in one place the highest; a metre to the right
+    assert (red == 255).sum() == 40 * 80 - 2 and view[:, 30, 40].tolist() == [255, 0, 0]  # the camera, behind
+    front = pictures.cloud(points, colours, np.zeros((0, 3)), np.eye(3), (np.zeros(3), 2.0), (40, 80))[0].int()
+    assert [front[20, 40], front[20, 50], front[30, 40], front[10, 40]] == [10, 20, 30, 40]
+    for turned in pictures.ABOVE, pictures.ASIDE:
+        np.testing.assert_allclose(turned @ turned.T, np.eye(3), atol=1e-4)
+        assert np.linalg.det(turned) > 0
+    aside = pictures.ASIDE @ np.array([[0.0, 0, 1], [0, 1, 0]]).T
+    assert aside[0, 0] > 0 > aside[1, 0] and aside[1, 1] > 0.8  # ahead goes right and up; down goes down
+
+
+def test_a_cloud_is_that_of_all_frames_in_the_first_ones_axes():
+    K = np.array([[40.0, 0, 20], [0, 40, 20], [0, 0, 1]])
+    moved = np.eye(4)
+    moved[:3, 3] = 1, 0, 0
+    depths, images = np.zeros((2, 40, 40)), torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
+    depths[:, 19, 19], images[0, 0], images[1, 1] = 4.01, 200, 200
+    for first in np.eye(4), np.array([[0, 0, 1, 5], [0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1.0]]):
+        window = np.array([0, 0, 2.0]), 4.0
+        (above, _), same = pictures.clouds(images, depths, [K, K], [first, first @ moved], window)
+        assert same is window
+        (row, col), (_, right) = ((above[k] == 200).nonzero()[0].tolist() for k in (0, 1))
+        assert (row, col) == (9, 19) and right == 24  # 4 m ahead; 1 m to the right
+    _, (middle, half) = pictures.clouds(images, depths, [K, K], [np.eye(4), moved])
+    np.testing.assert_allclose(middle, [0.45, -0.05, 4.01], atol=1e-3)
+    assert 0.5 < half < 0.7
