@@ -11,6 +11,7 @@ Look at frozen patch features.    paper: DINOv3 §6.1.1    Dimension letters: se
     python visualize.py depth PHOTOS --weights runs/s --head heads/head.safetensors --out depth.png   .html; FILM: .mp4
     python visualize.py segment PHOTOS --weights runs/s --head heads/head.safetensors --out masks.png  classes, segments
     python visualize.py detect PHOTOS --weights runs/s --head heads/head.safetensors --out boxes.png   or .html: a page
+    python visualize.py points FRAMES --weights runs/s --head heads/head.safetensors --out points.png   of one scene
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -20,7 +21,7 @@ Look at frozen patch features.    paper: DINOv3 §6.1.1    Dimension letters: se
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
-    depth, segment, detect   what a decoder answers                            decoders/pictures.py
+    depth, segment, detect, points   what a decoder answers                            decoders/pictures.py
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -55,6 +56,7 @@ from decoders.pictures import (
     depth_film,
     depth_pictures,
     detect_pictures,
+    point_pictures,
     segment_pictures,
 )
 from dinotxt import ask, load_dinotxt
@@ -76,7 +78,7 @@ from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
-             depth=".png .html .mp4", segment=".png", detect=".png .html")  # of OUT
+             depth=".png .html .mp4", segment=".png", points=".png", detect=".png .html")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -84,7 +86,7 @@ GUTTER = 4  # white pixels between pictures
 class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
-    head: str = ""             # depth, segment, detect: a decoder's file, of evaluate.py --out or a released one
+    head: str = ""             # depth, segment, detect, points: a decoder's file, of evaluate.py --out, or released
     out: str = ""              # the .png to write, for explore the .html; its folder is made
     resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
@@ -389,8 +391,8 @@ def configure(argv):
     if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
     if bool(c.head) != (mode in HEADS):
-        raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment and detect, which want the file of a "
-                         "decoder")
+        raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment, detect and points, which want the "
+                         "file of a decoder")
     if c.names and mode != "segment":
         raise ValueError(f"--names {c.names}: it is for the mode segment")
     if mode not in MODES:
@@ -454,6 +456,8 @@ def main(argv):
         decoder, classes = decoder_of(mode, c, vit, layers), names_in(c.head)
         groups, counts = zip(*(detect_pictures(decoder, photo, classes) for photo in photos), strict=True)
         print("boxes:", *(f"{name}: {n}" for name, n in zip(names, counts, strict=True)), sep="\n  ")
+    if mode == "points":
+        groups = point_pictures(decoder_of(mode, c, vit, layers), photos)
     if mode == "segment":
         decoder = decoder_of(mode, c, vit, layers)
         groups = [segment_pictures(decoder, photo, names_for(decoder.n_out, c.names)) for photo in photos]

@@ -49,14 +49,15 @@ NEAR = 0.001                                               # metres, of the firs
 def load_decoder(path, backbone, layers=None, depth_range=None, n_windows=None):
     """
     path         a file of a decoder, .pth or .safetensors: a DPT of depth or canopies, a Mask2Former, a detector, a
-                 linear head of depth or segmentation, a classifier. What it is, and all sizes, its tensors say
+                 linear head of depth or segmentation, a classifier, a VGGT. What it is, and all sizes, its tensors say
     backbone     a ViT of weights.load_backbone
     layers       blocks that it sees, 0-based; None: as released
     depth_range  metres, nearest and farthest bin; None: as released
     n_windows    of a detector, per side; None: as its file says, or as released: 2 for ViT-L+, 3 for others
     returns      a module in eval mode: images B 3 H W, normalised -> metres B h' w', logits B n h w, or logits B n;
                  a Mask2Former: dict(logits, masks) of its queries, and from `semantic` scores B n H W;
-                 a detector: images C H W in a list -> dict(scores, labels, boxes) of each
+                 a detector: images C H W in a list -> dict(scores, labels, boxes) of each;
+             a VGGT: frames of one scene, F 3 H W -> dict(cameras F 9, depth F H W, confidence F H W)
     raises       ValueError: no such file, of no known decoder, tensors that do not fit, by name
     """
     path = Path(path)
@@ -170,6 +171,15 @@ def load_mask2former(file, backbone, layers, depth_range):
     return mask2former.OfImages(backbone, take(head, file), layers)
 
 
+def load_vggt(file, backbone, layers, depth_range):
+    width = file.stored["reduce.weight"].shape[1] // 4
+    layers = dpt.layers_of(backbone.config, layers)
+    fits(file, width, backbone, layers)
+    with torch.device("meta"):
+        head = vggt.Head(width)
+    return vggt.OfFrames(backbone, take(head, file), layers)
+
+
 def load_classifier(file, backbone, layers, depth_range):
     n_out, width = file.stored["weight"].shape
     fits(file, width // 2, backbone, [])
@@ -179,5 +189,6 @@ def load_classifier(file, backbone, layers, depth_range):
 
 
 LOADERS = {MASKS: load_mask2former, "transformer.enc_output.weight": load_detr,
+           "global_blocks.0.norm1.weight": load_vggt,
            "reassemble_blocks.projects.0.conv.weight": load_dpt, "conv.weight": load_linear,
            "conv_depth.weight": load_linear, "linear.weight": load_linear, "weight": load_classifier}

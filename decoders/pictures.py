@@ -4,6 +4,7 @@ Pictures of what decoders answer, for visualize.py.
     decoder_of         --head, of the kind that a mode shows                HEADS
     depth_pictures     image -> metres, near is bright, over a scale        depth_film, of a video
     detect_pictures    image -> the boxes that it is sure of
+    point_pictures     frames of a scene -> their depths, and all that they show as points in space
     segment_pictures   image -> its classes, and their names; the segments of a Mask2Former, and their scores
 
 Dimension letters: see the top of model.py.
@@ -19,14 +20,18 @@ from decoders.detr import Detector
 from decoders.linear import OfImages as LinearSegmenter
 from decoders.mask2former import OfImages as Mask2Former
 from decoders.masks import panoptic
+from decoders.vggt import OfFrames
+from engine.cameras import decode, matrix_of_fov
 from engine.film import redrawn
 from engine.images import shown
 from engine.metrics import PER
-from engine.pictures import STRIP, SURE, entitled, hues, named, network_input, outlined, side_by_side
+from engine.pictures import STRIP, SURE, clouds, entitled, hues, named, network_input, outlined, side_by_side
 from engine.views import fitted
 
+# what a mode's --head is, what it answers with, its task
 HEADS = dict(depth=(Depth, "depth", "depth"), segment=((Mask2Former, LinearSegmenter), "classes", "segmentation"),
-             detect=(Detector, "boxes", "detection"))  # what a mode's --head is, what it answers with, its task
+             detect=(Detector, "boxes", "detection"), points=(OfFrames, "cameras", "vggt"))
+FAINT = 0.2  # share of a scene's points, the least sure, that are left out
 LEGEND = 5  # strips below a picture of classes
 
 
@@ -65,6 +70,30 @@ def detect_pictures(decoder, image, names):
     n, photo = int((scores >= SURE).sum()), shown(image)
     pictures = [x.permute(1, 2, 0).numpy() for x in (photo, named(photo, boxes, scores, labels, names))]
     return [entitled(pictures[0], "image"), entitled(pictures[1], f"{n} of at least {SURE}")], n
+
+
+@torch.no_grad()
+def point_pictures(decoder, images):
+    """
+    decoder  decoders.vggt.OfFrames    images  F of C H W, of one size: frames of a scene
+    returns  rows of H W 3 uint8: each frame and its depth, near is bright; all points, from above and from a side, and
+             the cameras, red;  raises ValueError for frames of several sizes
+    """
+    if len({image.shape for image in images}) > 1:
+        sizes = sorted({f"{x.shape[2]}x{x.shape[1]}" for x in images})
+        raise ValueError(f"IMAGE: frames of {', '.join(sizes)} pixels; points wants those of one scene, of one size")
+    out = decoder(torch.cat([network_input(decoder.backbone, image) for image in images]))
+    size = tuple(images[0].shape[1:])
+    depth, sure = (F.interpolate(out[name][None], size, mode="bilinear")[0].cpu() for name in ("depth", "confidence"))
+    near, far = depth.min(), depth.max()
+    rows = [[entitled(x, title) for x, title in zip(side_by_side(image, ((far - d) / (far - near)).numpy()),
+                                                    (f"frame {k}", "depth"), strict=True)]
+            for k, (image, d) in enumerate(zip(images, depth, strict=True))]
+    poses, fov = decode(out["cameras"].double().cpu().numpy())
+    known = depth * (sure >= sure.flatten().quantile(FAINT))
+    seen, _ = clouds([shown(image) for image in images], known.numpy(), [matrix_of_fov(x, size) for x in fov], poses)
+    return [*rows, [entitled(x.permute(1, 2, 0).numpy(), title)
+                    for x, title in zip(seen, ("points from above", "from the right"), strict=True)]]
 
 
 def depth_film(decoder, film, c):

@@ -4,7 +4,7 @@ VGGT on frozen patches: all frames of a scene at once -> the camera of each, its
     VGGTConfig         widths and counts
     VGGT               Features of four blocks, of every frame -> cameras, depth, confidence
     camera_loss        of the cameras' numbers;  depth_loss  of depths, each as sure as it says it is;  loss  both
-    Head               the decoder for a backbone, at its start values; recipe, the numbers of its training
+    Head, OfFrames     the decoder for a backbone, at its start values; both;  recipe  numbers of its training
     load_embedding     the backbone in a file of vggt-omega
 
 Frames, F of a scene, have one size. Lengths are in the scene's own unit: the mean distance of all of its points from
@@ -33,8 +33,7 @@ from model import Block, Features, RopeEmbed, Subset, ViT, ViTConfig, initialise
 from weights import File, open_pth, open_safetensors, tensors_of
 
 CODES = 9                # numbers of a camera: 3 of its place, 4 of its rotation, 2 of its field of view
-CAMERAS = 5.0            # weight of their loss; chosen by eye, as the next
-WEIGHTS = 1, 1, 1, 5, 5, 5, 5, 0.5, 0.5  # of its numbers
+WEIGHTS = 5, 5, 5, 25, 25, 25, 25, 2.5, 2.5  # of the errors of those numbers, beside depth's; chosen by eye
 SHARP = 0.05             # temperature of matches
 MATCH = "row", "column", "own row", "own column", "weight"
 UNSURE = 0.2             # weight of -log confidence, without which none would be sure
@@ -50,7 +49,6 @@ class VGGTConfig:
     registers: int = 4       # beside the token of the camera
     channels: int = 256      # of the maps of the DPT, and fused
     hidden: int = 32         # before its last layer
-    layers: int = 4          # blocks of the backbone, side by side
     layerscale: float = 0.01  # what that of the blocks starts from
     init_std: float = 0.02   # of the linears' start values
     recompute: str = "full"  # in the backward, what blocks keep: see ops.recomputed
@@ -92,7 +90,7 @@ class VGGT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.width = c, c.width
-        self.reduce = nn.Linear(c.layers * c.width, c.d)
+        self.reduce = nn.Linear(4 * c.width, c.d)
         self.cls_token = nn.Parameter(torch.empty(2, 1, c.d))               # of the first camera, of the others
         self.storage_tokens = nn.Parameter(torch.empty(2, c.registers, c.d))
         self.rope_embed = RopeEmbed(c.blocks)
@@ -102,10 +100,8 @@ class VGGT(nn.Module):
                                          nn.Linear(c.d, CODES))
         self.depth_norm = nn.LayerNorm(2 * c.d)
         self.flow = nn.Linear(len(MATCH), c.d) if c.matched else None
-        set_std(self, c.init_std)
-        set_std(self.camera_head, 0.02)
-        if c.matched:
-            set_std(self.flow, 2.0)  # beside features, which are many and of size 1
+        for part, std in (self, c.init_std), (self.camera_head, 0.02), (self.flow or nn.Identity(), 2.0):
+            set_std(part, std)  # the flow's beside that of features, which are many
         if not self.cls_token.is_meta:
             initialise(self, torch.initial_seed())
         self.depth_head = DPT(DPTConfig(2 * c.d, (c.channels,) * 4, c.channels, c.hidden, n_out=2))
@@ -119,8 +115,7 @@ class VGGT(nn.Module):
     def forward(self, features):
         found = self.aggregate(features)
         B, frames = found[0].patches.shape[:2]
-        last = found[-1]
-        cameras = self.camera_head(torch.cat([last.cls, last.patches.mean(2)], 2))             # B F 9
+        cameras = self.camera_head(torch.cat([found[-1].cls, found[-1].patches.mean(2)], 2))   # B F 9
         cameras = cameras + torch.eye(CODES, device=cameras.device)[3]  # it begins with no rotation
         found = [together([f], lambda tensors: tensors[0].flatten(0, 1)) for f in found]       # (B F) ...
         found = [replace(f, patches=self.depth_norm(f.patches)) for f in found]
@@ -174,11 +169,7 @@ def together(features, join):
 
 
 def camera_loss(found, truth):
-    """
-    F 9 twice -> mean of the absolute differences, weighed
-
-    differs: VGGT has Huber's loss of them, all alike
-    """
+    """F 9 twice -> mean of the absolute differences, weighed; differs: VGGT has Huber's loss, all alike"""
     return ((found - truth).abs() * found.new_tensor(WEIGHTS)).mean()
 
 
@@ -201,7 +192,7 @@ def loss(out, truths):
     each = []
     for cameras, *maps, truth in zip(out["cameras"], out["depth"], out["confidence"], truths, strict=True):
         maps = [resized(x, truth["depth"].shape[1:]) for x in maps]
-        each.append(CAMERAS * camera_loss(cameras, truth["cameras"]) + depth_loss(*maps, truth["depth"]))
+        each.append(camera_loss(cameras, truth["cameras"]) + depth_loss(*maps, truth["depth"]))
     return torch.stack(each).mean()
 
 # --------------------------------------------------------------------------------
@@ -212,21 +203,30 @@ def Head(width):
     return VGGT(sized(width))
 
 
+class OfFrames(nn.Module):
+    """images F 3 H W, normalised: frames of a scene -> what VGGT says of them, F ..."""
+    def __init__(self, backbone, head, layers):
+        super().__init__()
+        self.backbone, self.head, self.layers = backbone, head, layers
+
+    @torch.no_grad()
+    def forward(self, images):
+        found = [together([f], lambda tensors: tensors[0][None]) for f in self.backbone.layers(images, self.layers)]
+        return {name: x[0] for name, x in self.head(found).items()}
+
+
 class LongestSide(ViT):
     """A ViT whose RoPE divides both coordinates by the longer side of the grid: as the corner of a square"""
     def embed(self, images, masks, noise):
         x, packing, grids = super().embed(images, masks, noise)
-        prefix = 1 + self.config.n_registers
-        tables = [tuple(corner(table, prefix, h, w) for table in
-                        rope_tables(max(h, w), max(h, w), prefix, self.rope_embed.periods, None)) for h, w in grids]
+        prefix, tables = torch.arange(1 + self.config.n_registers), []
+        for h, w in grids:
+            side = max(h, w)
+            inside = torch.arange(side**2).view(side, side)[:h, :w].flatten()
+            rows = torch.cat([prefix, len(prefix) + inside]).to(x.device)
+            tables.append([x[0, rows] for x in rope_tables(side, side, len(prefix), self.rope_embed.periods, None)])
         packing.rope = [tables] * self.config.depth
         return x, packing, grids
-
-
-def corner(table, prefix, h, w):
-    """1 N ... of a square of patches -> N ... of its upper left h w"""
-    first, square = table[0].split([prefix, max(h, w) ** 2])
-    return torch.cat([first, square.unflatten(0, (max(h, w),) * 2)[:h, :w].flatten(0, 1)])
 
 
 def load_embedding(path):
@@ -234,7 +234,7 @@ def load_embedding(path):
     path     a file of vggt-omega, .pth or .safetensors: somewhere in it is a ViT of this family, in Meta's names
     returns  LongestSide, in eval mode, float32;  raises ValueError if there is none, or what load_backbone says of it
 
-    source: facts of its release, not its code: ViT-L/16, 16 registers, RoPE by the longest side. Never run on that file
+    Its own is a ViT-L/16 with 16 registers. Never run on that file
     """
     stored = {}
     (open_safetensors if Path(path).suffix == ".safetensors" else open_pth)(Path(path), stored)

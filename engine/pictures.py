@@ -140,7 +140,7 @@ def connected(a, b, start, end, right, side=400):
 
 def clouds(images, depths, intrinsics, poses, window=None):
     """
-    All points that the frames of a scene show, from above and from behind the first camera's right shoulder.
+    All points that the frames of a scene show, from above and from where ASIDE stands.
 
     images      F 3 H W uint8    depths  F H W, 0 = not known    intrinsics, poses  F 3 3 and F 4 4 of each frame
     window      middle 3, and half of the pictures' height: of another one's; None = as these points want it
@@ -153,8 +153,9 @@ def clouds(images, depths, intrinsics, poses, window=None):
     colours = np.concatenate([image.numpy()[:, there].T for image, (_, there) in zip(images, each, strict=True)])
     if window is None:
         middle = np.median(points, 0)
-        window = middle, 1.2 * np.quantile(np.linalg.norm(points - middle, axis=1), 0.9)
-    return [cloud(points, colours, cameras, turned, window, images.shape[2:]) for turned in (ABOVE, ASIDE)], window
+        most, cams = (np.linalg.norm(x - middle, axis=1) for x in (points, cameras))
+        window = middle, 1.1 * max(np.quantile(most, 0.9), cams.max())
+    return [cloud(points, colours, cameras, turned, window, images[0].shape[1:]) for turned in (ABOVE, ASIDE)], window
 
 
 def cloud(points, colours, cameras, turned, window, size):

@@ -14,7 +14,7 @@ from speaking import Colours, photo
 from test_film import film
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from decoders import detr, dpt, mask2former, names_in
+from decoders import detr, dpt, mask2former, names_in, vggt
 from decoders.pictures import LEGEND, depth_pictures, segment_pictures
 from engine.attention import attention_row
 from engine.explore import HEAT
@@ -206,6 +206,25 @@ def test_depth_is_bright_where_it_is_near(vit, tmp_path):
     assert photo.shape == heat.shape == (16 + STRIP // 2 + STRIP, 48, 3)
 
 
+def test_points_command(folder, tmp_path, monkeypatch, vit, capsys):
+    """Two frames and their depths, a row each, and all points from two sides in a third; the head's file is read."""
+    torch.manual_seed(0)
+    save_file(vggt.Head(16).eval().state_dict(), tmp_path / "head.safetensors")
+    for i in 0, 1:
+        Image.fromarray(noise(32, 48, 3, seed=i).numpy()).save(tmp_path / f"f{i}.png")
+    words = f"--head {tmp_path}/head.safetensors --out {tmp_path}/a.png --layers 0,1,2,2"
+    run(folder, monkeypatch, vit, f"points {tmp_path}/f0.png {tmp_path}/f1.png {words}")
+    assert "a.png: 2 images" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (2 * 48 + GUTTER, 3 * (32 + STRIP) + 2 * GUTTER)
+        points = np.asarray(picture)[-32:].reshape(-1, 3)
+    assert 10 < (points != 255).any(1).sum() and (points == (255, 0, 0)).all(1).sum() > 4      # the cameras
+    with pytest.raises(ValueError, match="IMAGE: frames of 40x24, 48x32 pixels; points wants those of one scene"):
+        run(folder, monkeypatch, vit, f"points 0.png {tmp_path}/f1.png {words}")
+    with pytest.raises(ValueError, match="answers with no depth; name the head of a task of depth"):
+        run(folder, monkeypatch, vit, f"depth 0.png {words}")
+
+
 def test_depth_command(folder, tmp_path, monkeypatch, vit, capsys):
     head = dpt.DPT(dpt.DPTConfig(16, channels=(4,) * 4, fused=4, hidden=2, n_out=3))
     torch.save(head.state_dict(), tmp_path / "head.pth")
@@ -321,9 +340,9 @@ def test_segment_command(folder, tmp_path, monkeypatch, vit, capsys):
     ("pca 0.png --out a.png --prompts dog", "--prompts 'dog': it is for the mode text"),
     ("text 0.png --out a.jpg --prompts dog", "OUT a .png or .html"),
     ("text 0.png --out a.png --prompts dog", "text.safetensors|weights.safetensors does not exist; name the folder"),
-    ("depth 0.png --out a.png", "--head '': it is for the modes depth, segment and"),
+    ("depth 0.png --out a.png", "--head '': it is for the modes depth, segment, "),
     ("pca 0.png --out a.png --head x", "--head 'x': it is for the modes depth, segment"),
-    ("segment 0.png --out a.png", "--head '': it is for the modes depth, segment and"),
+    ("segment 0.png --out a.png", "--head '': it is for the modes depth, segment, "),
     ("pca 0.png --out a.png --names x", "--names x: it is for the mode segment"),
     ("explore 0.png --out a.png", "OUT a .html"), ("similarity 0.png --out a.html", "OUT a .png"),
     ("explor 0.png --out a.html", "did you mean explore"), ("atention 0.png --out a.png", "did you mean attention")])
