@@ -457,6 +457,8 @@ def video(index, n_frames=8, size=96, seed=0):
 
 
 def main(path="shapes.png", rows=6, size=160):
+    if path in ("-h", "--help"):
+        return print(__doc__.strip())
     hues = np.array([0, *PALETTE.values()] + [0xFFFFFF] * 243)[:, None] >> (16, 8, 0) & 255
     sheet = Image.new("RGB", (8 * size, (rows + 1) * (size + 14)), "white")
     for i in range(2 * rows):
