@@ -12,6 +12,7 @@ Look at frozen patch features.    paper: DINOv3 §6.1.1    Dimension letters: se
     python visualize.py segment PHOTOS --weights runs/s --head heads/head.safetensors --out masks.png  classes, segments
     python visualize.py detect PHOTOS --weights runs/s --head heads/head.safetensors --out boxes.png   or .html: a page
     python visualize.py points FRAMES --weights runs/s --head heads/head.safetensors --out points.png   of one scene
+    python visualize.py canopy IN.tif --weights SAT-L --head CHMv2 --out OUT.tif    heights, in IN's coordinates
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -21,7 +22,7 @@ Look at frozen patch features.    paper: DINOv3 §6.1.1    Dimension letters: se
     pca_picture          maps -> colours, one basis for all of them            DINOv2 Fig. 1
     similarity_picture   map, point -> cosines to the patch under the point    DINOv3 Fig. 3
     outliers             image -> norms of patches and of channels, by block          DINOv3 App. A
-    depth, segment, detect, points   what a decoder answers                            decoders/pictures.py
+    depth, segment, detect, points, canopy   what a decoder answers            decoders/pictures.py
     text_pictures        image, prompts -> cosines of patches and words, and the nearest words      dino.txt
     attention_picture    image -> what a token attends to, each head           Caron et al. 2021, Fig. 1; attention.py
     gram_picture         two maps -> their cosines to some patches, what differs      DINOv3 Fig. 10; comparisons.py
@@ -52,6 +53,7 @@ from decoders import names_in
 from decoders.adapter import COARSEST
 from decoders.pictures import (
     HEADS,
+    canopy_map,
     decoder_of,
     depth_film,
     depth_pictures,
@@ -78,7 +80,7 @@ from weights import load_backbone
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
-             depth=".png .html .mp4", segment=".png", points=".png", detect=".png .html")  # of OUT
+             depth=".png .html .mp4", segment=".png", points=".png", detect=".png .html", canopy=".tif")  # of OUT
 GUTTER = 4  # white pixels between pictures
 
 
@@ -86,9 +88,9 @@ GUTTER = 4  # white pixels between pictures
 class VisualizeConfig(ImageConfig):
     weights: str = ""          # a run's folder, or a weights file; gram: twice, of two networks
     size: str = ""             # s, b, ...: of a .pth file, which does not say
-    head: str = ""             # depth, segment, detect, points: a decoder's file, of evaluate.py --out, or released
+    head: str = ""             # depth, segment, detect, points, canopy: a decoder's file, evaluate.py's or released
     out: str = ""              # the .png to write, for explore the .html; its folder is made
-    resolution: int = 0        # [0, 16384]: pixels of the short side, as the network sees it; 0 = its own; more = finer
+    resolution: int = 0        # [0, 16384]: pixels of the short side, 0 = its own, more = finer; canopy: of windows
     foreground: float = 0.0    # [0, 1): pca: patches above this share of component 1's range are the object; 0 = off
     layers: str = ""           # blocks, 0-based, as in 3,5: side by side; ConvNeXt, attention: one; empty = the last
     prompts: str = ""          # text: what to look for, as in "a dog; grass; sky"
@@ -390,9 +392,9 @@ def configure(argv):
     sizes = c.sizes.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes) or sorted(set(sizes), key=int) != sizes:
         raise ValueError(f"--sizes {c.sizes}: write pixels, rising, as in 256,512,1024")
-    if bool(c.head) != (mode in HEADS):
-        raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment, detect and points, which want the "
-                         "file of a decoder")
+    if bool(c.head) != (mode in (*HEADS, "canopy")):
+        raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment, detect, points and canopy, which "
+                         "want the file of a decoder")
     if c.names and mode != "segment":
         raise ValueError(f"--names {c.names}: it is for the mode segment")
     if mode not in MODES:
@@ -406,12 +408,13 @@ def configure(argv):
     layers = c.layers.split(",") if c.layers else []
     if not all(layer.isdecimal() for layer in layers) or mode == "attention" and len(layers) > 1:
         raise ValueError(f"--layers {c.layers}: write blocks, 0-based, as in 3,5; for attention only one")
-    if mode == "training" and len(words) != 1:
-        raise ValueError(f"RUN {' '.join(words) or '(none)'}: training shows one run; name its folder")
+    if mode in ("training", "canopy") and len(words) != 1:
+        what, one = ("RUN", "run; name its folder") if mode == "training" else ("IN", "raster; name a GeoTIFF")
+        raise ValueError(f"{what} {' '.join(words) or '(none)'}: {mode} shows one {one}")
     if (Path(c.out).suffix == ".mp4") != any(map(is_film, words)) or len(words) > 1 and any(map(is_film, words)):
         raise ValueError(f"IMAGE {' '.join(words)}: a video becomes a video, in the mode depth: name one, and --out "
                          "X.mp4")
-    words = find_runs(words) if mode == "curves" else words if mode == "training" else find_images(words)
+    words = find_runs(words) if mode == "curves" else words if mode in ("training", "canopy") else find_images(words)
     return mode, words, c, [int(layer) for layer in layers] or None, c.point if "point" in values else None
 
 
@@ -433,6 +436,9 @@ def main(argv):
             for path in (c.weights if mode == "gram" else [c.weights])]
     vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
     patch = math.lcm(*(net.config.patch_size for net in nets))
+    if mode == "canopy":
+        print(canopy_map(names[0], c, vit, layers))
+        return
     if is_film(c.out):
         print(depth_film(decoder_of(mode, c, vit, layers), names[0], c))
         return

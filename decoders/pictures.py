@@ -3,6 +3,7 @@ Pictures of what decoders answer, for visualize.py.
 
     decoder_of         --head, of the kind that a mode shows                HEADS
     depth_pictures     image -> metres, near is bright, over a scale        depth_film, of a video
+    canopy_map         raster -> metres, a GeoTIFF                          engine/raster.py
     detect_pictures    image -> the boxes that it is sure of
     point_pictures     frames of a scene -> their depths, and all that they show as points in space
     segment_pictures   image -> its classes, and their names; the segments of a Mask2Former, and their scores
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decoders import load_decoder
+from decoders import load_decoder, load_depth
 from decoders.depth import Depth
 from decoders.detr import Detector
 from decoders.linear import OfImages as LinearSegmenter
@@ -26,12 +27,14 @@ from engine.film import redrawn
 from engine.images import shown
 from engine.metrics import PER
 from engine.pictures import STRIP, SURE, clouds, entitled, hues, named, network_input, outlined, side_by_side
+from engine.raster import heights
 from engine.views import fitted
 
 # what a mode's --head is, what it answers with, its task
 HEADS = dict(depth=(Depth, "depth", "depth"), segment=((Mask2Former, LinearSegmenter), "classes", "segmentation"),
              detect=(Detector, "boxes", "detection"), points=(OfFrames, "cameras", "vggt"))
 FAINT = 0.2  # share of a scene's points, the least sure, that are left out
+WINDOW = 512  # pixels of the windows of a raster, of the released canopy model's training
 LEGEND = 5  # strips below a picture of classes
 
 
@@ -107,6 +110,13 @@ def depth_film(decoder, film, c):
     n, width, height = redrawn(film, c.out, draw)
     near, far = min(near for near, _ in ends), max(far for _, far in ends)
     return f"wrote {c.out}: {n} frames, {width}x{height} pixels; {near:.2f} to {far:.2f} m, on the first one's scale"
+
+
+def canopy_map(raster, c, vit, layers):
+    """Writes OUT, a GeoTIFF of the heights that --head reads off a raster; returns a line"""
+    decoder = load_depth(c.head, vit, layers, heights=True).to(next(vit.parameters()).device)
+    patch = vit.config.patch_size
+    return heights(raster, c.out, decoder, c, -(-(c.resolution or WINDOW) // patch) * patch)
 
 
 @torch.no_grad()

@@ -106,22 +106,33 @@ class Channels:
 
     def image(self, x):
         """x  H W C, in the file's type"""
-        n, kind = x.shape[2], x.dtype.name
+        n = x.shape[2]
         if self.bands and max(self.bands) > n:
             raise ValueError(f"image has {n} channel{'s' * (n > 1)}, --bands asks for number {max(self.bands)}")
         if not self.bands and n != len(self.mean):
             raise ValueError(misfit(n, len(self.mean)))
-        if not (self.percentiles or self.scale or kind in TOPS):
+        x = x[..., [band - 1 for band in self.bands] if self.bands else slice(None)]
+        return self.scaled(x, self.ends(x) if self.percentiles else None)
+
+    def holes(self, x):
+        """Where nothing was measured"""
+        return np.zeros(x.shape, bool) if self.nodata is None else \
+            np.isnan(x) if np.isnan(self.nodata) else x.astype(np.float32) == np.float32(self.nodata)
+
+    def ends(self, x):
+        """The two percentiles of each channel of H W C; of one that is all holes, 0 and 1"""
+        return [np.percentile(channel[~hole], self.percentiles) if not hole.all() else (0, 1)
+                for channel, hole in zip(np.moveaxis(x, 2, 0), np.moveaxis(self.holes(x), 2, 0), strict=True)]
+
+    def scaled(self, x, ends=None):
+        """H W C, the channels of the network -> C H W;  ends  what becomes 0 and 1, of each; None = as --scale says"""
+        kind, holes = x.dtype.name, np.moveaxis(self.holes(x), 2, 0)
+        if not (ends or self.scale or kind in TOPS):
             raise ValueError(f"values are {kind}: say which of them becomes 1, --scale, or --percentiles 2,98")
-        x = x[..., [band - 1 for band in self.bands] if self.bands else slice(None)].transpose(2, 0, 1)
-        x = np.array(x, np.float32, order="C")                                                 # C H W
-        holes = np.zeros_like(x, bool) if self.nodata is None else \
-            np.isnan(x) if np.isnan(self.nodata) else x == np.float32(self.nodata)
+        x = np.array(np.moveaxis(x, 2, 0), np.float32, order="C")                              # C H W
         finite(x if self.nodata is None else x[~holes])
-        for channel, hole, mean in zip(x, holes, self.mean, strict=True):
-            low, top = 0, self.scale or TOPS.get(kind, 1)
-            if self.percentiles and not hole.all():
-                low, top = np.percentile(channel[~hole], self.percentiles)
+        ends = ends or [(0, self.scale or TOPS.get(kind))] * len(x)
+        for channel, hole, mean, (low, top) in zip(x, holes, self.mean, ends, strict=True):
             channel[...] = np.where(hole, mean, ((channel - low) / max(top - low, 1e-30)).clip(0, 1))
         return torch.from_numpy(x)
 
