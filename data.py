@@ -65,6 +65,7 @@ class CropConfig(ImageConfig):
     local_scale: tuple = (0.05, 0.32)   # (0, 1] rising: the same of local crops
     ratio: tuple = (3 / 4, 4 / 3)  # [0.01, 100] rising: width / height of the area cut out
     flip: float = 0.0              # [0, 1]: probability of a horizontal flip
+    turns: bool = False            # by 0 to 3 quarters, each as likely: seen from above there is no up
     jitter: float = 0.8            # [0, 1]: probability of: brightness, contrast, saturation, hue in random order
     brightness: float = 0.4        # [0, 1]: factors in 1 +- this
     contrast: float = 0.4          # [0, 1]: the same
@@ -109,7 +110,7 @@ def draw_crops(rng, config, height, width):
     """
     What happens to one image, for all its crops: the two global ones, then the local ones.
 
-    returns  boxes   G+L 4, int: top, left, height, width in the image;  flips  G+L, bool
+    returns  boxes   G+L 4, int: top, left, height, width in the image;  flips  G+L, int: of `cut`
              colours  G+L 12, float32: see the columns of engine/colours.py
     """
     n = 2 + config.n_local
@@ -135,7 +136,7 @@ def draw_crops(rng, config, height, width):
     low, high = config.blur_sigma
     colours[:, SIGMA] = (u[:, 10] < blur) * (low + u[:, 11] * (high - low))
     colours[1, SOLARIZE] = u[1, 12] < config.solarize
-    return boxes, u[:, 13] < config.flip, colours
+    return boxes, (u[:, 13] < config.flip) + 2 * (rng.integers(4, size=n) if config.turns else 0), colours
 
 
 def largest_box(height, width, ratio):
@@ -146,7 +147,9 @@ def largest_box(height, width, ratio):
 
 
 def cut(image, box, flip, size):
-    """C H W -> C size size"""
+    """C H W -> C size size, mirrored if `flip` is odd, then turned by half of it in quarters"""
+    if flip > 1:
+        return cut(image, box, flip % 2, size).rot90(flip // 2, (1, 2))
     if image.stride()[::2] == (1, 3) and ops.path("cut", image, 0) == "kernel":
         return torch.ops.nanodino.cut(image, box, bool(flip), size)
     top, left, height, width = box

@@ -16,6 +16,7 @@ from pathlib import Path
 import ops
 from data import CropConfig, read_resolutions
 from engine import config as command_line
+from engine import satellite
 from engine.channels import of_run, reader
 from engine.checkpoint import newest, saved
 from engine.layouts import size_of, widen
@@ -30,7 +31,7 @@ from weights import identify, inflated
 @dataclass(frozen=True)
 class TrainConfig(CropConfig):
     size: str = "tiny"             # tiny, s, s+, b, l, l+, h+, 7b
-    recipe: str = ""               # another than the size's own, by name: photos (s, b; K by their count), released (l)
+    recipe: str = ""               # instead of the size's own: photos (s, b; K by their count), released (l), satellite
     stage: str = "pretrain"        # pretrain; gram, highres: from --start RUN; adapt: from --init WEIGHTS
     data: str = "shapes"           # folder, list, tars, mixture A*0.7,B*0.3: see open_source; shapes: generated
     data_changed: bool = False     # go on, this once, with images that are not those the run was begun with
@@ -246,6 +247,7 @@ TINY_ADAPT = dict(  # measured, LOG.md
 )
 AFTER = dict(gram=("pretrain", "gram"), highres=("pretrain", "gram", "highres"))  # stages that one may go on from
 WARMUPS = ("lr_warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone", "gram_warmup", "gram_refresh")
+NAMED |= {(size, "satellite"): satellite.recipe(c, WARMUPS) for size, c in RECIPES.items()}
 HEADS = tuple(f"{head}_{part}" for head in ("dino", "ibot") for part in ("hidden", "bottleneck", "prototypes"))
 OF_RUN = ("size", "recipe", "depth", "patch_size", *NETWORK, *HEADS, "prototype_std", "began")
 FREE = ("out", "resume", "data", "data_changed", "device", "kernels", "precision", "workers", "save_every", "keep",
@@ -308,7 +310,7 @@ def stage_config(values, starts):
     if before.stage not in AFTER.get(stage, ()) or (before.size, stage) not in STAGES:
         raise ValueError(f"--stage {stage} does not follow {run}, {before.size} {before.stage}; there are pretrain, "
                          f"then gram, then highres, of the sizes {', '.join(RECIPES)}")
-    changes = STAGES[before.size, stage]
+    changes = STAGES[before.size, stage] | satellite.stage(before, stage)
     fresh = replace(before, out="", init="", resume=False, stop_after=0, profile=(0, 0), began=began, resolutions="",
                     gram_teacher="", gram_size=2 * before.global_size * (stage == "gram"))
     base = replace(fresh, **changes)
@@ -325,8 +327,7 @@ def stage_config(values, starts):
 def planned(values):
     """The run that a stage would go on from, where it is only to be planned: one of its recipe."""
     values.setdefault("gram_teacher", "self")
-    size = values.get("size") or size_for(values.get("recipe"))
-    return derive(find_recipe(size, values.get("recipe", "")))
+    return derive(find_recipe(values.get("size") or size_for(values.get("recipe")), values.get("recipe", "")))
 
 
 def find_recipe(size, name):
@@ -334,8 +335,8 @@ def find_recipe(size, name):
     if size not in RECIPES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(RECIPES)}")
     if name and (size, name) not in NAMED:
-        there = ", or ".join(f"--size {size} --recipe {name}" for size, name in NAMED)
-        raise ValueError(f"--size {size} has no recipe {name!r}; leave it out, or write {there}")
+        there = ", or ".join(f"--size {size} --recipe {name}" for size, name in NAMED if name != "satellite")
+        raise ValueError(f"--size {size} has no recipe {name!r}; leave it out, or write {there}, or --recipe satellite")
     return NAMED[size, name] if name else RECIPES[size]
 
 
@@ -464,16 +465,12 @@ def check(c):
     """Raises ValueError for values that cannot be trained with."""
     if c.stage not in ("pretrain", "adapt", *AFTER):
         raise ValueError(f"--stage {c.stage} is not known; there are: pretrain, adapt, {', '.join(AFTER)}")
-    if c.order not in ORDERS:
-        raise ValueError(f"--order {c.order} is not known; choose {' or '.join(ORDERS)}")
     ops.use_kernels(c.kernels)
     check_loggers(c.log)
-    if c.precision not in ("auto", "bf16", "fp8", "fp32"):
-        raise ValueError(f"--precision {c.precision} is not known; choose auto, bf16, fp8 or fp32")
-    if c.moments not in ("fp32", "bf16"):
-        raise ValueError(f"--moments {c.moments} is not known; choose fp32 or bf16")
-    if c.checkpointing not in ops.RECOMPUTED:
-        raise ValueError(f"--checkpointing {c.checkpointing} is not known; choose {', '.join(ops.RECOMPUTED)}")
+    for name, legal in dict(order=ORDERS, precision=("auto", "bf16", "fp8", "fp32"), moments=("fp32", "bf16"),
+                            checkpointing=ops.RECOMPUTED).items():
+        if getattr(c, name) not in legal:
+            raise ValueError(f"--{name} {getattr(c, name)} is not known; choose one of {', '.join(legal)}")
     if c.compile and c.checkpointing == "selective":
         raise ValueError("--compile chooses by itself what of a block stays in memory; --checkpointing: none, or full")
     reader(c, c)

@@ -110,6 +110,8 @@ def fits(file, width, backbone, layers):
 
 
 def load_dpt(file, backbone, layers, depth_range):
+    if "classes" in file.layout:
+        raise ValueError(f"{file.path} answers with {file.layout}, which only evaluate.py --task geobench_seg reads")
     shapes = {name: x.shape for name, x in file.stored.items()}
     c = dpt.read_config(file.path, shapes)
     layers = dpt.layers_of(backbone.config, layers, c.class_token)

@@ -4,6 +4,7 @@ An image and the truth of its pixels, changed together: scaled, cut, mirrored; a
     augmented    what a step of training sees, side x side         the released code's, for segmentation: App. D.1, D.10
     recoloured   brightness, contrast, saturation, hue
     held         the same size, nothing random
+    turned       what is seen from above: quarter turns
 
 Images C H W uint8; truths H W arrays of integers, whose `per` consecutive numbers are of one class.
 """
@@ -13,6 +14,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from engine.images import resize
 from engine.views import GREY, nearest
 
 SCALES = 0.5, 2.0        # of the short side
@@ -86,3 +88,16 @@ def held(image, truth, side, void):
     top, left = (n // 2 - side // 2 for n in size)
     return padded(image[:, top : top + side, left : left + side], truth[top : top + side, left : left + side], side,
                   void)
+
+
+def turned(row, rng, source, order, size):
+    """
+    Of what is seen from above: image `row` of a source, C H W, and truth order[row], H W, of `size`; if there is an rng
+    turned by quarters, where they are square, and mirrored
+    """
+    image, truth = resize(source.image(row), *size), torch.from_numpy(nearest(source.truth(order[row]), size))
+    if rng is not None:
+        quarters, flip = rng.integers(4) if size[0] == size[1] else 2 * rng.integers(2), rng.integers(2)
+        image, truth = (x.rot90(int(quarters), (-2, -1)) for x in (image, truth))
+        image, truth = (x.flip(-1) if flip else x for x in (image, truth))
+    return image.contiguous(), truth.contiguous()

@@ -175,7 +175,8 @@ def edged(picture, colour):
 
 def told(flip, colours):
     """What happened to a crop, in words."""
-    words = [word for word, so in (("flip", flip), ("colour", colours[APPLY]), ("grey", colours[GREY]),
+    words = [word for word, so in (("flip", flip % 2), (f"turned {flip // 2 * 90} degrees", flip // 2),
+                                   ("colour", colours[APPLY]), ("grey", colours[GREY]),
                                    (f"blur {colours[SIGMA]:.1f} px", colours[SIGMA]),
                                    ("solarize", colours[SOLARIZE])) if so]
     return ", ".join(words) or "as it is"

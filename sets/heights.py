@@ -2,7 +2,7 @@
 Sets of aerial images with the height of what grows there for every pixel.
 
     a folder    train/rgb_NAME.jpg, train/height_NAME.tif, and test/ or val/ likewise: float32 are metres, 16 bits
-                decimetres; not known is nan, below 0, or 65535
+                decimetres; not known is nan, below 0, or 65535. Images of other channels: --bands, --scale
     shapes      generated scenes: what is near is high, and a scanner has left gaps
 """
 
@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from engine.features import reads
 from engine.task import skip
 from sets.depths import FLAT
 from sets.pairs import Pairs, alike, below, folders, generated, images_below, keyed, paired, verified
@@ -54,16 +55,16 @@ def open_heights(c):
     """train (None under --head), val"""
     if c.data == "shapes":
         return generated(c, heights_of)
-    train = None
+    train, photo = None, reads(c)
     if not c.head:
         paths = height_pairs(c, "train")
         known = verified(c, Pairs(paths, read_heights), plausible)
         if n := known.count(False):
             skip(f"{n} images of train of which no height is known", n)
-        train = Pairs([path for path, there in zip(paths, known, strict=True) if there], read_heights)
+        train = Pairs([path for path, there in zip(paths, known, strict=True) if there], read_heights, photo=photo)
         if not len(train):
             raise ValueError(f"--data: no height of train of {c.data} is known")
-    val = Pairs(height_pairs(c, "test", "val"), read_heights)
+    val = Pairs(height_pairs(c, "test", "val"), read_heights, photo=photo)
     verified(c, val, partial(plausible, scored=True))
     return train, val
 

@@ -6,20 +6,27 @@ Sets of images with a class for every pixel.
     VOC                              JPEGImages/, SegmentationClass/, SegmentationClassAug/, ImageSets/Segmentation/
     Pascal Context                   JPEGImages/, SegmentationClassContext/, ImageSets/SegmentationContext/
     COCO-Stuff                       {,images/}{train,val}2017/, {stuffthingmaps,annotations}/{train,val}2017/
+    LoveDA                           {Train,Val}/{Urban,Rural}/images_png/, masks_png/: 2,522 and 1,669 images
+    iSAID                            {train,val}/images/[images/]P*.png, {train,val}/Semantic_masks/[images/]P*_instance
+                                     _color_RGB.png; in patches of 896 pixels: 33,978 and 11,644
     Hypersim                         ai_*/images/*_final_preview/*.tonemap.jpg, *_geometry_hdf5/*.semantic.hdf5, and
                                      metadata_images_split_scene_v1.csv, anywhere in the folder
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 
 import shapes
+from engine.features import reads
+from engine.images import read_image
 from engine.metrics import IGNORE
+from engine.sliding import places
 from engine.task import skip
 from sets.pairs import (
     Pairs,
@@ -33,6 +40,7 @@ from sets.pairs import (
     lines,
     paired,
     there,
+    upright,
     verified,
 )
 
@@ -45,7 +53,8 @@ class Labels:
 
 
 SETS = dict(segmentation=Labels(), ade20k=Labels(150, first=1), cityscapes=Labels(19), voc=Labels(21),
-            camvid=Labels(11, void=11), context=Labels(59, first=1), stuff=Labels(171), hypersim=Labels(40, first=1))
+            camvid=Labels(11, void=11), context=Labels(59, first=1), stuff=Labels(171), hypersim=Labels(40, first=1),
+            loveda=Labels(7, first=1), isaid=Labels(16))
 
 # Cityscapes' 19 classes by what labelIds calls them; all other ids are ignored
 IDS = 7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33
@@ -53,12 +62,18 @@ IDS = 7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33
 STUFF = tuple(k for k in range(182) if k not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90))
 HYPERSIM = "metadata_images_split_scene_v1.csv"
 COLUMNS = "scene_name", "camera_name", "frame_id", "included_in_public_release", "split_partition_name"
+# iSAID's background and 15 classes, by the colours of its maps
+COLOURS = ((0, 0, 0), (0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255), (0, 127, 63),
+           (0, 127, 127), (0, 0, 127), (0, 0, 191), (0, 0, 255), (0, 191, 127), (0, 127, 191), (0, 127, 255),
+           (0, 100, 155))
+PATCH, STEP = 896, 512                  # pixels of iSAID's patches, which overlap by 384
 WHOLE_LISTS = "trainaug", "train_aug"   # VOC's 10,582 images that people train on; or train and, beside it, aug
 
 
 def read_labels(path, labels):
     """A file of class numbers, palette or grey, or HDF5 -> H W uint8, ignored ones 255"""
-    truth = read_hdf5(path) if path.suffix == ".hdf5" else read_grey(path)
+    truth = read_hdf5(path) if path.suffix == ".hdf5" else read_colours(path) if labels == SETS["isaid"] else \
+        read_grey(path)
     ids = IDS if path.name.endswith("_labelIds.png") else STUFF if labels == SETS["stuff"] and not path.name.endswith(
         "_labelTrainIds.png") else ()
     if ids:
@@ -75,6 +90,20 @@ def read_grey(path):
         if file.mode not in ("P", "L", "I", "I;16", "1"):
             raise ValueError(f"--data: {path} has mode {file.mode}; wanted class numbers: a grey, or a palette's index")
         return np.asarray(file).astype(np.int64)
+
+
+def read_colours(path):
+    """iSAID's maps: a colour for each class"""
+    with Image.open(path) as file:
+        x = np.asarray(file.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
+    codes = np.array(COLOURS) @ (65536, 256, 1)
+    order = codes.argsort()
+    at = np.searchsorted(codes, x, sorter=order).clip(max=len(codes) - 1)
+    if (codes[order[at]] != x).any():
+        odd = int(x[codes[order[at]] != x][0])
+        raise ValueError(f"--data: {path} has the colour {odd >> 16},{odd >> 8 & 255},{odd & 255}; wanted one of "
+                         "iSAID's classes")
+    return order[at]
 
 
 def read_hdf5(path):
@@ -104,7 +133,9 @@ def open_segmentation(c):
         return *generated(c, attrgetter("semantic")), len(shapes.CLASSES) + 1
     layout = LAYOUTS.get(c.task, label_pairs)
     read = partial(read_labels, labels=labels)
-    train, val = (Pairs(layout(c, *split), read) for split in (("training", "train"), ("validation", "val")))
+    splits, photo = (("training", "train"), ("validation", "val")), reads(c)
+    form = Patches if c.task == "isaid" else Pairs
+    train, val = (form(layout(c, *split), read, photo=photo) for split in splits)
     in_train, in_val = (np.any(verified(c, part, seen_classes), 0)[:IGNORE] for part in (train, val))
     if not (in_train.any() and in_val.any()):
         raise ValueError(f"--data: all labels of {c.data}, train or val, are ignored; wanted class numbers")
@@ -189,6 +220,53 @@ def stuff_pairs(c, _, split):
     return paired(c, keyed(images_below(photos), lambda path: path.stem), maps or found)
 
 
+def loveda_pairs(c, _, split):
+    """Towns and countryside together; the test's masks are on a server"""
+    roots = [folders(c, f"{split.capitalize()}/{place}/images_png") for place in ("Urban", "Rural")]
+    images, truths = ({Path(root.parent.name, path.stem): path for root in roots for path in images_below(
+        root.parent / kind)} for kind in ("images_png", "masks_png"))
+    return paired(c, images, truths)
+
+
+def isaid_pairs(c, _, split):
+    images = folders(c, f"{split}/images/images", f"{split}/images")
+    masks = folders(c, f"{split}/Semantic_masks/images", f"{split}/Semantic_masks")
+    end = "_instance_color_RGB"
+    return paired(c, *(keyed(images_below(root), lambda path: path.stem.removesuffix(end)) for root in (images, masks)))
+
+
+class Patches(Pairs):
+    """
+    Squares of images, which overlap, the last ones shifted back to end with the image; a smaller image is one patch, on
+    black, whose truth beside the image is ignored.
+    """
+
+    def __init__(self, paths, read, photo=read_image):
+        places_of = [[(pair, place) for place in places([max(n, PATCH) for n in upright(pair[0])], PATCH, STEP)]
+                     for pair in paths]
+        super().__init__(paths, read, photo=photo)
+        self.patches = [each for of_image in places_of for each in of_image]
+
+    def __len__(self):
+        return len(self.patches)
+
+    def image(self, i):
+        pair, (y, x) = self.patches[i]
+        part = cached(self.photo, pair[0])[:, y : y + PATCH, x : x + PATCH]
+        return F.pad(part, (0, PATCH - part.shape[2], 0, PATCH - part.shape[1]))
+
+    def truth(self, i):
+        pair, (y, x) = self.patches[i]
+        part = cached(self.read, pair[1])[y : y + PATCH, x : x + PATCH]
+        return np.pad(part, [(0, PATCH - n) for n in part.shape], constant_values=IGNORE)
+
+
+@lru_cache(maxsize=4)
+def cached(read, path):
+    """Of an image whose patches are asked for one after the other"""
+    return read(path)
+
+
 def hypersim_pairs(c, _, split):
     """Of the public list those of a split whose previews and labels are there; the others are counted"""
     listed = next(Path(c.data).rglob(HYPERSIM), Path(c.data, HYPERSIM))
@@ -213,4 +291,4 @@ def hypersim_pairs(c, _, split):
 
 
 LAYOUTS = dict(cityscapes=cityscapes_pairs, voc=voc_pairs, context=context_pairs, stuff=stuff_pairs,
-               hypersim=hypersim_pairs)
+               hypersim=hypersim_pairs, loveda=loveda_pairs, isaid=isaid_pairs)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import shapes
 from data import loader
 from engine.chunks import Computed
-from engine.images import EXTENSIONS, read_image
+from engine.images import EXTENSIONS, read_image, tiff_tags
 from engine.task import skip
 
 GENERATED = 400, 100    # shapes: scenes to train on, scenes to measure on
@@ -26,16 +26,16 @@ FEW = 200               # files that are looked into by this process: to start o
 
 
 class Pairs:
-    """Files: (image, truth) paths, and what reads a truth."""
+    """Files: (image, truth) paths, and what reads a truth.    photo  what makes an image of a file"""
 
-    def __init__(self, paths, read, crop=None):
-        self.paths, self.read, self.crop = paths, read, crop
+    def __init__(self, paths, read, crop=None, photo=read_image):
+        self.paths, self.read, self.crop, self.photo = paths, read, crop, photo
 
     def __len__(self):
         return len(self.paths)
 
     def image(self, i):
-        return self.cut(read_image(self.paths[i][0]))
+        return self.cut(self.photo(self.paths[i][0]))
 
     def truth(self, i):
         return self.cut(self.read(self.paths[i][1]))
@@ -131,7 +131,11 @@ def there(paths, listed):
 
 
 def upright(path):
-    """H W of an image as `read_image` has it, off its header"""
+    """H W of an image as `read_image` has it, off its header; of a TIFF of any channels"""
+    with open(path, "rb") as file:
+        tags = tiff_tags(file)
+    if {256, 257} <= tags.keys():
+        return (tags[256], tags[257]) if tags.get(274, 1) > 4 else (tags[257], tags[256])
     with Image.open(path) as file:
         width, height = file.size
         return (width, height) if file.getexif().get(0x0112, 1) > 4 else (height, width)  # the EXIF tag Orientation

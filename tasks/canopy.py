@@ -23,13 +23,15 @@ import torch.nn.functional as F
 from decoders import FAR, NEAR, dpt, load_depth
 from decoders.depth import mean_of_bins, mixed
 from decoders.fit import everyone, fit, plan, untrained
+from engine.crops import turned
 from engine.features import chosen_layers, describe
 from engine.heads import head_of, released
+from engine.images import shown
 from engine.pictures import SHOWN, save_pictures
 from engine.ranks import linked
 from engine.sliding import resized
-from engine.task import Option, Task
-from engine.views import fitted, nearest
+from engine.task import IMAGES, Option, Task
+from engine.views import fitted
 from sets.heights import BLOCK, EDGE, open_heights
 from sets.pairs import others
 
@@ -74,18 +76,6 @@ def bright(heights, top):
 # Training
 
 
-def seen(row, rng, source, order, size):
-    """An image, C H W uint8, and its heights, H W, of `size`; if there is an rng turned by quarters and mirrored"""
-    image = F.interpolate(source.image(row)[None].float(), size, mode="bicubic", antialias=True)[0]
-    image = image.round().clamp(0, 255).to(torch.uint8)
-    truth = torch.from_numpy(nearest(source.truth(order[row]), size))
-    if rng is not None:
-        quarters, flip = rng.integers(4) if size[0] == size[1] else 2 * rng.integers(2), rng.integers(2)
-        image, truth = (x.rot90(int(quarters), (-2, -1)) for x in (image, truth))
-        image, truth = (x.flip(-1) if flip else x for x in (image, truth))
-    return image.contiguous(), truth.contiguous()
-
-
 def train(frozen, source, ranks):
     c, size = frozen.c, tuple(frozen.view(source.image(0))[0].shape[1:])
     total = n = 0
@@ -94,7 +84,7 @@ def train(frozen, source, ranks):
         total, n = total + np.nansum(truth, dtype=np.float64), n + (~np.isnan(truth)).sum()
     width = frozen.model.config.width
     head = untrained(partial(dpt.Head, width, class_token=True), c)
-    views = partial(seen, source=source, order=others(len(source), c), size=size)
+    views = partial(turned, source=source, order=others(len(source), c), size=size)
     said = fit(head, views, len(source), mean_error, dpt.recipe(width), c, frozen, ranks)
     return head, dict(mean_height=float(total / n), n_train=len(source), **said)
 
@@ -123,7 +113,8 @@ def planned(c):
     config = describe(c.weights)
     with torch.device("meta"):
         head = dpt.Head(config.width, class_token=True)
-    return plan(head, dpt.recipe(config.width), c, config, layers_of(config, c), (3, c.resolution, c.resolution))
+    shape = config.in_chans, c.resolution, c.resolution
+    return plan(head, dpt.recipe(config.width), c, config, layers_of(config, c), shape)
 
 # --------------------------------------------------------------------------------
 # The task
@@ -143,18 +134,18 @@ def live(frozen, data):
         chance = said.get("mean_height", 0.0)  # of what it was trained on; of a released head: bare ground
         errors = [(x - truth)[known].abs() for x in (found, torch.tensor(chance))]
         top = max(truth.nan_to_num(0).max().item(), 1.0)
-        shown = [val.image(i), bright(truth, top), bright(found, top)] if frozen.c.out and i < SHOWN else None
+        seen = [shown(val.image(i)), bright(truth, top), bright(found, top)] if frozen.c.out and i < SHOWN else None
         return ([x.double().sum().item() for x in errors], int(known.sum()), blocks(found, known), blocks(truth, known),
-                shown)
+                seen)
     return everyone(measured, len(val), ranks), said
 
 
 def run(data, frozen, c):
     found, said = frozen.together(partial(live, data=data))
-    errors, counts, ours, theirs, shown = zip(*found, strict=True)
+    errors, counts, ours, theirs, rows = zip(*found, strict=True)
     ours, theirs = torch.cat(ours), torch.cat(theirs)
     there = ~theirs.isnan()
-    save_pictures(c, [row for row in shown if row])
+    save_pictures(c, [row for row in rows if row])
     mae, chance = np.sum(errors, 0) / sum(counts)
     said = {name: value for name, value in said.items() if name != "mean_height"}
     return dict(mae=float(mae), **r2(ours[there], theirs[there]), chance_mae=float(chance), n_blocks=int(there.sum()),
@@ -165,4 +156,4 @@ TASK = Task("canopy", "{train,test}/{rgb_NAME.jpg,height_NAME.tif}", open_height
             lower=True, view=fitted, sides=(512, 160), decoders=("dpt",), released=("dpt",), plan=planned,
             pictures="image, truth, prediction: high is bright",
             options=(Option("iterations", 38400, "steps of the head", shapes=300, least=1),
-                     Option("lr", 0.0, "peak; 0 = the decoder's own")))
+                     Option("lr", 0.0, "peak; 0 = the decoder's own"), *IMAGES))

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from engine.classify import SHOTS, averaged, batches, classify, held
+from engine import probe
+from engine.classify import SHOTS, averaged, classify, held
 from engine.heads import head_of
 from engine.keys import weights_of
 from engine.task import HEAD, IMAGES, Option, Paper, Task, by_size
@@ -24,8 +24,6 @@ from sets import variants
 from sets.classes import LAYOUT, limited, open_splits
 
 RATES = [a * 10.0 ** b for b in range(-5, -1) for a in (1, 2, 5)] + [0.1]  # times batch / 256
-MOMENTUM = 0.9
-SPREAD = 0.01        # of the heads' start values
 
 
 def open_all(c):
@@ -110,32 +108,14 @@ def sweep(train, val, rest, n_classes, c, device):
     differs: input, rates and steps are the released code's; but features are extracted once, from centre crops, where
              both train on random crops and flips, and val is looked at once, at the end
     """
-    x, y = held(train[0], device), train[1].to(device)                                         # n F, n
-    (n, width), R = x.shape, len(RATES)
-    rates = torch.tensor(RATES, device=device) * c.linear_batch / 256
-    generator = torch.Generator().manual_seed(c.seed)
-    weight = (torch.randn(width, R * n_classes, generator=generator) * SPREAD).to(device).requires_grad_()
-    bias = torch.zeros(R * n_classes, device=device, requires_grad=True)
-    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    order = torch.empty(0, dtype=torch.long)
-    for step in tqdm(range(c.iterations), desc="linear", unit="it", leave=False, disable=None):
-        while len(order) < c.linear_batch:
-            order = torch.cat([order, torch.randperm(n, generator=generator)])
-        rows, order = order[: c.linear_batch], order[c.linear_batch :]
-        logits = torch.addmm(bias, x[rows].to(device), weight).view(len(rows), R, n_classes)
-        loss = F.cross_entropy(logits.flatten(0, 1), y[rows].repeat_interleave(R), reduction="sum") / len(rows)
-        gradients = torch.autograd.grad(loss, (weight, bias))
-        lr = (rates * (1 + torch.cos(torch.tensor(torch.pi * step / c.iterations))) / 2).repeat_interleave(n_classes)
-        with torch.no_grad():
-            for value, v, gradient in zip((weight, bias), speed, gradients, strict=True):
-                value -= lr * v.mul_(MOMENTUM).add_(gradient)
+    x, y, R = held(train[0], device), train[1].to(device), len(RATES)                          # n F, n
+    rates = torch.tensor(RATES) * c.linear_batch / 256
+    weight, bias = probe.trained(x, y, n_classes, rates, c.linear_batch, c.iterations, c.seed)
     right = torch.zeros(R, device=device)
-    with torch.no_grad():
-        for part, truth in batches(*val, device):
-            logits = torch.addmm(bias, part, weight).unflatten(1, (R, n_classes))
-            right += (logits.argmax(-1) == truth[:, None]).sum(0)
-    best, head = right.argmax().item(), Head(width, n_classes).to(device)
-    weight, bias = (value.detach().unflatten(-1, (R, n_classes))[..., best, :] for value in (weight, bias))
+    for logits, truth in probe.scored(*val, weight, bias, R):
+        right += (logits.argmax(-1) == truth[:, None]).sum(0)
+    best, head = right.argmax().item(), Head(x.shape[1], n_classes).to(device)
+    weight, bias = (value.unflatten(-1, (R, n_classes))[..., best, :] for value in (weight, bias))
     head.linear.load_state_dict(dict(weight=weight.T, bias=bias))
     return dict(top1=100 * right[best].item() / len(val[1]), lr=RATES[best]), head
 

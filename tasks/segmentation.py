@@ -17,8 +17,9 @@ The paper's best, on ADE20k: three trainings, each from what the last one has le
     stored    linear: the features of all windows once, on disk
     live      mask2former: those of new crops in every step, on all ranks
 
-paper: DINOv3 §6.1.2, Tab. 3, App. D.1: short side 512, windows of 512; §6.3.2, Tab. 11, App. D.10: 896. Dimension
-letters: see the top of model.py.
+paper:   DINOv3 §6.1.2, Tab. 3, App. D.1: short side 512, windows of 512; §6.3.2, Tab. 11, App. D.10: 896. Dimension
+         letters: see the top of model.py.
+differs: §8.3, Tab. 19 has LoveDA and iSAID by an UPerNet, which is not here: none of its numbers stands beside ours
 """
 
 from functools import partial
@@ -30,13 +31,15 @@ import torch.nn.functional as F
 from decoders import DECODERS, load_decoder, masks
 from decoders.adapter import COARSEST
 from decoders.mask2former import OfImages as Mask2Former
-from engine.features import describe
+from engine.channels import Channels
+from engine.features import describe, reads
 from engine.heads import head_of, released
+from engine.images import shown
 from engine.metrics import IGNORE, confusion, segmentation_scores
 from engine.pictures import SHOWN, hues, save_pictures
 from engine.ranks import linked
 from engine.sliding import enlarged, places, resized, slide, windows
-from engine.task import GIVEN, Option, Paper, Task, by_size
+from engine.task import GIVEN, IMAGES, Option, Paper, Task, by_size
 from engine.views import nearest
 from sets.labels import SETS, open_segmentation
 from sets.pairs import others
@@ -162,13 +165,13 @@ def scales_of(c):
 
 def tallied(found, data, c):
     """(i, scores n H W) of val images -> their confusion, summed;  rows of pictures by i"""
-    (_, val, n_classes), counts, shown = data, 0, {}
+    (_, val, n_classes), counts, rows = data, 0, {}
     for i, each in found:
         each, truth = each.argmax(0), torch.from_numpy(val.truth(i)).to(each.device)
         counts = counts + confusion(each, truth, n_classes).cpu()
         if c.out and i < SHOWN:
-            shown[i] = [val.image(i), hues(truth.cpu()), hues(each.cpu())]
-    return counts, shown
+            rows[i] = [shown(val.image(i)), hues(truth.cpu()), hues(each.cpu())]
+    return counts, rows
 
 
 def run(data, frozen, c):
@@ -186,6 +189,9 @@ def opened(c):
     """As open_segmentation, once the options of a decoder are what they should be. Raises ValueError."""
     scales_of(c)
     if c.decoder == "mask2former":
+        if isinstance(reads(c), Channels):
+            raise ValueError("--decoder mask2former recolours photos; for --bands and other channels write --decoder "
+                             "linear")
         DECODERS[c.decoder].check(c, describe(c.weights))
     elif c.scales or c.init:
         raise ValueError(f"--{'scales' if c.scales else 'init'}: the decoder {c.decoder} does not read it; name "
@@ -202,14 +208,15 @@ def planned(c):
     return DECODERS[c.decoder].planned(c, describe(c.weights), n_classes)
 
 
-def task(name, layout, *paper):
+def task(name, layout, *paper, side=512):
     options = (Option("iterations", 40000, "steps of the head", shapes=300, least=1),
                Option("lr", 0.0, "peak; 0 = the decoder's own"),
                Option("ignore", IGNORE, f"a label that counts for nothing, beside {IGNORE}"),
                Option("init", "", "mask2former: head.safetensors of another --out that training begins from"),
                Option("scales", "", "mask2former, at test: multiples of --resolution, as in 0.9,1,1.1, each also "
                                     "mirrored; empty = once"))
-    return Task(name, layout, opened, run, wants="maps", metric="miou", sides=(512, 160), options=options,
+    options += IMAGES if name == "segmentation" else ()
+    return Task(name, layout, opened, run, wants="maps", metric="miou", sides=(side, 160), options=options,
                 decoders=("linear", "mask2former"), released=("mask2former",), plan=planned,
                 pictures="image, truth, prediction", paper=paper)
 
@@ -225,5 +232,7 @@ TASKS = (
     task("voc", "JPEGImages/, SegmentationClass[Aug]/, ImageSets/Segmentation/",
          Paper("miou", {"7b": 86.6}, 512, dict(n_val=1449))),                               # Tab. 3
     task("stuff", "{,images/}{train,val}2017/, stuffthingmaps/{train,val}2017/"),
+    task("loveda", "{Train,Val}/{Urban,Rural}/{images_png,masks_png}/: 0 = ignored", side=1024),
+    task("isaid", "{train,val}/{images,Semantic_masks}/: P*.png, *_instance_color_RGB.png", side=896),
     task("hypersim", "ai_*/images/*_final_preview/, *_geometry_hdf5/, metadata_images_split_scene_v1.csv"),
     task("camvid", FOLDERS + ": 11 = void"))

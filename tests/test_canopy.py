@@ -50,21 +50,6 @@ def test_the_loss_is_the_mean_error_of_what_is_known():
     assert canopy.mean_error(out.requires_grad_(), [truths[1]] * 2) == 0
 
 
-def test_heights_turn_with_their_image():
-    class Land:
-        def image(self, i):
-            return torch.arange(48 * 48, dtype=torch.float32).view(1, 48, 48).expand(3, -1, -1) / 10
-
-        def truth(self, i):
-            return self.image(i)[0].numpy()
-    seen = [canopy.seen(0, np.random.default_rng(k), Land(), [0], (48, 48)) for k in range(40)]
-    for image, truth in seen:
-        assert (image[0] - truth).abs().max() <= 0.51
-    assert len({tuple(truth[0, :2].tolist()) for _, truth in seen}) == 8
-    image, truth = canopy.seen(0, None, Land(), [0], (48, 48))
-    assert torch.equal(truth, Land().image(0)[0])
-
-
 @pytest.fixture
 def land(tmp_path):
     for split in "train", "test":

@@ -543,6 +543,60 @@ def test_it_is_evaluated_on_what_it_was_trained_on(scenes, trained, tmp_path, ca
         evaluate.main([*words[:4], "--task", "knn", "--data", "shapes", "--limit", "4"])
 
 
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    """Scenes of the same classes in all colours; infrared alone says which: its level is the class's, and noise"""
+    root, rng = tmp_path_factory.mktemp("fields"), np.random.default_rng(0)
+    for split, n in ("train", 96), ("val", 48):
+        for i in range(n):
+            scene, label = shapes.scene(i + 1000 * (split == "val"), 40, 0), i % 6
+            near = (40 + 30 * label + rng.normal(0, 6, (40, 40))).clip(0, 255)
+            x = np.concatenate([scene.image.transpose(2, 0, 1), near[None]]).astype(np.uint16) * 12
+            (root / split / str(label)).mkdir(parents=True, exist_ok=True)
+            write_tiff(root / split / str(label) / f"{i}.tif", x, planar=i % 2 == 1, compression=(1, 5, 8)[i % 3])
+    return root
+
+
+def test_infrared_is_of_use_where_it_tells_classes_apart(fields, tmp_path, capsys):
+    """Two runs of as many steps, with it and without it; chance is 17"""
+    words, found = ["--data", str(fields / "train"), "--steps", "30", "--jitter", "0", "--grey", "0"], []
+    for name, more in (("with", FOUR), ("without", ["--bands", "1,2,3", *FOUR[2:4]])):
+        run(tmp_path / name, *words, *more)
+        evaluate.main(["--task", "knn", "--weights", str(tmp_path / name), "--data", str(fields), "--device", "cpu",
+                       "--workers", "0", "--resolution", "40"])
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["top1_k10"])
+    assert found[0] > 45 and found[1] < 30, found                                    # measured: 58.3, 14.6
+
+
+def test_heights_and_classes_of_every_pixel_by_four_channels(trained, tmp_path, capsys):
+    """Dense tasks read the bands of a run, of 16 bits; a head is trained, kept, and reads a raster of them"""
+    for split in "train", "test", "training", "validation":
+        for i in range(2):
+            scene = shapes.scene(i, 64, 0)
+            near = scene.depth.min() / scene.depth * 255
+            x = np.concatenate([scene.image.transpose(2, 0, 1), near[None]]).astype(np.uint16) * 12
+            for folder in (f"{split}", f"images/{split}", f"annotations/{split}"):
+                (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            if split.startswith("t") and len(split) < 6:
+                write_tiff(tmp_path / f"{split}/rgb_{i}.tif", x, planar=i == 1, compression=5)
+                Image.fromarray((14 - scene.depth).astype(np.float32)).save(tmp_path / f"{split}/height_{i}.tif")
+            else:
+                write_tiff(tmp_path / f"images/{split}/{i}.tif", x, planar=i == 1, compression=8)
+                Image.fromarray(scene.semantic).save(tmp_path / f"annotations/{split}/{i}.png")
+    words = ["--weights", str(trained), "--data", str(tmp_path), "--device", "cpu", "--workers", "0", "--iterations",
+             "2", "--resolution", "64", "--out", str(tmp_path / "out")]
+    for task, metric in ("canopy", "mae"), ("segmentation", "miou"):
+        evaluate.main(["--task", task, *words])
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert np.isfinite(found[metric]) and found["scale"] == SCALE and found["n_val"] == 2
+        with Image.open(tmp_path / f"out/{task}.png") as picture:
+            assert np.abs(np.asarray(picture)[:64, :64].astype(int) - shapes.scene(0, 64, 0).image).max() <= 1
+    with pytest.raises(ValueError, match="--decoder mask2former recolours photos; for --bands and other channels"):
+        evaluate.main(["--task", "segmentation", *words, "--decoder", "mask2former"])
+    with pytest.raises(OSError, match="rgb_0.tif: image has 4 channels, model 3: --in_chans 4 or --bands"):
+        evaluate.main(["--task", "canopy", "--weights", "untrained:tiny", *words[2:]])
+
+
 def test_it_is_looked_at(scenes, trained, tmp_path):
     image = next(str(path) for path in sorted((scenes / "val/0").iterdir()))
     words = [image, "--weights", str(trained), "--sizes", "32,40"]

@@ -77,3 +77,18 @@ def test_numbers_of_many_digits():
     image, truth = scene()
     _, truth = crops.augmented(image, truth.astype(np.int32) * 1000 + 7, np.random.default_rng(0), 32, 255000, 1000)
     assert truth.dtype == torch.int32 and set(truth.unique().tolist()) <= {1000 * k + 7 for k in range(9)} | {255000}
+
+
+def test_truths_turn_with_their_images():
+    class Land:
+        def image(self, i):
+            return torch.arange(48 * 48, dtype=torch.float32).view(1, 48, 48).expand(3, -1, -1) / 10
+
+        def truth(self, i):
+            return self.image(i)[0].numpy()
+    seen = [crops.turned(0, np.random.default_rng(k), Land(), [0], (48, 48)) for k in range(40)]
+    for image, truth in seen:
+        assert (image[0] - truth).abs().max() <= 0.51
+    assert len({tuple(truth[0, :2].tolist()) for _, truth in seen}) == 8
+    image, truth = crops.turned(0, None, Land(), [0], (48, 48))
+    assert torch.equal(truth, Land().image(0)[0])

@@ -127,6 +127,19 @@ def test_cut_is_torchvisions_resized_crop():
     assert torch.equal(data.cut(image, (3, 5, 20, 31), True, 16), exact.flip(2))
 
 
+def test_quarter_turns():
+    """Each of four as likely, whatever is mirrored; all else is drawn as without them"""
+    image, c = Noise(1).load(0), replace(CONFIG, flip=0.5)
+    plain, turned = (draws(replace(c, turns=turns), 1000, 40, 50) for turns in (False, True))
+    assert (plain[0][0] == turned[0][0]).all() and (plain[2][0] == turned[2][0]).all()
+    assert set(np.unique(plain[1])) == {0, 1}
+    assert np.bincount(turned[1].ravel(), minlength=8) / turned[1].size == pytest.approx([1 / 8] * 8, abs=0.02)
+    mirrored = data.cut(image, (3, 5, 20, 31), 1, 16)
+    for quarters in range(4):
+        found = data.cut(image, (3, 5, 20, 31), 2 * quarters + 1, 16)
+        assert np.array_equal(found, np.rot90(mirrored, quarters, (1, 2)))
+
+
 def test_chances_and_amounts():
     _, flips, colours = draws(CropConfig(flip=0.3), 1500, 100, 120)
     on = (colours != 0).mean(0)                                                        # G+L 12

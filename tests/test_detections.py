@@ -128,6 +128,31 @@ def voc(root, name, things, size=(60, 40)):
     return path
 
 
+def dior(root, boxes="Annotations/Horizontal Bounding Boxes", lists="ImageSets/Main"):
+    """As its archives unpack: photos of two folders, annotations of both in one, train and val apart"""
+    for name, part, listed in ("00001", "trainval", "train"), ("00002", "trainval", "val"), ("11726", "test", "test"):
+        voc(root, name, [("airplane", 3, 4, 10, 20), ("windmill", 5, 5, 30, 30)])
+        (root / f"JPEGImages-{part}").mkdir(exist_ok=True)
+        (root / f"JPEGImages/{name}.jpg").rename(root / f"JPEGImages-{part}/{name}.jpg")
+        (root / boxes).mkdir(parents=True, exist_ok=True)
+        (root / f"Annotations/{name}.xml").rename(root / boxes / f"{name}.xml")
+        (root / lists).mkdir(parents=True, exist_ok=True)
+        (root / lists / f"{listed}.txt").write_text(f"{name}\n")
+    (root / "JPEGImages").rmdir()
+    return root
+
+
+@pytest.mark.parametrize("boxes, lists", [("Annotations/Horizontal Bounding Boxes", "ImageSets/Main"),
+                                          ("Annotations", "Main")])
+def test_dior(tmp_path, boxes, lists):
+    data = opened(dior(tmp_path, boxes, lists), "dior")
+    assert len(data.train) == 2 and len(data.vals["val"]) == 1 and data.names == {1: "airplane", 2: "windmill"}
+    assert data.train.truth(1).boxes.tolist() == [[2, 3, 10, 20], [4, 4, 30, 30]]
+    (tmp_path / lists / "val.txt").unlink()
+    with pytest.raises(ValueError, match="has no ImageSets/Main/val.txt or Main/val.txt; wanted DIOR's lists"):
+        opened(tmp_path, "dior")
+
+
 def test_voc(tmp_path):
     voc(tmp_path, "a", [("dog", 3, 4, 10, 20), ("cat", 1, 1, 60, 40), ("cat", 5, 5, 4, 5)])
     voc(tmp_path, "b", [("cat", 2, 2, 8, 8)])

@@ -191,6 +191,57 @@ def test_a_photo_is_no_annotation(tmp_path):
         labels.read_labels(tmp_path / "b.png", labels.Labels(150))
 
 
+def test_loveda(tmp_path):
+    """As its zips unpack: two places a split, whose files may have one name; 0 is not labelled"""
+    for split, counts in ("Train", (2, 1)), ("Val", (1, 1)):
+        for place, n in zip(("Urban", "Rural"), counts, strict=True):
+            for k in range(n):
+                write(tmp_path / f"{split}/{place}/images_png/{k}.png", photo(k))
+                write(tmp_path / f"{split}/{place}/masks_png/{k}.png", np.repeat(np.arange(8, dtype=np.uint8), 5)[
+                    :, None].repeat(60, 1))
+    train, val, n = labels.open_segmentation(TASKS["loveda"].config(data=str(tmp_path), workers=0))
+    assert (len(train), len(val), n) == (3, 2, 7) and train.truth(0)[::5, 0].tolist() == [255, 0, 1, 2, 3, 4, 5, 6]
+    write(tmp_path / "Val/Rural/masks_png/0.png", np.full((40, 60), 8, np.uint8))
+    with pytest.raises(ValueError, match="0.png has label 8; wanted 7 classes from 1 on"):
+        labels.open_segmentation(TASKS["loveda"].config(data=str(tmp_path), workers=0))
+    (tmp_path / "Val/Urban").rename(tmp_path / "Val/urban")
+    with pytest.raises(ValueError, match="has no folder Val/Urban/images_png; loveda wants one"):
+        labels.open_segmentation(TASKS["loveda"].config(data=str(tmp_path), workers=0))
+
+
+def isaid(root, sizes):
+    for split in "train", "val":
+        for k, size in enumerate(sizes):
+            write(root / f"{split}/images/P{k:04}.png", photo(k, size))
+            numbers = np.arange(size[0] * size[1]).reshape(size) // 7 % 16
+            write(root / f"{split}/Semantic_masks/P{k:04}_instance_color_RGB.png",
+                  np.array(labels.COLOURS, np.uint8)[numbers])
+    return TASKS["isaid"].config(data=str(root), workers=0)
+
+
+def test_isaid_in_patches(tmp_path):
+    """Of 896, each 512 after the last one, which ends with the image; smaller ones on black, what is beside is void"""
+    sizes = (900, 1500), (40, 60)
+    train, val, n = labels.open_segmentation(isaid(tmp_path, sizes))
+    assert n == 16 and len(train) == len(val) == 2 * 3 + 1
+    whole = photo(0, sizes[0])
+    for i, (y, x) in enumerate([(0, 0), (0, 512), (0, 604), (4, 0), (4, 512), (4, 604)]):
+        assert np.array_equal(train.image(i).permute(1, 2, 0), whole[y : y + 896, x : x + 896])
+        numbers = np.arange(900 * 1500).reshape(900, 1500) // 7 % 16
+        assert np.array_equal(train.truth(i), numbers[y : y + 896, x : x + 896])
+    assert train.image(6).shape == (3, 896, 896) and (train.image(6)[:, 40:] == 0).all()
+    assert (train.truth(6)[40:] == 255).all() and (train.truth(6)[:, 60:] == 255).all()
+    assert train.truth(6)[0, :9].tolist() == [0] * 7 + [1] * 2
+
+
+def test_isaids_colours(tmp_path):
+    c = isaid(tmp_path, [(40, 60)])
+    assert len(set(labels.COLOURS)) == 16
+    write(tmp_path / "val/Semantic_masks/P0000_instance_color_RGB.png", np.full((40, 60, 3), (0, 63, 62), np.uint8))
+    with pytest.raises(ValueError, match="_instance_color_RGB.png has the colour 0,63,62; wanted one of iSAID"):
+        labels.open_segmentation(c)
+
+
 class HDF5:
     """Stands for h5py.File: an array that numpy has saved"""
 

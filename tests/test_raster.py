@@ -377,4 +377,4 @@ def test_a_large_raster_is_mapped_in_the_memory_of_a_small_one(network, tmp_path
     found, profile = read(tmp_path / "5000-map.tif")
     assert found.shape == (5000, 5000) and not np.isnan(found).any() and str(profile["crs"]) == "EPSG:32633"
     print(f"peak {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
-    assert peaks[1] - peaks[0] < 300e6                                                # measured: ?
+    assert peaks[1] - peaks[0] < 300e6                                                # measured: 206 of 1573 MB

@@ -15,8 +15,9 @@ RELEASED = dict(  # ViT-L on ImageNet-1k, as the released code trains it
     size="l", recipe="released", steps=125_000, batch=2048, group=64, koleo_group=64, drop_path=0.3,
     n_registers=0, key_bias=True, norm_eps=1e-6, rope_rescale=1.0, patch_size=16, depth=24,
     global_size=224, local_size=96, n_local=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), ratio=(3 / 4, 4 / 3),
-    flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, blur_global_1=0.0,
-    blur_global_2=0.9, blur_local=0.5, blur_sigma=(0.1, 2.0), solarize=0.2, mask_share=0.5, mask_ratio=(0.1, 0.5),
+    flip=0.5, turns=False, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2,
+    blur_global_1=0.0, blur_global_2=0.9, blur_local=0.5, blur_sigma=(0.1, 2.0), solarize=0.2, mask_share=0.5,
+    mask_ratio=(0.1, 0.5),
     dino_hidden=2048, dino_bottleneck=256, dino_prototypes=65_536, ibot_hidden=2048, ibot_bottleneck=256,
     ibot_prototypes=65_536, prototype_std=0.02, lr=1e-3, lr_warmup=12_500, weight_decay=0.04, weight_decay_end=0.4,
     momentum=0.992, momentum_end=1.0, teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup=37_500,
@@ -106,3 +107,36 @@ def test_photos_is_for_one_gpu(tmp_path, monkeypatch, capsys):
         assert shares == [getattr(recipes.IMAGENET, name) / recipes.IMAGENET.steps for name in recipes.WARMUPS]
     train.main(["--help", "--recipe", "photos"])
     assert "--batch              128 " in capsys.readouterr().out
+
+
+def test_satellite_is_there_for_every_size(tmp_path):
+    """The paper's lengths, the web's warm-ups in proportion, its weights' statistics; tiny keeps its own length"""
+    for size, own in recipes.RECIPES.items():
+        c = recipes.configure(["--recipe", "satellite", "--size", size, "--out", str(tmp_path)])
+        assert (c.mean, c.std, c.flip, c.turns) == ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143), 0.5, True)
+        assert c.steps == (own.steps if size == "tiny" else 100_000)
+        for name in recipes.WARMUPS:
+            assert getattr(c, name) == round(getattr(own, name) * c.steps / own.steps)
+        same = {name for name in vars(c) if name not in (*OWN, *recipes.WARMUPS)} - {
+            "recipe", "steps", "flip", "turns", "patch_size", "depth"}
+        assert all(getattr(c, name) == getattr(own, name) for name in same) and len(same) > 40
+    assert recipes.configure(["--recipe", "satellite", "--out", str(tmp_path)]).size == "tiny"
+    c = recipes.configure(["--recipe", "satellite", "--in_chans", "4", "--out", str(tmp_path)])
+    assert c.mean == pytest.approx((0.430, 0.411, 0.296, 0.379)) and len(c.std) == 4
+
+
+@pytest.mark.parametrize("size, lengths", [("7b", (10_000, 8000, 2667)), ("l", (10_000, 8000, 2667)),
+                                           ("tiny", (600, 150, 50))])
+def test_what_follows_a_satellite_run(size, lengths, tmp_path):
+    """10k steps of Gram anchoring, 8k at 512 pixels; turned as before; of tiny, and of the web's, what it was"""
+    words = ["--size", size, "--recipe", "satellite", "--out", str(tmp_path)]
+    gram, high = (recipes.configure([*words, "--stage", stage], starts=False) for stage in ("gram", "highres"))
+    assert (gram.steps, high.steps, high.lr_warmup) == lengths and gram.turns and high.turns
+    web = recipes.STAGES[size, "highres"]["resolutions"]
+    assert high.resolutions == (web if size == "tiny" else "512x112x768*1") and gram.mean == high.mean == c_mean(size)
+    plain = recipes.configure([*words[:2], "--stage", "highres", "--out", str(tmp_path)], starts=False)
+    assert plain.resolutions == web and not plain.turns
+
+
+def c_mean(size):
+    return recipes.NAMED[size, "satellite"].mean

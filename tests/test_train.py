@@ -275,7 +275,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     (["--data", "nowhere"], "nowhere does not exist"),
     (["--data", "EMPTY"], "no image in"),
     (["--size", "xl"], "unknown size 'xl'; choose one of tiny, s"),
-    (["--order", "sorted"], "--order sorted is not known; choose random or windows"),
+    (["--order", "sorted"], "--order sorted is not known; choose one of random, windows"),
     (["--stpes", "3"], "unknown option --stpes; did you mean --steps"),
     (["--steps", "1.5"], "--steps wants int, got '1.5'"),
     (["--global_size", "4"], "smaller than a patch of 8 pixels"),
@@ -286,8 +286,8 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, capsys):
     (["--accumulate", "2"], "--accumulate 2: 8 images of a rank in so many parts; each must hold whole --group 8 and"),
     (["--replicas", "2"], "--replicas 2 does not divide 1 ranks"),
     (["--compile", "--checkpointing", "selective"], "--compile chooses by itself"),
-    (["--moments", "fp8"], "--moments fp8 is not known; choose fp32 or bf16"),
-    (["--checkpointing", "some"], "--checkpointing some is not known; choose none, selective, full"),
+    (["--moments", "fp8"], "--moments fp8 is not known; choose one of fp32, bf16"),
+    (["--checkpointing", "some"], "--checkpointing some is not known; choose one of none, selective"),
 ])
 def test_mistakes_end_in_one_line(words, says, tmp_path):
     words = [str(tmp_path) if word == "EMPTY" else word for word in words]
