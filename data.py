@@ -1,6 +1,6 @@
 """
 Images in, training batches out. A batch is a function of (seed, step): resumable, and the same for any number of
-ranks and workers.
+ranks and workers. Dimension letters: see the top of model.py.
 
     CropConfig       every number of the augmentation                              DINOv3 App. C; DINOv2 §B.1
     draw_crops       where to cut, and how to recolour: plain numbers, drawn on the host
@@ -11,8 +11,7 @@ ranks and workers.
     python data.py index SHARDS     tars and zips: where each image lies           engine/archives.py
     python data.py stats PHOTOS     what a set of images holds                     engine/stats.py
     python data.py look PHOTOS      what the network will see of it, a picture     engine/look.py
-
-Dimension letters: see the top of model.py.
+    python data.py tiles RASTERS    GeoTIFFs of any size, in tiles                 engine/tiles.py
 """
 
 import math
@@ -48,7 +47,7 @@ from engine.order import Order
 from engine.slots import lent
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # save, leave
-COMMANDS = dict(index="engine.archives", stats="engine.stats", look="engine.look")  # by name: they stand on this file
+COMMANDS = dict(index="archives", stats="stats", look="look", tiles="tiles")  # of engine/, by name: they stand on this
 
 # --------------------------------------------------------------------------------
 # Crops
@@ -382,13 +381,13 @@ def loader(dataset, steps, workers, **kwargs):
 
 
 def main(argv):
-    command, rest = (argv or ["--help"])[0], argv[1:]
+    command = (argv or ["--help"])[0]
     if command in ("--help", "-h"):
         print(__doc__.strip())
         return
     if command not in COMMANDS:
         raise ValueError(f"{command!r} is no command; there are: {', '.join(COMMANDS)}, each before PATH")
-    import_module(COMMANDS[command]).main(rest)
+    import_module(f"engine.{COMMANDS[command]}").main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def head_of(build, train, outputs, frozen, c):
 
 def asked(task, c, config):
     """What must agree between a file and a task."""
-    return dict(metric=task.metric, decoder=getattr(c, "decoder", "linear"), backbone=size_of(config),
+    return dict(metric=task.heads or task.metric, decoder=getattr(c, "decoder", "linear"), backbone=size_of(config),
                 layers=getattr(c, "layers", ""), norm=str(getattr(c, "norm", True)))
 
 

@@ -106,6 +106,7 @@ class Task:
     control: str = "truth"     # what --control shuffles: truth, patches
     pictures: str = ""         # what --out draws
     released: tuple = ()       # decoders whose --head may also be a file that load_decoder reads
+    heads: str = ""            # metric of the task whose --head it reads; empty = its own
     trains: bool = True        # on --data, where that is not shapes; else --head is wanted
     plan: Callable = None      # c -> {what: bytes} of training a head, without weights or data: --plan
     shapes: bool = True        # --data shapes works

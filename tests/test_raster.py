@@ -198,6 +198,7 @@ def network(tmp_path_factory):
 
 def write(path, x, crs="EPSG:32633", **more):
     rasterio = pytest.importorskip("rasterio")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     transform = rasterio.transform.from_origin(500000.25, 5200000.75, 0.6, 0.6) if crs else None
     with rasterio.open(path, "w", driver="GTiff", dtype=x.dtype, count=len(x), height=x.shape[1], width=x.shape[2],
                        crs=crs, transform=transform, **more) as file:
