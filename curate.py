@@ -34,8 +34,10 @@ from tqdm import tqdm
 
 from engine import config as command_line
 from engine.balance import balanced
+from engine.channels import Channels, of_run
 from engine.chunks import Keyed, index, kept, read, serve, turn, write
-from engine.features import Frozen, describe, load, whole_patches
+from engine.features import Frozen, describe, load, reads, whole_patches
+from engine.images import ImageConfig
 from engine.kmeans import Clusters, Part, choose_levels, hierarchy, products, with_resampling
 from engine.names import LISTS
 from engine.near import ALL, CELL, TRIED, alike, calibrate, components, copies, groups_of, nearest
@@ -52,7 +54,7 @@ ROWS = 1 << 14       # vectors at a time
 
 
 @dataclass(frozen=True)
-class CurateConfig:
+class CurateConfig(ImageConfig):
     data: str = "?"            # PHOTOS: what --data of train.py takes
     weights: str = ""          # a run's folder, a weights file, or untrained:SIZE: what the photos are compared by
     out: str = ""              # the list: .txt, .csv or .parquet
@@ -122,7 +124,7 @@ class Pile:
 
     def __init__(self, path, c, network, ranks):
         self.c = replace(c, data=path)
-        self.source = open_source(path, seed=c.seed)
+        self.source = open_source(path, seed=c.seed, read=reads(c))
         self.frozen = Frozen(network, TASK, self.c, ranks)
         tokens = self.frozen.tokens("photos", Unlabelled(self.source))
         self.folder = Keyed(self.frozen.about | dict(what="pile", photos=self.source.digest()), self.c)
@@ -349,7 +351,7 @@ def report(c, found):
 
 def plan(c, device):
     """What it takes: lines. The speed is that of one product here, now; features are planned when they begin."""
-    n, width = len(open_source(c.data, seed=c.seed)), describe(c.weights).width
+    n, width = len(open_source(c.data, seed=c.seed, read=reads(c))), describe(c.weights).width
     lines = [f"{n:,} photos, vectors of {width}: {2 * n * width / 1e9:.3g} GB on disk, and once in memory, of one rank"]
     if c.keep:
         levels = read_levels(c, n)
@@ -369,7 +371,8 @@ def configure(argv):
     values, words = command_line.read_words(argv, command_line.types(CurateConfig()))
     if len(words) > 1:
         raise ValueError(f"{words[1]!r} is not an option; write --field value")
-    c = command_line.apply(CurateConfig(), values | (dict(data=words[0]) if words else {}))
+    seen = {name: text for name, text in of_run(values.get("weights", "")).items() if name in vars(CurateConfig())}
+    c = command_line.apply(CurateConfig(), seen | values | (dict(data=words[0]) if words else {}))
     if c.data == "?":
         raise ValueError("which photos? python curate.py PHOTOS --weights W --keep N --out LIST")
     path = Path(c.out)
@@ -382,6 +385,8 @@ def configure(argv):
         raise ValueError("nothing to choose by: --keep N, --like PHOTOS, --dedup or --against PHOTOS")
     if c.threshold and not (c.dedup or c.against):
         raise ValueError(f"--threshold {c.threshold}: of copies; with --dedup or --against")
+    if (c.dedup or c.against) and not c.threshold and isinstance(reads(c), Channels):
+        raise ValueError("--threshold is measured on JPEGs made of photos; of images of other channels name it")
     if c.levels and not c.keep:
         raise ValueError(f"--levels {c.levels}: of clusters, which --keep N chooses from")
     if path.suffix == ".parquet":
@@ -390,7 +395,7 @@ def configure(argv):
         except ImportError as error:
             raise ValueError(f"--out {c.out}: pyarrow is not installed; pip install -e .[data]") from error
     whole_patches(c, describe(c.weights))
-    source = open_source(c.data, seed=c.seed)
+    source = open_source(c.data, seed=c.seed, read=reads(c))
     if len(source) < 2:
         raise ValueError(f"{c.data} has one photo; there is nothing to choose")
     if not (os.path.isfile(source.name(0)) or archive_of(source.name(0))):

@@ -9,7 +9,7 @@ import torch
 
 from engine.balance import grouped, kl_to_uniform, sizes_of
 from engine.explore import jpeg
-from engine.images import resize
+from engine.images import resize, shown
 
 SIDE = 96         # pixels of a thumbnail
 EACH = 8          # of them in a row
@@ -38,9 +38,9 @@ def page(c, found):
                      f"{escape(c.weights)}. A green frame: in the list."]
 
     def row(rows, note=""):
-        shown = "".join(thumbnail(pile, int(i), int(i) in kept) for i in rows[:EACH])
+        pictures = "".join(thumbnail(pile, int(i), int(i) in kept) for i in rows[:EACH])
         more = f"<small>and {len(rows) - EACH:,} more</small>" if len(rows) > EACH else ""
-        out.append(f"<div class=row>{shown}{more}</div>" + (f"<small>{note}</small>" if note else ""))
+        out.append(f"<div class=row>{pictures}{more}</div>" + (f"<small>{note}</small>" if note else ""))
 
     if found.clusters:
         levels = [(each.places, len(each.centroids)) for each in found.clusters]
@@ -102,4 +102,4 @@ def thumbnail(pile, i, kept):
     scale = SIDE / max(image.shape[1:])
     small = resize(image, *(max(round(x * scale), 1) for x in image.shape[1:]))
     mark = " class=kept" if kept else ""
-    return f'<img{mark} src="{jpeg(torch.as_tensor(small))}" alt="{name}" title="{name}">'
+    return f'<img{mark} src="{jpeg(shown(torch.as_tensor(small)))}" alt="{name}" title="{name}">'

@@ -3,6 +3,7 @@ Sets of aerial images with the height of what grows there for every pixel.
 
     a folder    train/rgb_NAME.jpg, train/height_NAME.tif, and test/ or val/ likewise: float32 are metres, 16 bits
                 decimetres; not known is nan, below 0, or 65535. Images of other channels: --bands, --scale
+    Open-Canopy  canopy_height/, as it was published: opencanopy.py
     shapes      generated scenes: what is near is high, and a scanner has left gaps
 """
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from engine.features import reads
 from engine.task import skip
+from sets import opencanopy
 from sets.depths import FLAT
 from sets.pairs import Pairs, alike, below, folders, generated, images_below, keyed, paired, verified
 
@@ -55,6 +57,8 @@ def open_heights(c):
     """train (None under --head), val"""
     if c.data == "shapes":
         return generated(c, heights_of)
+    if root := opencanopy.listed(c):
+        return opencanopy.open_canopy(c, root)
     train, photo = None, reads(c)
     if not c.head:
         paths = height_pairs(c, "train")

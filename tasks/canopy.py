@@ -152,8 +152,8 @@ def run(data, frozen, c):
                 n_val=len(data[1]), **said)
 
 
-TASK = Task("canopy", "{train,test}/{rgb_NAME.jpg,height_NAME.tif}", open_heights, run, wants="maps", metric="mae",
-            lower=True, view=fitted, sides=(512, 160), decoders=("dpt",), released=("dpt",), plan=planned,
-            pictures="image, truth, prediction: high is bright",
+TASK = Task("canopy", "{train,test}/{rgb_NAME.jpg,height_NAME.tif}; or Open-Canopy's canopy_height/", open_heights,
+            run, wants="maps", metric="mae", lower=True, view=fitted, sides=(512, 160), decoders=("dpt",),
+            released=("dpt",), plan=planned, pictures="image, truth, prediction: high is bright",
             options=(Option("iterations", 38400, "steps of the head", shapes=300, least=1),
                      Option("lr", 0.0, "peak; 0 = the decoder's own"), *IMAGES))

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from test_train import MICRO, rows, run
 
+import curate
 import data
 import distill
 import evaluate
@@ -652,6 +653,17 @@ def test_released_weights_are_adapted_to_other_images(scenes, tmp_path, words, i
     assert (looks[0]["kept"] == pytest.approx(100)) == ("--mean" not in words)       # it sees other values than before
     assert all(np.isfinite(row["gram"]) for row in rows(out))
     assert load_backbone(out / "best.safetensors").config.in_chans == load_backbone(out).config.in_chans == in_chans
+
+
+def test_a_pile_of_four_channels_is_curated(scenes, trained, tmp_path):
+    """As the run says they are read; copies of JPEG are not made of them"""
+    words = f"{scenes}/train --weights {trained} --device cpu --workers 0 --resolution 40".split()
+    curate.main([*words, "--keep", "6", "--out", str(tmp_path / "kept.txt")])
+    assert len((tmp_path / "kept.txt").read_text().split()) == 6
+    assert (tmp_path / "kept.html").read_text().count("data:image/jpeg") >= 6
+    curate.main([*words, "--dedup", "--threshold", "0.9999", "--out", str(tmp_path / "one.txt")])
+    with pytest.raises(ValueError, match="--threshold is measured on JPEGs made of photos"):
+        curate.main([*words, "--dedup", "--out", str(tmp_path / "none.txt")])
 
 
 def test_a_teacher_of_four_channels_has_students_of_four(scenes, trained, tmp_path):
