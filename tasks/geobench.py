@@ -33,7 +33,7 @@ from engine.pictures import SHOWN, hues, save_pictures
 from engine.ranks import linked
 from engine.sliding import resized
 from engine.task import Option, Task
-from engine.views import fitted
+from engine.views import fitted, middle
 from sets.geobench import CLASSIFICATION, SEGMENTATION, open_geobench
 from sets.pairs import others
 
@@ -170,7 +170,7 @@ CHANNELS = Option("channels", "Red,Green,Blue", "names of bands, as the set has 
 STEPS = Option("iterations", 2400, "steps", least=1)
 TASKS = (
     Task("geobench", "classification_v1.0/m-NAME/, as downloaded", partial(opened, forms=CLASSIFICATION), classes,
-         wants="tokens", metric="score", view=fitted, shapes=False,
+         wants="tokens", metric="score", view=middle, shapes=False,
          options=(CHANNELS, STEPS, Option("linear_batch", 32, "samples of a step", least=1))),
     Task("geobench_seg", "segmentation_v1.0/m-NAME/, as downloaded", partial(opened, forms=SEGMENTATION), pixels,
          wants="maps", metric="score", view=fitted, sides=(512, 160), shapes=False, decoders=("dpt",),
