@@ -93,7 +93,7 @@ def point_pictures(decoder, images):
                                                     (f"frame {k}", "depth"), strict=True)]
             for k, (image, d) in enumerate(zip(images, depth, strict=True))]
     poses, fov = decode(out["cameras"].double().cpu().numpy())
-    known = depth * (sure >= sure.flatten().quantile(FAINT))
+    known = depth * (sure >= np.quantile(sure, FAINT))
     seen, _ = clouds([shown(image) for image in images], known.numpy(), [matrix_of_fov(x, size) for x in fov], poses)
     return [*rows, [entitled(x.permute(1, 2, 0).numpy(), title)
                     for x, title in zip(seen, ("points from above", "from the right"), strict=True)]]

@@ -137,7 +137,7 @@ def pictures(frames, factor, depth, poses, fov, confidence):
     """The first frame, its depth, the depth found; all points from two sides, by the truth and by what is found"""
     top, size, K = float(frames.depths.max()), tuple(depth.shape[1:]), [frames.intrinsics] * len(poses)
     true, window = clouds(frames.images, frames.depths, K, frames.poses)
-    sure = resized(confidence, size) >= confidence.quantile(UNSURE)
+    sure = resized(confidence, size) >= np.quantile(confidence, UNSURE)
     poses = poses.copy()
     poses[:, :3, 3] *= factor
     K = [matrix_of_fov(x, size) for x in fov]
@@ -150,6 +150,8 @@ def run(data, frozen, c):
     scores, angles, still, rows = zip(*found, strict=True)
     rotation, way = np.concatenate(angles, 1)
     known = ~np.isnan(way)
+    if not known.any():
+        raise ValueError(f"--data: the cameras of each scene of {c.data} stand in one place; {c.task} wants them apart")
     worst = np.maximum(rotation, way)[known]
     save_pictures(c, [row for row in rows if row], SHEET)
     return dict(auc30=auc(worst, TOP), auc10=auc(worst, 10), auc5=auc(worst, 5),

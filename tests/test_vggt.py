@@ -162,6 +162,10 @@ def test_a_scenes_scores_become_the_tasks(monkeypatch):
     assert said["rotation_5"] == pytest.approx(200 / 3) and said["direction_15"] == 100 and said["n_pairs"] == 3
     assert said["abs_rel"] == pytest.approx(0.3) and said["n_scenes"] == 2 and said["lr"] == 1
 
+    found[:] = [(dict(abs_rel=0.4), np.array([[4.0], [np.nan]]), np.array([[9.0], [90]]), None)]
+    with pytest.raises(ValueError, match="the cameras of each scene of shapes stand in one place; vggt wants"):
+        vggt.run(None, Frozen(), TASKS["vggt"].config())
+
 # --------------------------------------------------------------------------------
 # Training
 
