@@ -16,7 +16,6 @@ Every stage is kept in --cache and found again; without one, until the command h
 paper: DINOv3 §3.1. Dimension letters: see the top of model.py; N images of the pile.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -35,16 +34,16 @@ from tqdm import tqdm
 from engine import config as command_line
 from engine.balance import balanced
 from engine.channels import Channels, of_run
-from engine.chunks import Keyed, index, kept, read, serve, turn, write
+from engine.chunks import Keyed, OnDisk, index, kept, read, serve, turn, write
 from engine.features import Frozen, describe, load, reads, whole_patches
 from engine.images import ImageConfig
 from engine.kmeans import Clusters, Part, choose_levels, hierarchy, products, with_resampling
-from engine.names import LISTS
-from engine.near import ALL, CELL, TRIED, alike, calibrate, components, copies, groups_of, nearest
+from engine.names import LISTS, place_of, write_list
+from engine.near import ALL, CELL, alike, calibrate, components, groups_of, nearest, try_copies
 from engine.pile import page
 from engine.ranks import choose_precision, count_workers, leading, linked, start_ranks
 from engine.shards import Entry, write_tensors
-from engine.sources import archive_of, open_source
+from engine.sources import Unlabelled, archive_of, open_source
 from engine.task import Task
 from engine.views import middle
 
@@ -80,40 +79,6 @@ class CurateConfig(ImageConfig):
 # Vectors
 
 
-class Vectors:
-    """
-    Rows of float16 in a file; read, and not mapped, where they are neighbours: mapped pages count as memory. Another
-    process opens the file, too.
-    """
-
-    def __init__(self, place):
-        self.place, self.shape = place, tuple(place[2])
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        path, dtype, (n, width), offset = self.place
-        if isinstance(rows, slice):
-            first, end, _ = rows.indices(n)
-            return read(path, dtype, (max(end - first, 0), width), offset + 2 * width * first)
-        return np.memmap(path, dtype, "r", offset, (n, width))[rows]
-
-    def __reduce__(self):
-        return Vectors, (self.place,)
-
-
-class Unlabelled:
-    def __init__(self, source):
-        self.source, self.load = source, source.load
-
-    def __len__(self):
-        return len(self.source)
-
-    def label(self, i):
-        return -1
-
-
 class Pile:
     """
     Photos and what the network says of them, in an order that their own features set: the same photos in another order
@@ -132,7 +97,7 @@ class Pile:
         if not place.is_file():
             self.sort(tokens, place)
         found = index(place)
-        self.vectors, self.rows = Vectors(found["vectors"]), read(*found["rows"])
+        self.vectors, self.rows = OnDisk(found["vectors"]), read(*found["rows"])
 
     def __len__(self):
         return len(self.rows)
@@ -178,26 +143,21 @@ class Pile:
     def name(self, i):
         return self.source.name(self.rows[i])
 
+    def load(self, i):
+        return self.source.load(self.rows[i])
+
 # --------------------------------------------------------------------------------
 # Stages
 
 
 def calibrated(pile):
     """What copies of some photos of the pile look like to the network, beside the nearest other photo: Calibration"""
+    def embed(images):
+        return pile.frozen.tokens_of([pile.frozen.view(image)[0] for image in images])[0]
+
     def made():
-        rng, frozen = np.random.default_rng([pile.c.seed, 1]), pile.frozen
-        tried = np.sort(rng.choice(len(pile), min(TRIED, len(pile)), replace=False))
-        found = {}
-        for i in tqdm(tried, "copies", unit="img", leave=False, disable=None):
-            image = pile.source.load(pile.rows[i])
-            views = {kind: torch.from_numpy(each.copy()).permute(2, 0, 1)
-                     for kind, each in copies(rng, image.permute(1, 2, 0).numpy()).items()}
-            said = frozen.tokens_of([frozen.view(view)[0] for view in views.values()])[0]
-            own = pile.vectors[[i]][0].astype(np.float32)
-            for kind, x in zip(views, said, strict=True):
-                found.setdefault(kind, []).append(own @ x / np.linalg.norm(x))
-        _, cosines = nearest(pile.vectors[tried], pile.vectors, 2, frozen.device)
-        return {kind: np.array(each, np.float32) for kind, each in found.items()} | {" others": cosines[:, 1]}
+        found, others = try_copies(pile.vectors, pile.load, embed, pile.c.seed, pile.frozen.device)
+        return found | {" others": others}
     found = pile.stage("copies", made, seed=pile.c.seed)
     others = found.pop(" others")
     return calibrate(found, others)
@@ -292,7 +252,7 @@ def read_levels(c, n):
     return with_resampling(n, ks)
 
 
-def write_list(path, found, rows):
+def list_rows(path, found, rows):
     """Names relative to the list's folder where they lie below it; in a table their cluster and distance, too."""
     pile, folder = found.pile, os.path.realpath(path.parent)
     names = [place_of(pile.name(i), folder) for i in rows]
@@ -300,40 +260,18 @@ def write_list(path, found, rows):
     cluster = found.clusters[0].places[at] if found.clusters else np.full(len(rows), -1)
     distance = np.sqrt(found.clusters[0].distances[at]) if found.clusters else np.full(len(rows), np.nan)
     origin = ["clustered" if a else "retrieved" for a in np.isin(rows, found.clustered)]
-    columns = dict(path=names, cluster=cluster.tolist(), distance=[round(float(x), 4) for x in distance], origin=origin)
-    new = path.with_name(f".{os.getpid()}{path.name}")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow
-            from pyarrow import parquet
-            parquet.write_table(pyarrow.table(columns), new)
-        else:
-            with open(new, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                table = csv.writer(file, lineterminator="\n")
-                if path.suffix == ".csv":
-                    table.writerow(columns)
-                    table.writerows(zip(*columns.values(), strict=True))
-                else:
-                    file.writelines(f"{name}\n" for name in names)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def place_of(name, folder):
-    """Relative to the folder, if it lies below"""
-    path = os.path.abspath(name)
-    return os.path.relpath(path, folder) if path.startswith(folder + os.sep) else path
+    write_list(path, dict(path=names, cluster=cluster.tolist(), distance=[round(float(x), 4) for x in distance],
+                          origin=origin))
 
 
 def report(c, found):
     """Writes the list, the mixture, the page -> the line of JSON, as a dict"""
     path = Path(c.out)
-    write_list(path, found, found.kept)
+    list_rows(path, found, found.kept)
     if c.keep and c.like:
         parts = dict(clustered=found.clustered, retrieved=found.retrieved)
         for name, rows in parts.items():
-            write_list(path.with_suffix(f".{name}{path.suffix}"), found, rows)
+            list_rows(path.with_suffix(f".{name}{path.suffix}"), found, rows)
         total = sum(map(len, parts.values()))
         mixture = [dict(path=path.with_suffix(f".{name}{path.suffix}").name, share=len(rows) / total)
                    for name, rows in parts.items()]

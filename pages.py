@@ -31,7 +31,7 @@ from engine.task import GIVEN, SIZES
 ROOT = Path(__file__).parent
 ENDS = "py", "cpp", "cu", "h", "cuh"
 FOLDERS = "", "engine", "tasks", "sets", "decoders", "csrc"
-SCRIPTS = "train distill text evaluate visualize weights curate health data shapes bench pages".split()
+SCRIPTS = "train distill text evaluate visualize weights curate embed doctor health data shapes bench pages".split()
 SECTIONS = {  # of the paper, those that can be code; what each is about, in our words
     "3.1": "which photos", "3.2": "backbone, losses, optimisation", "4.1": "patches forget as classes are learned",
     "4.2": "Gram anchoring", "4.3": "a Gram teacher of higher resolution", "5.1": "high resolution",

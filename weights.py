@@ -4,6 +4,8 @@ Backbones to and from files. Every layout that circulates comes in and goes out;
     python weights.py IN                               what is it? size, normalisation, and a fingerprint to compare
     python weights.py IN OUT --to hf                   meta (.pth), hf (a folder), timm or nano (.safetensors)
     python weights.py IN OUT --to nano --in_chans 4    for images of more channels than RGB
+    python weights.py IN OUT.onnx --to onnx            a program: images B C H W float32 -> cls B D, patches B P D
+    python weights.py IN OUT.pt2 --to torch --half     the same for torch.export.load; float16 inside
 
     load_backbone     a run's folder, a file or folder of any layout -> ViT or ConvNeXt
     save_backbone     ViT or ConvNeXt -> a file or folder of any layout
@@ -32,9 +34,11 @@ from convnext import ConvNeXt, ConvNeXtConfig
 from engine import config as command_line
 from engine import layouts
 from engine.layouts import LAYOUTS, STATISTICS, WEB, named, size_of, to_theirs, widen
+from engine.ranks import free_memory
 from engine.shards import Entry, write_tensors
 from model import ViT, ViTConfig
 
+PROGRAMS = {"onnx": ".onnx", "torch": ".pt2"}
 SUFFIXES = {"meta": (".pth", ".pt", ".bin"), "timm": (".safetensors",), "nano": (".safetensors",)}  # hf: a folder
 FOLDER = ("best.safetensors", "teacher.safetensors", "model.safetensors", "model.safetensors.index.json",
           "pytorch_model.bin")
@@ -47,9 +51,10 @@ GATED = ("released DINOv3 weights are licence-gated: request them at ai.meta.com
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    to: str = ""               # layout of OUT: meta, hf, timm, nano
+    to: str = ""               # layout of OUT: meta, hf, timm, nano; or a program: onnx, torch
     size: str = ""             # s, b, convnext_t, ...: stop if IN is of another
     in_chans: int = 0          # [0, 1024]: channels of the images, beyond IN's three; 0 = as in IN
+    half: bool = False         # of a program: float16 inside, between float32 images and features
 
 # --------------------------------------------------------------------------------
 # What is in a file
@@ -387,16 +392,44 @@ def convert(model, target, layout):
     print(f"{target}: read back, {len(same)} tensors are the same bit for bit, {len(other)} are not {other[:5]}")
 
 
+def export(source, target, c):
+    """A program of the network, which has been compared with it when this returns"""
+    from engine import export as programs  # here, as torch.export takes a second to import
+
+    dtype = torch.float16 if c.half else torch.float32
+    skeleton, tensors = stream_backbone(source, c.size or None, torch.float32, c.in_chans)
+    need, there = 4 * 3 * sum(x.numel() for x in skeleton.state_dict().values()), free_memory()
+
+    def network():
+        model = load_backbone(source)
+        return inflate(model, c.in_chans) if c.in_chans else model
+    if c.to == "torch":
+        worst = programs.write_torch(target, network(), dtype)
+    else:
+        worst = programs.write_onnx(target, skeleton, tensors, dtype, network if need < there else None)
+    said = (f"differs from the network by {worst:.2g} at most, at {len(programs.GRIDS)} sizes and "
+            f"{len(programs.BATCHES)} batches" if worst is not None else
+            f"not compared: that takes {need / 1e9:.3g} GB of memory, and {there / 1e9:.3g} are free")
+    print(f"{target}: {size_of(skeleton.config)}, {said}")
+
+
 def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__.strip(), command_line.describe(WeightsConfig()), sep="\n\n")
         return
     values, words = command_line.read_words(argv, command_line.types(WeightsConfig()))
     c = command_line.apply(WeightsConfig(), values)
-    if len(words) != 1 + bool(c.to) or c.to not in ("", *LAYOUTS):
-        raise ValueError(f"{len(words)} names and --to {c.to!r}; write IN alone, or IN OUT --to {'|'.join(LAYOUTS)}")
+    if len(words) != 1 + bool(c.to) or c.to not in ("", *LAYOUTS, *PROGRAMS):
+        raise ValueError(f"{len(words)} names and --to {c.to!r}; write IN alone, or IN OUT --to "
+                         f"{'|'.join([*LAYOUTS, *PROGRAMS])}")
     if c.to:
         command_line.writable(words[1], folder=c.to == "hf", option="OUT")
+    if c.half and c.to not in PROGRAMS:
+        raise ValueError(f"--half: of a program; write --to {' or '.join(PROGRAMS)}")
+    if c.to in PROGRAMS:
+        if Path(words[1]).suffix != PROGRAMS[c.to]:
+            raise ValueError(f"{words[1]}: name a file that ends in {PROGRAMS[c.to]}")
+        return export(*words, c)
     model = load_backbone(words[0], c.size or None, None if c.to else torch.float32)
     model = inflate(model, c.in_chans) if c.in_chans else model
     convert(model, words[1], c.to) if c.to else show(model, words[0])

@@ -4,7 +4,7 @@ What many images are turned into, on disk and not in memory: in files of some im
     Job, make      files that are wanted; those that are not there are dealt out to the ranks
     serve          ranks other than 0: they make their share of all that rank 0 asks for
     everywhere     the same function on all ranks at once, of what no file could hold
-    Stored, Table  the arrays of each image, the rows of all: read when they are asked for
+    Stored, Table  the arrays of each image, the rows of all: read when they are asked for;  OnDisk: rows of one array
     Keyed, kept    the folder that files lie in, named after all that they depend on; where, without --cache
 
 Rank 0 alone runs a task; the others wait until it wants files, make theirs, and leave when it is done. So the files
@@ -280,6 +280,30 @@ class Row:
 
     def __getitem__(self, k):
         return read(*self.places[k])
+
+
+class OnDisk:
+    """
+    Rows of an array in a file; read, and not mapped, where they are neighbours: mapped pages count as memory. Another
+    process opens the file, too.    place  what `read` wants
+    """
+
+    def __init__(self, place):
+        self.place, self.shape = place, tuple(place[2])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        path, dtype, (n, *rest), offset = self.place
+        if isinstance(rows, slice):
+            first, end, _ = rows.indices(n)
+            width = math.prod(rest) * np.dtype(dtype).itemsize
+            return read(path, dtype, (max(end - first, 0), *rest), offset + width * first)
+        return np.memmap(path, dtype, "r", offset, (n, *rest))[rows]
+
+    def __reduce__(self):
+        return OnDisk, (self.place,)
 
 
 class Table:

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from ast import literal_eval
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -143,6 +144,23 @@ def writable(path, folder=True, option="--out"):
         TemporaryFile(dir=next(each for each in above if os.path.lexists(each))).close()
     except OSError as error:
         raise ValueError(f"{option} {path}: no {kind} can be written there ({error.strerror}); name another") from error
+
+
+@contextmanager
+def whole(path):
+    """
+    The name of a file to write, which becomes the one at path when it is done, or is gone.
+
+    raises  ValueError: no room, no right
+    """
+    new = path.with_name(f".{os.getpid()}{path.name}")
+    try:
+        yield new
+        new.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}; name a place with room") from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def describe(config):

@@ -78,10 +78,10 @@ def gallery(rows, names, title):
     return "\n".join(parts)
 
 
-def jpeg(image):
+def jpeg(image, quality=90):
     """C H W uint8 -> a data URL"""
     file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 # --------------------------------------------------------------------------------

@@ -156,16 +156,16 @@ class Frozen:
 
     # ---- of whole images
 
-    def tokens(self, name, source, view=None):
+    def tokens(self, name, source, view=None, maps=False):
         """
         source   len, load(i) -> C H W uint8, label(i) -> int    view  image -> [C H W uint8], of one size; None = the
-                 task's    name  of the split, in --cache
+                 task's    name  of the split, in --cache    maps  keep all patches, too
         returns  Tokens; images that cannot be read are left out, and named;  raises ValueError if none can be
         """
-        size, view = -(-ROWS // self.c.batch) * self.c.batch, view or self.view
-        images = Computed(partial(loaded, source=source, view=view))
-        job = self.job(name, images, len(source), partial(pack_tokens, layers=self.layers), size, (view, source),
-                       view=view.func.__name__, more=view.keywords, layers=self.layers)
+        size, view = -(-(CHUNK if maps else ROWS) // self.c.batch) * self.c.batch, view or self.view
+        images, more = Computed(partial(loaded, source=source, view=view)), dict(maps=True) if maps else {}
+        job = self.job(name, images, len(source), partial(pack_tokens, layers=self.layers, maps=maps), size,
+                       (view, source), view=view.func.__name__, more=view.keywords, layers=self.layers, **more)
         self.plan(job, lambda: [images[0]], self.tokens_of)
         make([job], self, self.c, self.ranks)
         unreadable = [error for path in job.chunks
@@ -177,13 +177,17 @@ class Frozen:
         return Tokens(job, source)
 
     @torch.no_grad()
-    def tokens_of(self, views):
-        """B C H W uint8, of one size, as a list -> cls B D, mean patch B D (pixels: no columns)"""
+    def tokens_of(self, views, maps=False):
+        """
+        B C H W uint8, of one size, as a list -> cls B D, mean patch B D (pixels: no columns);  maps: B h w D float16
+        """
         x = self.network_input(views)
         if isinstance(self.model, Pixels):
             return self.model.thumbnail(x).cpu().numpy(), np.empty((len(x), 0), np.float32)
-        (features,) = self.network(x, self.layers)
-        return features.cls.float().cpu().numpy(), features.patches.mean(1).float().cpu().numpy()
+        found = self.network(x, self.layers)                                       # each layer's; side by side in D
+        said = [[f.cls.float() for f in found], [f.patches.mean(1).float() for f in found]]
+        said += [[f.patches.half().unflatten(1, f.grid) for f in found]] if maps else []
+        return [torch.cat(each, -1).cpu().numpy() for each in said]
 
     # ---- of patches
 
@@ -314,7 +318,7 @@ def loaded(i, source, view):
     return image
 
 
-def pack_tokens(frozen, images, layers):
+def pack_tokens(frozen, images, layers, maps):
     """What can be read, in batches; what cannot, by what was said of it."""
     frozen.layers = layers
     found, waiting, rows, unreadable = [], {}, [], []
@@ -328,19 +332,20 @@ def pack_tokens(frozen, images, layers):
         alike.append((len(rows), item))
         rows.append(row)
         if len(alike) == frozen.c.batch:
-            found += tokens_in_place(frozen, waiting.pop(item.shape))
+            found += tokens_in_place(frozen, waiting.pop(item.shape), maps)
     for alike in waiting.values():
-        found += tokens_in_place(frozen, alike)
+        found += tokens_in_place(frozen, alike, maps)
     found = [said for _, *said in sorted(found, key=lambda row: row[0])]
-    cls, patches = map(np.stack, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * 2
-    return dict(cls=cls, patches=patches, rows=np.array(rows, np.int64),
+    said = map(np.stack, zip(*found, strict=True)) if found else (np.empty((0, 0)),) * (2 + maps)
+    names = ("cls", "patches", "maps")[: 2 + maps]
+    return dict(zip(names, said, strict=True), rows=np.array(rows, np.int64),
                 unreadable=np.frombuffer(json.dumps(unreadable).encode(), np.uint8))
 
 
-def tokens_in_place(frozen, views):
-    """[(place, view)], views of one size -> [(place, cls D, mean patch D)]"""
+def tokens_in_place(frozen, views, maps):
+    """[(place, view)], views of one size -> [(place, cls D, mean patch D)], and its map"""
     places, views = zip(*views, strict=True)
-    return list(zip(places, *frozen.tokens_of(views), strict=True))
+    return list(zip(places, *frozen.tokens_of(views, *[True] * maps), strict=True))
 
 
 def views_at(i, source, views):

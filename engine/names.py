@@ -5,6 +5,7 @@ is made once, in the cache folder, and again when what it was made of has change
     Names        names[i] -> str; names.label(i), names.classes, names.digest
     scan         Names of the images below a folder
     read_list    Names of a list: text, csv or parquet                              LISTS
+    write_list   such a list;  place_of: what it calls a file
 
 The file holds the names, one after the other; where each begins, and the last ends, int64; a class each, int32, -1 for
 none; JSON of all else; the length of that, int64.
@@ -27,6 +28,7 @@ from tempfile import NamedTemporaryFile, TemporaryFile
 import numpy as np
 from tqdm import tqdm
 
+from engine.config import whole
 from engine.images import EXTENSIONS
 
 LISTS = {".txt", ".csv", ".parquet"}
@@ -306,3 +308,30 @@ def open_parquet(path):
         raise ValueError(f"--data: {path} has no column path, and none of images, a struct of bytes and path; it has "
                          f"{', '.join(schema.names)}")
     return file, column
+
+
+def write_list(path, columns):
+    """
+    Whole or not at all.    columns  {name: list}, the first one path; a .txt has that alone
+
+    raises  ValueError: it cannot be written
+    """
+    with whole(path) as new:
+        if path.suffix == ".parquet":
+            import pyarrow
+            from pyarrow import parquet
+            parquet.write_table(pyarrow.table(columns), new)
+        else:
+            with open(new, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.writer(file, lineterminator="\n")
+                if path.suffix == ".csv":
+                    table.writerow(columns)
+                    table.writerows(zip(*columns.values(), strict=True))
+                else:
+                    file.writelines(f"{name}\n" for name in columns["path"])
+
+
+def place_of(name, folder):
+    """Relative to the folder, a real path, if it lies below"""
+    path = os.path.abspath(name)
+    return os.path.relpath(path, folder) if path.startswith(folder + os.sep) else path

@@ -4,7 +4,8 @@ Which vectors lie near which: neighbours, and pictures that are one picture.
     nearest      of each query its nearest vectors
     alike        all pairs whose cosine is above a threshold: each with each, or within coarse cells
     components   what hangs together by such pairs; groups_of, as rows
-    copies       a picture as others hand it on; calibrate: the threshold at which copies are told from other pictures
+    copies       a picture as others hand it on;  try_copies: how near some are to it
+    calibrate    the threshold at which copies are told from other pictures
 
 Vectors are of length 1, N D float16; a cosine is a float32 product of two.
 """
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from engine.kmeans import kmeans
 from engine.ranks import Ranks
@@ -125,6 +127,23 @@ def copies(rng, image):
                 halved=small, mirrored=picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
                 recoloured=Image.fromarray(table[image]))
     return {kind: np.asarray(each.convert("RGB")) for kind, each in done.items()}
+
+
+def try_copies(vectors, load, embed, seed, device):
+    """
+    vectors  N D float16    load(i) -> C H W uint8    embed(images) -> n D
+    returns  {kind: cosines of some pictures and their copies},  cosine of each of them to the nearest other picture
+    """
+    rng, found = np.random.default_rng([seed, 1]), {}
+    rows = np.sort(rng.choice(len(vectors), min(TRIED, len(vectors)), replace=False))
+    for i in tqdm(rows, "copies", unit="img", leave=False, disable=None):
+        made = copies(rng, load(i).permute(1, 2, 0).numpy())
+        said = embed([torch.from_numpy(each.copy()).permute(2, 0, 1) for each in made.values()])
+        own = vectors[[i]][0].astype(np.float32)
+        for kind, x in zip(made, said, strict=True):
+            found.setdefault(kind, []).append(own @ x / np.linalg.norm(x))
+    _, cosines = nearest(vectors[rows], vectors, 2, device)
+    return {kind: np.array(each, np.float32) for kind, each in found.items()}, cosines[:, 1]
 
 
 class Calibration(NamedTuple):

@@ -92,14 +92,19 @@ def page(c, found):
     return said, "\n".join(out)
 
 
-def thumbnail(pile, i, kept):
-    """A picture, its long side SIDE; what can no longer be read is its name alone"""
+def thumbnail(pile, i, kept, side=SIDE):
+    """A picture, its long side so many pixels; what can no longer be read is its name alone"""
     name = escape(pile.name(i))
     try:
-        image = pile.source.load(pile.rows[i])
+        image = pile.load(i)
     except OSError:
         return f"<small>{name}</small>"
-    scale = SIDE / max(image.shape[1:])
-    small = resize(image, *(max(round(x * scale), 1) for x in image.shape[1:]))
+    small = shrunk(image, side)
     mark = " class=kept" if kept else ""
     return f'<img{mark} src="{jpeg(shown(torch.as_tensor(small)))}" alt="{name}" title="{name}">'
+
+
+def shrunk(image, side):
+    """C H W -> its long side so many pixels"""
+    scale = side / max(image.shape[1:])
+    return resize(image, *(max(round(x * scale), 1) for x in image.shape[1:]))

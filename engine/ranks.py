@@ -8,8 +8,10 @@ Where a process stands among the others that torchrun or srun started, its devic
     add_up, linked     tensors, over the ranks; the ranks with the fastest way for them
     choose_precision   auto -> bf16 or fp32
     count_workers      -1 -> processes that read images, for each rank
+    free_memory        bytes of the host's memory that nobody uses
 """
 
+import math
 import os
 import re
 import warnings
@@ -187,3 +189,9 @@ def cores(control=Path("/sys/fs/cgroup")):
         if quota not in ("max", "-1"):
             found = min(found, int(quota) / int(period))
     return found
+
+
+def free_memory(file=Path("/proc/meminfo")):
+    """Bytes of this host's memory that nobody uses, or could be had back; inf where it does not say"""
+    found = re.search(r"MemAvailable:\s+(\d+)", file.read_text()) if file.exists() else None
+    return 1024 * int(found[1]) if found else math.inf

@@ -5,8 +5,8 @@ Checkpoints that are written while the next steps run: the loop stands still for
     free     bytes that this host has left when a step takes the most
 """
 
+import math
 import os
-import re
 import resource
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engine.checkpoint import bytes_of, own_rows, save_checkpoint, training_state
 from engine.interrupt import Behind
 from engine.plan import copied, device_memory
-from engine.ranks import PATIENCE
+from engine.ranks import PATIENCE, free_memory
 
 
 class Saver:
@@ -99,8 +99,7 @@ def free():
     """Bytes of this host's memory that a rank has left when a step takes the most."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     left = device_memory("cpu") - most
-    if Path("/proc/meminfo").exists():
-        there = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    if (there := free_memory()) < math.inf:
         mine = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         left = min(left, there / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - (most - mine))
     return round(left)

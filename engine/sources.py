@@ -6,7 +6,8 @@ and source.label(i); where there are files, source.raw(i) -> the bytes of one, i
     Shapes       the generated images of shapes.py
     Files        images by their names: of a list; below a Folder; within a Parquet file
     Archives     images in tars and zips: engine/archives.py        Mixture    several sources, in shares: mixture.py
-    Drawn        some images of another source
+    Drawn        some images of another source;  Unlabelled: all of them
+    read_named   the image at a path, in an archive, too
 """
 
 import hashlib
@@ -110,8 +111,7 @@ class Files:
         return len(self.paths)
 
     def load(self, i):
-        path = self.root / self.paths[i]
-        return self.read(path) if archive_of(path) is None else self.read(BytesIO(read_bytes(path)), str(path))
+        return read_named(self.root / self.paths[i], self.read)
 
     def raw(self, i):
         """(bytes, name) of its file. Raises OSError."""
@@ -132,6 +132,11 @@ class Files:
     def digest(self):
         """Of the images' names and order, not of their pixels: the folder may move."""
         return self.paths.digest
+
+
+def read_named(path, read):
+    """What `read` makes of a file, or of a member of an archive. Raises OSError."""
+    return read(path) if archive_of(path) is None else read(BytesIO(read_bytes(path)), str(path))
 
 
 def archive_of(path):
@@ -254,3 +259,14 @@ class Drawn:
 
     def digest(self):
         return hashlib.sha1(f"{self.source.digest()} {self.rows.tolist()}".encode()).hexdigest()
+
+
+class Unlabelled:
+    def __init__(self, source):
+        self.source, self.load = source, source.load
+
+    def __len__(self):
+        return len(self.source)
+
+    def label(self, i):
+        return -1

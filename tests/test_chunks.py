@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from test_voc07 import write_voc
 
 import evaluate
 from engine import chunks, features
-from engine.chunks import Computed, Job, Keyed, Stored, make, named, share
+from engine.chunks import Computed, Job, Keyed, OnDisk, Stored, index, make, named, share, write
 from engine.ranks import Ranks
 from tasks import TASKS, logreg, video, voc07
 
@@ -314,3 +315,12 @@ def test_two_ranks_are_one(lines, broken, data, one_thread, tmp_path, monkeypatc
         assert alone == shared
     left = {path.parents[1] for path in (tmp_path / "tmp").glob("nanodino-*/*/*.safetensors")}
     assert not left                     # the command that failed did so before it had features to go on with
+
+
+def test_rows_of_a_file_are_read_where_they_lie(tmp_path):
+    x = np.random.default_rng(0).normal(size=(9, 2, 3)).astype(np.float16)
+    write(tmp_path / "x.safetensors", dict(a=np.arange(5), b=x))
+    rows = pickle.loads(pickle.dumps(OnDisk(index(tmp_path / "x.safetensors")["b"])))
+    assert rows.shape == (9, 2, 3) and len(rows) == 9
+    for some in slice(None), slice(2, 5), slice(7, 20), slice(9, 20), [4], np.array([8, 0, 3, 3]):
+        assert np.array_equal(rows[some], x[some]) and rows[some].dtype == np.float16

@@ -1,5 +1,6 @@
 """config.py: what a command line may look like, what its mistakes say, and that help shows the comments in the code."""
 
+import errno
 import importlib
 import os
 import re
@@ -159,11 +160,13 @@ def test_whatever_is_typed_is_a_number_or_a_mistake(text):
 def configs():
     from bench import BenchConfig
     from distill import DistillConfig
+    from embed import DuplicatesConfig, EmbedConfig, MapConfig, SearchConfig
     from engine.task import EvaluateConfig
     from tasks import TASKS
     from visualize import VisualizeConfig
     from weights import WeightsConfig
     written = TrainConfig(), DistillConfig(), EvaluateConfig(), VisualizeConfig(), BenchConfig(), WeightsConfig()
+    written += EmbedConfig(), SearchConfig(), DuplicatesConfig(), MapConfig()
     return [*written, *(task.config() for task in TASKS.values())]
 
 
@@ -222,10 +225,27 @@ def test_where_something_can(tmp_path):
     assert os.listdir(tmp_path) == ["x.png"]
 
 
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    path = tmp_path / "x.txt"
+    with config.whole(path) as new:
+        new.write_text("old")
+        assert not path.exists()
+    with pytest.raises(ValueError, match="x.txt cannot be written: No space left on device; name a place with room"):
+        with config.whole(path) as new:
+            new.write_text("ha")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(KeyboardInterrupt):
+        with config.whole(path) as new:
+            new.write_text("ha")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+
+
 @pytest.mark.parametrize("command", [
     "train --out FILE", "distill --out FILE", "evaluate --task nyu --weights pixels --out FILE",
     "evaluate --task knn --weights pixels --cache FILE", "bench forward --out FILE", "bench forward --json FILE/x.json",
-    "visualize pca shapes:1 --weights FILE --out FILE/x.png", "weights FILE FILE/x.pth --to meta"])
+    "visualize pca shapes:1 --weights FILE --out FILE/x.png", "weights FILE FILE/x.pth --to meta",
+    "embed shapes --weights pixels --out FILE/x.npz", "embed shapes --weights pixels --out x.npz --cache FILE"])
 def test_every_command_asks_first(command, tmp_path):
     (tmp_path / "FILE").touch()
     name, *words = command.replace("FILE", str(tmp_path / "FILE")).split()
@@ -319,6 +339,7 @@ def unread(names, files):
 
 def test_every_option_is_read():
     """An option that nothing reads would train on without a word; of a task, in its own file or what it stands on."""
+    from embed import DuplicatesConfig, EmbedConfig, MapConfig, SearchConfig
     from engine.task import EvaluateConfig
     from tasks import TASKS
     from visualize import VisualizeConfig
@@ -326,6 +347,8 @@ def test_every_option_is_read():
     for kind, files in ((TrainConfig, ["train", "recipes", "data", "engine/checkpoint", "engine/profile",
                                        "engine/stages", "engine/channels"]),
                         (VisualizeConfig, ["visualize", "engine/channels"]),
+                        (EmbedConfig, ["embed", "engine/features", "engine/chunks", "engine/channels"]),
+                        (SearchConfig, ["embed"]), (DuplicatesConfig, ["embed"]), (MapConfig, ["embed"]),
                         (EvaluateConfig, ["evaluate", "engine/features", "engine/chunks", "sets/pairs"])):
         assert not unread([field.name for field in fields(kind)], files)
     for task in TASKS.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.names import FORMAT, MANY, Names, read_list, scan, write
+from engine.names import FORMAT, MANY, Names, place_of, read_list, scan, write, write_list
 
 ROOT = Path(__file__).parents[1]
 
@@ -260,3 +260,24 @@ def test_a_list_is_read_once_until_it_changes(tmp_path, monkeypatch):
     path.write_text("b.jpg\nc.jpg\n")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert list(read_list(path)) == ["b.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])
+def test_a_list_that_is_written_is_read(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    names = ["a,b.jpg", 'c"d.jpg', "é/f g.png"]
+    write_list(tmp_path / f"x{suffix}", dict(path=names, label=["p", "q", "p"]))
+    found = read_list(tmp_path / f"x{suffix}")
+    assert list(found) == names and found.classes == ([] if suffix == ".txt" else ["p", "q"])
+    (tmp_path / f"y{suffix}").mkdir()
+    with pytest.raises(ValueError, match=f"y{suffix} cannot be written"):
+        write_list(tmp_path / f"y{suffix}", dict(path=names))
+    assert sorted(os.listdir(tmp_path)) == ["cache", f"x{suffix}", f"y{suffix}"]
+
+
+def test_places_below_a_folder_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert place_of("a/b.jpg", str(tmp_path)) == "a/b.jpg" and place_of(tmp_path / "b.jpg", str(tmp_path)) == "b.jpg"
+    assert place_of("a/b.jpg", str(tmp_path / "c")) == str(tmp_path / "a/b.jpg")
+    assert place_of("ab/c.jpg", str(tmp_path / "a")) == str(tmp_path / "ab/c.jpg")

@@ -97,3 +97,24 @@ def test_real_copies_are_told_from_pictures_that_are_alike():
     others = np.concatenate([rng.uniform(0.9, 1, 30), rng.uniform(0.905, 0.915, 5), rng.uniform(0, 0.5, 65)])
     found = calibrate(same, others)
     assert 0.91 < found.threshold < 0.97 and found.recall["jpeg"] > 0.3 and found.wrong < 0.03   # 0.96, 0.42, 0.015
+
+
+def test_how_near_copies_are(monkeypatch):
+    """of vectors that are an image's mean colour and its first row"""
+    rng = np.random.default_rng(0)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, 40, 50), dtype=np.uint8)) for _ in range(9)]
+
+    def embed(some):
+        return np.stack([np.concatenate([x.float().mean((1, 2)), x[:, 0, :9].flatten().float()]) for x in some])
+    x, seen = unit(embed(images)), []
+    found, others = near.try_copies(x, lambda i: seen.append(int(i)) or images[i], embed, 0, CPU)
+    assert seen == [*range(9)] and list(found) == ["jpeg", "cropped", "halved", "mirrored", "recoloured"]
+    flipped = embed([image.flip(2) for image in images])
+    exact = [a.astype(np.float64) @ b / np.linalg.norm(b) for a, b in zip(x, flipped, strict=True)]
+    assert np.abs(found["mirrored"] - exact).max() < 1e-6                # measured: 6e-8
+    cosines = x.astype(np.float64) @ x.astype(np.float64).T
+    np.fill_diagonal(cosines, -1)
+    assert np.abs(others - cosines.max(1)).max() < 1e-6
+    monkeypatch.setattr(near, "TRIED", 4)
+    few, _ = near.try_copies(x, images.__getitem__, embed, 0, CPU)
+    assert len(few["jpeg"]) == 4

@@ -92,3 +92,10 @@ def test_workers_share_the_cores_of_their_machine(monkeypatch, here, given, work
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     monkeypatch.setenv("WORLD_SIZE", "256")
     assert count_workers(-1) == workers and count_workers(0) == 0 and count_workers(5) == 5
+
+
+def test_memory_that_nobody_uses(tmp_path):
+    assert 1e8 < ranks.free_memory()
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   6000000 kB\n")
+    assert ranks.free_memory(tmp_path / "meminfo") == 6_144_000_000
+    assert ranks.free_memory(tmp_path / "none") == float("inf")

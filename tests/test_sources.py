@@ -16,7 +16,7 @@ import shapes
 from data import loader
 from engine.images import read_image
 from engine.mixture import Mixture
-from engine.sources import Drawn, members_of, open_source
+from engine.sources import Drawn, Unlabelled, members_of, open_source, read_named
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
@@ -209,3 +209,18 @@ print(next(kept))
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 0 and done.stdout == "0\n", done.stderr
+
+
+def test_an_image_by_its_name_in_an_archive_too(tmp_path):
+    Image.new("RGB", (5, 4), RED).save(tmp_path / "x.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x.png", "in/x.png")
+    for name in "x.png", "x.tar/in/x.png":
+        assert read_named(tmp_path / name, read_image)[:, 0, 0].tolist() == list(RED)
+    with pytest.raises(OSError, match="x.tar/y.png: there is no such member"):
+        read_named(tmp_path / "x.tar/y.png", read_image)
+
+
+def test_images_without_labels():
+    found = Unlabelled(open_source("shapes", 3))
+    assert len(found) == 3 and found.label(2) == -1 and found.load(2).shape == (3, 96, 96)
