@@ -12,14 +12,15 @@ are those that one process would have made, and so is the score. They are safete
 was cut short goes on. Dimension letters: see the top of model.py.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 from data import loader
 from engine.ranks import exchange
+from engine.system import locked, user
 
 FORMAT = 3       # of the files, and of what features.py does: a cache of another one is not read
 PATIENCE = 90    # seconds: an NFS client may remember for 60 that a file was not there
@@ -74,12 +76,12 @@ class Several(Dataset):
 def turn(name):
     """One process of this user and machine after the other"""
     with open(own_folder(name), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locked(lock)
         yield
 
 
 def own_folder(name):
-    return Path(tempfile.gettempdir(), f"nanodino-{os.getuid()}-{name}")
+    return Path(tempfile.gettempdir(), f"nanodino-{user()}-{name}")
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def kept(c):
             folder.mkdir(mode=0o700, exist_ok=True)
             lock = stack.enter_context(open(folder / "lock", "w"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked(lock, wait=False)
                 break
             except BlockingIOError:
                 continue  # the same command is running
@@ -214,10 +216,37 @@ def share(jobs, worker, c, ranks):
     workers = 0 if all(isinstance(job.dataset, range) for job in jobs) else c.workers  # numbers need no reader
     ahead = dict(prefetch_factor=max(c.batch // workers, 2)) if workers else {}
     stream = loader(Several([job.dataset for job in jobs]), places, workers, **ahead) if mine else []
-    with tqdm(stream, jobs[0].name, len(places), unit="img", leave=False, disable=ranks.rank > 0 or None) as bar:
-        stream = iter(bar)
+    bar = tqdm(stream, jobs[0].name, len(places), unit="img", leave=False, disable=ranks.rank > 0 or None)
+    with bar, unhurried() as checked:
+        stream = map(checked, bar)
         for k, path, items in mine:
             write(path, jobs[k].compute(worker, islice(stream, len(items))))
+
+
+@contextmanager
+def unhurried():
+    """
+    checked(item) -> item; KeyboardInterrupt if Ctrl-C came since the last: it waits for that, as amid a queue of
+    DataLoader it would leave a lock that the queue's own end waits for. A second one does not wait.
+    """
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def checked(item):
+        if asked:
+            raise KeyboardInterrupt
+        return item
+    own = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGINT, ask) if own and signal.getsignal(signal.SIGINT) != signal.SIG_IGN else None
+    try:
+        yield checked
+    finally:
+        if old:
+            signal.signal(signal.SIGINT, old)
 
 
 def write(path, arrays):

@@ -207,6 +207,8 @@ def run(main):
 
 def closed(stream):
     """Whether who read it has left, as `| head` does."""
+    if not hasattr(select, "poll"):  # Windows, where nothing else breaks a pipe of ours
+        return True
     asked = select.poll()
     asked.register(stream, 0)
     return any(event & select.POLLERR for _, event in asked.poll(0))

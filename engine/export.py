@@ -188,6 +188,9 @@ def write_onnx(path, skeleton, tensors, dtype, network):
         with quiet():
             onnxscript.optimizer.optimize(made, onnx_shape_inference=False)
         made.producer_name = "nanodino"
+        for node in made.graph:  # what it was traced from: lines of our code, and where that lay
+            for part in (node, *node.outputs):
+                part.metadata_props.clear()
         ir.save(made, folder / path.name)
         return None if network is None else judged(path, compare(session(folder / path.name), network()), dtype)
 

@@ -16,7 +16,6 @@ made; if the first one dies, the next goes on. No process group is needed, and t
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from engine.members import BLOCK, TAR, CutShort, Member, contents, images_of, members, read, samples, shown
 from engine.names import cache_folder
 from engine.ranks import cores
+from engine.system import locked, read_at
 
 ROW = np.dtype([("block", "<u4"), ("size", "<u4"), ("label", "<u2"), ("head", "u1"), ("kind", "u1")])
 PACK = struct.Struct("<IIHBB")  # the same
@@ -59,7 +59,7 @@ class Descriptor:
 
     def __init__(self, path, stamp=None):
         """stamp  size and time that it must still have. Raises OSError."""
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         if stamp and stamp != stamp_of(os.fstat(self.number)):
             raise OSError("it has changed since its index was made; start again, and it is indexed again")
 
@@ -212,7 +212,7 @@ def open_index(path, beside, root, names, stamps):
             if base != beside:
                 base.parent.mkdir(parents=True, exist_ok=True)
             with open(rows_file(base), "a+b") as rows:
-                fcntl.lockf(rows, fcntl.LOCK_EX)
+                locked(rows, records=True)
                 said = read_index(base, names, stamps)
                 return Index(base, said or make(path, base, rows, root, names, stamps), made=not said)
         except OSError as error:
@@ -290,7 +290,7 @@ def make(path, base, rows, root, names, stamps):
     done, todo, failed = {}, [], []
     for k, (name, stamp) in enumerate(zip(names, stamps, strict=True)):
         line = lines.get(name)
-        kept = os.pread(rows.fileno(), PACK.size * line["n"], PACK.size * line["row"]) if line else b""
+        kept = read_at(rows.fileno(), PACK.size * line["n"], PACK.size * line["row"]) if line else b""
         if line and (line["size"], line["time"]) == stamp and zlib.crc32(kept) == line["crc"]:
             done[name] = line
             used[np.frombuffer(kept, ROW)["label"]] = True

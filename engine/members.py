@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.images import EXTENSIONS
+from engine.system import read_at
 
 TAR, STORED, DEFLATED = range(3)   # Member.kind
 BLOCK = 512                    # bytes that everything in a tar is a multiple of
@@ -63,7 +64,7 @@ def tar_members(fd, size, at=0):
     """Walks from header to header; archives that were written one after the other are one."""
     first, name, length, ended = at, None, None, False  # of the member whose headers are being read
     while at + BLOCK <= size:
-        block = os.pread(fd, BLOCK, at)
+        block = read_at(fd, BLOCK, at)
         if block == ZEROS:
             ended, at = True, past_zeros(fd, at, size)
             first = at
@@ -73,7 +74,7 @@ def tar_members(fd, size, at=0):
         if kind in (b"L", b"K", b"x", b"X", b"g"):  # it describes the next header, or (g) all of them
             if stored > LONGEST:
                 raise ValueError(f"byte {at}: a header that describes others with {stored} bytes")
-            said = os.pread(fd, stored, data)
+            said = read_at(fd, stored, data)
             if len(said) < stored:
                 break
             if kind == b"L":
@@ -93,11 +94,11 @@ def tar_members(fd, size, at=0):
         elif kind == b"S":  # with holes: more headers, each saying whether another follows
             more = block[482]
             while more and data + BLOCK <= size:
-                more, data = os.pread(fd, BLOCK, data)[504], data + BLOCK
+                more, data = read_at(fd, BLOCK, data)[504], data + BLOCK
         at = data + -(-stored // BLOCK) * BLOCK
         if kind not in b"LKxXg":
             first, name, length = at, None, None
-    if not ended or at < size and os.pread(fd, size - at, at).strip(b"\0"):
+    if not ended or at < size and read_at(fd, size - at, at).strip(b"\0"):
         raise CutShort(f"cut short at byte {size}")
 
 
@@ -154,7 +155,7 @@ def attributes(data, at):
 def past_zeros(fd, at, size):
     """The first block from `at` on that is not all zeros; or the end."""
     while at + BLOCK <= size:
-        data = os.pread(fd, CHUNK, at)
+        data = read_at(fd, CHUNK, at)
         rest = data.lstrip(b"\0")
         if rest or len(data) < BLOCK:
             return at + (len(data) - len(rest)) // BLOCK * BLOCK
@@ -223,13 +224,13 @@ def zip_members(fd, size):
 
 def find_directory(fd, size):
     """Its bytes, where they begin, how much was put before the zip itself, entries. Raises ValueError."""
-    tail = os.pread(fd, 1 << 16 | END.size, max(0, size - (1 << 16 | END.size)))
+    tail = read_at(fd, 1 << 16 | END.size, max(0, size - (1 << 16 | END.size)))
     found = tail.rfind(b"PK\5\6")
     if found < 0 or len(tail) < found + END.size:
         raise ValueError("no directory at its end: it is cut short, or no zip")
     end = size - len(tail) + found
     _, disk, _, _, count, length, start, _ = END.unpack_from(tail, found)
-    wide = os.pread(fd, END64.size + LOCATOR.size, max(0, end - END64.size - LOCATOR.size))
+    wide = read_at(fd, END64.size + LOCATOR.size, max(0, end - END64.size - LOCATOR.size))
     if wide[:4] == b"PK\6\6" and wide[END64.size :][:4] == b"PK\6\7":
         end -= END64.size + LOCATOR.size
         _, _, _, _, disk, _, _, count, length, start = END64.unpack_from(wide)
@@ -326,9 +327,9 @@ def contents(fd, member):
 
 def read(fd, n, at):
     """n bytes from byte `at` on: a system gives 2 GB at most in one call. Raises OSError if they are not there."""
-    data = os.pread(fd, n, at)
+    data = read_at(fd, n, at)
     while len(data) < n:
-        more = os.pread(fd, n - len(data), at + len(data))
+        more = read_at(fd, n - len(data), at + len(data))
         if not more:
             raise OSError(f"it ends at byte {at + len(data)}, before the {n} bytes from byte {at} on")
         data += more

@@ -12,7 +12,6 @@ none; JSON of all else; the length of that, int64.
 """
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from engine.config import whole
 from engine.images import EXTENSIONS
+from engine.system import locked, read_at
 
 LISTS = {".txt", ".csv", ".parquet"}
 FORMAT = 1           # of the file
@@ -63,7 +63,7 @@ class Names(Sequence):
         return json.loads(self.read(size - 8 - length, length)), size - 8 - length
 
     def read(self, at, n):
-        found = os.pread(self.file.fileno(), n, at) if at >= 0 else b""
+        found = read_at(self.file.fileno(), n, at) if at >= 0 else b""
         if len(found) != n:
             raise OSError(f"{self.path}: cut short")
         return found
@@ -146,7 +146,7 @@ def remembered(root, chunks, fresh):
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(place.with_suffix(".lock"), "w") as lock:
             with suppress(OSError):  # of a file system without locks: each rank makes them, and one stays
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                locked(lock)
             if found := known(place, fresh):
                 return found  # another rank has made them
             new, notes = place.with_suffix(f".{os.getpid()}"), {}

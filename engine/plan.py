@@ -30,6 +30,7 @@ from engine import config as command_line
 from engine import fp8
 from engine.ranks import choose_precision
 from engine.stages import gram_config
+from engine.system import physical
 from weights import empty
 
 F32, BF16, GB = 4, 2, 1e9
@@ -370,7 +371,7 @@ def device_memory(kind):
     """Bytes of a device of this machine, for one rank."""
     if kind == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = physical()
     for path in "memory.max", "memory/memory.limit_in_bytes":         # a container's, by cgroups 2 or 1
         limit = Path("/sys/fs/cgroup", path)
         if limit.is_file() and (text := limit.read_text().strip()).isdigit():

@@ -7,8 +7,6 @@ Checkpoints that are written while the next steps run: the loop stands still for
 
 import math
 import os
-import resource
-import sys
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from engine.checkpoint import bytes_of, own_rows, save_checkpoint, training_stat
 from engine.interrupt import Behind
 from engine.plan import copied, device_memory
 from engine.ranks import PATIENCE, free_memory
+from engine.system import peak
 
 
 class Saver:
@@ -97,7 +96,7 @@ class Saver:
 
 def free():
     """Bytes of this host's memory that a rank has left when a step takes the most."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    most = peak()
     left = device_memory("cpu") - most
     if (there := free_memory()) < math.inf:
         mine = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

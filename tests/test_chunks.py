@@ -324,3 +324,27 @@ def test_rows_of_a_file_are_read_where_they_lie(tmp_path):
     assert rows.shape == (9, 2, 3) and len(rows) == 9
     for some in slice(None), slice(2, 5), slice(7, 20), slice(9, 20), [4], np.array([8, 0, 3, 3]):
         assert np.array_equal(rows[some], x[some]) and rows[some].dtype == np.float16
+
+
+def test_ctrl_c_waits_for_the_end_of_an_image(tmp_path):
+    """raised amid a queue of DataLoader it could leave a lock, for which the loader's end would wait for ever"""
+    ended = []
+
+    def interrupted(i):
+        if i == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # where Python looks for signals
+        ended.append(i)
+        return arrays_of(i)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        make([job(replace(C, cache=str(tmp_path)), function=interrupted)], None, C, ALONE)
+    assert ended[-1] == 5 and signal.getsignal(signal.SIGINT) is before
+    with chunks.unhurried() as checked:
+        assert checked(3) == 3
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            checked(4)
+        with pytest.raises(KeyboardInterrupt):  # a second time it is at once
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
