@@ -187,3 +187,18 @@ def test_it_learns_squares():
     """The loss of images that nothing is learned from: 24.7 after one step, 17.9 after 24"""
     first, last = (trained(Config(iterations=n))[1]["held_out_loss"] for n in (1, 24))
     assert last < 0.8 * first
+
+
+@pytest.mark.long
+def test_four_scenes_are_learned_by_heart(monkeypatch):
+    """mIoU of the scenes that it trains on"""
+    from evaluate import configure, evaluate
+    from tasks import segmentation
+    opened = segmentation.open_segmentation
+
+    def of_train(c):
+        train, _, n_classes = opened(c)
+        return train, train, n_classes
+    monkeypatch.setattr(segmentation, "open_segmentation", of_train)
+    words = "--task segmentation --decoder mask2former --weights untrained:tiny --limit 4 --iterations 250 --workers 0"
+    assert evaluate(configure([*words.split(), "--device", "cpu"]))["miou"] > 90
