@@ -237,7 +237,9 @@ def test_isaid_in_patches(tmp_path):
 def test_isaids_colours(tmp_path):
     c = isaid(tmp_path, [(40, 60)])
     assert len(set(labels.COLOURS)) == 16
-    write(tmp_path / "val/Semantic_masks/P0000_instance_color_RGB.png", np.full((40, 60, 3), (0, 63, 62), np.uint8))
+    colours = np.zeros((40, 60, 3), np.uint8)
+    colours[7, 9] = 0, 63, 62  # of one pixel
+    write(tmp_path / "val/Semantic_masks/P0000_instance_color_RGB.png", colours)
     with pytest.raises(ValueError, match="_instance_color_RGB.png has the colour 0,63,62; wanted one of iSAID"):
         labels.open_segmentation(c)
 
