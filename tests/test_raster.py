@@ -51,7 +51,7 @@ def test_windows_are_blended_as_in_a_loop(size):
     strips = list(raster.blended(size, 16, 4, answer))
     exact = cut_and_blended(np.zeros(size), 16, 4, answer)
     assert np.concatenate(strips).shape == size
-    assert np.abs(np.concatenate(strips) - exact).max() < 1e-6                        # measured: 3e-7
+    assert np.abs(np.concatenate(strips) - exact).max() < 1e-6                        # measured: 3.2e-7
     blocks = list(raster.in_blocks(iter(strips), 7))
     assert [len(block) for block in blocks] == [7] * (size[0] // 7) + [size[0] % 7] * (size[0] % 7 > 0)
     assert np.array_equal(np.concatenate(blocks), np.concatenate(strips))
@@ -92,7 +92,7 @@ def test_memory_is_that_of_a_row_of_windows():
     rows = sum(len(strip) for strip in raster.in_blocks(raster.blended((5000, 5000), 512, 128, lambda *_: tile), 256))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert rows == 5000 and peak < 70e6                                               # measured: 55 MB
+    assert rows == 5000 and peak < 70e6                                               # measured: 58 MB
 
 # --------------------------------------------------------------------------------
 # What of a raster a network sees
