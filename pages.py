@@ -50,7 +50,8 @@ COMMENT = re.compile(r"\s*(?:#|//)")
 NEXT = re.compile(r"^\s*(?:#\s*)?(?:[\w.]+(?:, \w+)*:? {2,}|(?:returns|raises|paper|differs)\b.*:|\"\"\"|$)")
 
 
-CSS = """table { display: block; overflow-x: auto } pre.code { overflow-x: auto; font-size: 12px; line-height: 1.4 }
+CSS = """table { display: block; overflow-x: auto } .rst-content td { white-space: normal !important; min-width: 60px }
+pre.code { overflow-x: auto; font-size: 12px; line-height: 1.4 }
 pre.code a { color: #999; text-decoration: none } pre.code a:target { background: #fe6 }
 .wy-nav-content { max-width: 1100px }
 """

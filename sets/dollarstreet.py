@@ -59,10 +59,10 @@ def read_map(path):
         found = {str(topic).strip().lower(): frozenset(map(int, labels))
                  for topic, labels in json.loads(Path(path).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--map {path} cannot be read ({error}); wanted JSON, {{topic: [numbers of the classifier's "
-                         "labels]}") from error
+        raise ValueError(f"--topics {path} cannot be read ({error}); wanted JSON, {{topic: [numbers of the "
+                         "classifier's labels]}") from error
     if not found or not all(found.values()):
-        raise ValueError(f"--map {path} has a topic without labels, or none; wanted {{topic: [numbers]}}")
+        raise ValueError(f"--topics {path} has a topic without labels, or none; wanted {{topic: [numbers]}}")
     return found
 
 
@@ -77,7 +77,7 @@ def topics_of(text):
 
 def open_street(c):
     """Street. Raises ValueError."""
-    root, known = Path(c.data), read_map(c.map)
+    root, known = Path(c.data), read_map(c.topics)
     listed = sorted(root.glob("*.csv"))
     if len(listed) != 1:
         raise ValueError(f"--data: {root} has {len(listed)} csv files; wanted one, that lists the photos")
@@ -98,10 +98,10 @@ def open_street(c):
         if labels:
             photos.append(Photo(root / row["imageRelPath"], income, region, labels))
     if strange:
-        skip(f"{strange} photos of topics that {c.map} does not have", strange)
+        skip(f"{strange} photos of topics that {c.topics} does not have", strange)
     photos = evenly(photos, c.limit)
     missing = next((photo.path for photo in photos if not photo.path.is_file()), None)
     if missing or not photos:
-        raise ValueError(f"--data: {missing or 'no photo of a topic of --map'} is not there; wanted all that "
+        raise ValueError(f"--data: {missing or 'no photo of a topic of --topics'} is not there; wanted all that "
                          f"{listed[0]} lists")
     return Street(photos)

@@ -1,12 +1,12 @@
 """
 Fairness: is a thing recognised as well in a poor home as in a rich one, and in every part of the world? Dollar Street.
 
-    python evaluate.py --task dollarstreet --weights runs/l --data STREET --head heads/head.safetensors --map MAP.json
+    python evaluate.py --task dollarstreet --weights runs/l --data STREET --head HEAD.safetensors --topics MAP.json
 
-A photo is a hit if one of the five likeliest labels of a classifier is among those that --map has for its topic.
+A photo is a hit if one of the five likeliest labels of a classifier is among those that --topics has for its topic.
 
     --head    of evaluate.py --task linear --out, or a released linear head: class token and mean patch -> labels
-    --map     JSON, {topic: [numbers of labels]}: which of the classifier's labels mean a topic
+    --topics  JSON, {topic: [numbers of labels]}: which of the classifier's labels mean a topic
 
 paper:   DINOv3 App. D (7B: 69.6, 85.7, 90.9 by income; 76.7, 83.0, 88.0, 90.7 by region), after Goyal et al. 2022
 differs: their classifier, of ImageNet-22k, and their map of 108 labels are not released: no number stands beside ours
@@ -42,7 +42,7 @@ def opened(c):
     weight, bias = classifier(c.head, describe(c.weights).width)
     street, n = open_street(c), len(bias)
     if (top := max(max(photo.labels) for photo in street.photos)) >= n:
-        raise ValueError(f"--map {c.map} has label {top}; the classifier of --head has {n}, from 0")
+        raise ValueError(f"--topics {c.topics} has label {top}; the classifier of --head has {n}, from 0")
     return street, weight, bias
 
 
@@ -72,4 +72,4 @@ def run(data, frozen, c):
 TASK = Task("dollarstreet", "*.csv and the photos that it lists, as published", opened, run, wants="tokens",
             metric="hit_rate", heads="top1", view=centre_crop, wide=middle, shapes=False, trains=False,
             decoders=("linear",), released=("linear",),
-            options=(Option("map", "", "JSON, {topic: [numbers of the classifier's labels]}"),))
+            options=(Option("topics", "", "JSON, {topic: [numbers of the classifier's labels]}"),))

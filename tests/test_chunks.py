@@ -326,7 +326,15 @@ def test_rows_of_a_file_are_read_where_they_lie(tmp_path):
         assert np.array_equal(rows[some], x[some]) and rows[some].dtype == np.float16
 
 
-def test_ctrl_c_waits_for_the_end_of_an_image(tmp_path):
+@pytest.fixture
+def heard():
+    """SIGINT, which a shell's background processes have ignored"""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+def test_ctrl_c_waits_for_the_end_of_an_image(tmp_path, heard):
     """raised amid a queue of DataLoader it could leave a lock, for which the loader's end would wait for ever"""
     ended = []
 

@@ -36,7 +36,7 @@ def street(tmp_path):
 
 
 def config(street, **more):
-    return TASKS["dollarstreet"].config(data=str(street), **dict(map=str(street / "map.json")) | more)
+    return TASKS["dollarstreet"].config(data=str(street), **dict(topics=str(street / "map.json")) | more)
 
 
 @pytest.mark.parametrize("income, name", [(0.5, "low"), (89, "low"), (91, "medium"), (1800, "medium"), (1815, "high"),
@@ -77,7 +77,7 @@ def test_one_list_is_wanted(street):
 
 
 def run(street, head, *more):
-    words = f"--task dollarstreet --weights untrained:tiny --data {street} --map {street}/map.json --head {head}"
+    words = f"--task dollarstreet --weights untrained:tiny --data {street} --topics {street}/map.json --head {head}"
     return evaluate.evaluate(evaluate.configure([*words.split(), "--device", "cpu", "--workers", "0", "--resolution",
                                                  "64", *more]))
 

@@ -62,6 +62,6 @@ def test_from_one_end_to_the_other(tmp_path, capsys):
     again = run("--head", tmp_path / "head.safetensors")
     assert again["pq"] == found["pq"] and (tmp_path / "panoptic.png").is_file()
     planned = run("--plan", "--memory", 24, "--batch", 8)
-    assert planned["parameters_of_decoder"] > 9e5 and planned["total_bytes"] < 1e9
+    assert planned["parameters_of_decoder"] > 7e5 and planned["total_bytes"] < 1e9
     with pytest.raises(ValueError, match="--resolution 48: mask2former wants a multiple of 32"):
         run("--resolution", 48)
