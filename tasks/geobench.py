@@ -6,8 +6,8 @@ GEO-Bench: twelve sets of small satellite images; a linear classifier on class t
 
 `valid` picks the learning rate, the score is of `test`: accuracy, F1 over all labels where an image has several, mIoU.
 
-paper:   DINOv3 §8.3, Tab. 18, App. D.13: RGB; 2,400 steps of 32 images, SGD, cosine, rates from 1e-5 to 1; a DPT on the
-         frozen network, rates 3e-5 to 1e-3
+paper:   DINOv3 §8.3, Tab. 18, App. D.13: RGB; 2,400 steps of 32 images, SGD, cosine, rates from 1e-5 to 1; a DPT on
+         the frozen network, rates 3e-5 to 1e-3
 differs: features of a classification are extracted once. Input size, normalisation and steps of the DPT are not stated:
          bands from their least to their most, as the sets say, then the weights' statistics; so no number of the paper
          stands beside ours. Dimension letters: see the top of model.py.
