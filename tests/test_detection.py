@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from fitted import goes_on_where_it_was, two_ranks_are_one
 from test_detections import GOOD, coco
 
 import evaluate
@@ -289,25 +288,13 @@ def config(**changes):
     return replace(TASKS["detection"].config(workers=0, iterations=3, resolution=64), **changes)
 
 
-def as_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    torch.save(trained(config(), Ranks(rank, 2, group=dist.group.WORLD)), f"{folder}/{rank}")
-    dist.destroy_process_group()
+def one(ranks=ALONE, stop=None, **changes):
+    return trained(config(**changes), ranks, stop)
 
 
 def test_two_ranks_are_one(tmp_path):
-    exact, loss = trained(config())
-    mp.spawn(as_rank, (tmp_path,), nprocs=2)
-    for rank in range(2):
-        found, same = torch.load(tmp_path / f"{rank}")
-        assert (found - exact).norm() / exact.norm() < 1e-5 and same == pytest.approx(loss, rel=1e-4)
+    two_ranks_are_one(one, tmp_path)
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, capsys):
-    exact, loss = trained(config(out=str(tmp_path)))
-    with pytest.raises(KeyboardInterrupt):
-        trained(config(out=str(tmp_path)), stop=8)
-    assert (tmp_path / FILE).is_file()
-    found, same = trained(config(out=str(tmp_path)))
-    assert "goes on from step" in capsys.readouterr().out and torch.equal(found, exact) and same == loss
+    goes_on_where_it_was(one, tmp_path, capsys)

@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from fitted import goes_on_where_it_was, two_ranks_are_one
 from test_posed import write_scan
 
 import evaluate
@@ -202,28 +201,16 @@ def config(**changes):
     return replace(TASKS["vggt"].config(workers=0, iterations=3, resolution=48), **changes)
 
 
-def as_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    torch.save(trained(config(), Ranks(rank, 2, group=dist.group.WORLD)), f"{folder}/{rank}")
-    dist.destroy_process_group()
+def one(ranks=ALONE, stop=None, **changes):
+    return trained(config(**changes), ranks, stop)
 
 
 def test_two_ranks_are_one(tmp_path):
-    exact, loss = trained(config())
-    mp.spawn(as_rank, (tmp_path,), nprocs=2)
-    for rank in range(2):
-        found, same = torch.load(tmp_path / f"{rank}")
-        assert (found - exact).norm() / exact.norm() < 1e-5 and same == pytest.approx(loss, rel=1e-4)
+    two_ranks_are_one(one, tmp_path)
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, capsys):
-    exact, loss = trained(config(out=str(tmp_path)))
-    with pytest.raises(KeyboardInterrupt):
-        trained(config(out=str(tmp_path)), stop=8)
-    assert (tmp_path / FILE).is_file()
-    found, same = trained(config(out=str(tmp_path)))
-    assert "goes on from step" in capsys.readouterr().out and torch.equal(found, exact) and same == loss
+    goes_on_where_it_was(one, tmp_path, capsys)
 
 
 def by_heart(monkeypatch, iterations):
