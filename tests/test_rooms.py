@@ -60,7 +60,7 @@ def test_frames_see_one_room():
             one, two = here[:, seen][:, near].astype(int), room.image(i).numpy()[:, row[near], col[near]].astype(int)
             differ.append(np.abs(one - two).mean())
             shuffled.append(np.abs(one - np.random.default_rng(0).permutation(two, axis=1)).mean())
-    assert np.mean(differ) < 0.35 * np.mean(shuffled), (np.mean(differ), np.mean(shuffled))
+    assert np.mean(differ) < 0.12 * np.mean(shuffled)                                          # measured: 0.07
 
 
 def test_a_room_is_its_number():
@@ -79,4 +79,4 @@ def test_cameras_are_apart_and_stand_clear():
         at = view.poses[:, :3, 3]
         assert np.linalg.norm(at - at.mean(0), axis=1).min() > 0.01
         assert (np.abs(at) < view.boxes[0].half).all()
-        assert min(off(box, at).min() for box in view.boxes[1:]) > rooms.CLEAR - 1e-9
+        assert min(off(box, at).min() for box in view.boxes[1:]) > 0.4 - 1e-9
