@@ -93,12 +93,12 @@ def framed(image, boxes):
     return image
 
 
-def named(image, boxes, scores, labels, names):
+def named(image, boxes, scores, labels, names, least=SURE):
     """
-    C H W uint8 with the boxes n 4, left, top, right, bottom, of which one is SURE, in the colours of their labels n;
+    C H W uint8 with the boxes n 4, left, top, right, bottom, whose scores reach `least`, in their labels' colours, n;
     names  {label, as text: name}
     """
-    picture, sure = Image.fromarray(image.permute(1, 2, 0).numpy()), np.flatnonzero(np.asarray(scores) >= SURE)[::-1]
+    picture, sure = Image.fromarray(image.permute(1, 2, 0).numpy()), np.flatnonzero(np.asarray(scores) >= least)[::-1]
     pen = ImageDraw.Draw(picture)
     rows = (np.asarray(x)[sure].tolist() for x in (boxes, scores, labels))
     for (left, top, right, bottom), score, label in zip(*rows, strict=True):  # the best is drawn last

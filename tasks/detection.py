@@ -201,11 +201,13 @@ def live(frozen, data):
 
 
 def answered(i, val, frozen, head, names):
-    """Image i's answers; of some a row of pictures"""
-    image = val.image(i)
+    """Image i's answers; of some a row of pictures, with as many answers, the best, as there are objects"""
+    image, truth = val.image(i), val.truth(i).boxes
     found = answer(image, frozen, head, DECODERS[frozen.c.decoder].best)
-    shown = frozen.c.out and i < SHOWN
-    return found, [image, framed(image, val.truth(i).boxes), named(image, *found, names)] if shown else None
+    if not frozen.c.out or i >= SHOWN:
+        return found, None
+    best = (x[: len(truth)] for x in found)
+    return found, [image, framed(image, truth), named(image, *best, names, least=0)]
 
 
 def run(data, frozen, c):
@@ -265,7 +267,7 @@ def task(name, layout, *paper, trains=True):
                Option("tta", "", "linear or quadratic: eight sizes and mirror images, merged by this Soft-NMS"))
     return Task(name, layout, opened, run, wants="maps", metric="ap", view=fitted, sides=(2048, 160), options=options,
                 decoders=("detr",), plan=planned, trains=trains, released=("detr",),
-                pictures="image, truth, prediction", paper=paper)
+                pictures="image, truth, as many answers, the best", paper=paper)
 
 
 COCO = "annotations/instances_{train,val}2017.json, {train,val}2017/"

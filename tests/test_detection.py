@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -141,10 +142,13 @@ def test_the_guess_is_the_mean_box_of_each_class():
 # End to end
 
 
-def test_shapes_a_head_kept_and_read_again(weights, tmp_path, capsys):
+def test_shapes_a_head_kept_and_read_again(weights, tmp_path, capsys, monkeypatch):
+    shown = MagicMock(wraps=detection.named)
+    monkeypatch.setattr(detection, "named", shown)
     words = "--weights", weights, "--limit", 3, "--resolution", 96
     found, _ = run(capsys, *words, "--iterations", 2, "--out", tmp_path / "o", "--windows", 2)
     assert 0 <= found["ap"] <= 100 and found["chance_ap"] >= 0 and found["n_classes"] == 12 and found["windows"] == 2
+    assert sum(len(call.args[2]) for call in shown.mock_calls) == found["n_boxes"]  # as many, however unsure
     assert (tmp_path / "o/detection.png").is_file() and not (tmp_path / "o" / FILE).exists()
     again, said = run(capsys, *words, "--head", tmp_path / "o/head.safetensors", "--windows", 2)
     assert again["ap"] == found["ap"] and "iterations" in again

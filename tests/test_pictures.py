@@ -69,6 +69,7 @@ def test_boxes_with_their_names():
     colours = [pictures.hues(torch.tensor([[1 + label]]))[:, 0, 0] for label in (3, 7)]
     assert torch.equal(found[:, 49, 11], colours[0]) and torch.equal(found[:, 54, 84], colours[1])
     assert not found[:, :5, :5].any() and not image.any() and not found[:, 45, 20].any()  # not sure; untouched; inside
+    assert pictures.named(image, boxes, scores, labels, {}, least=0)[:, :5, :5].any()
 
 
 def test_points_lie_where_they_are_seen_from():
