@@ -4,7 +4,7 @@ Fused operations. Each function ends with its definition in PyTorch, which is th
     python setup.py build_ext --inplace     builds csrc/ for this machine: C++ for the CPU, CUDA where there is nvcc
 
     CHOICES, use_kernels, describe     which path runs, by measurement; the user's word on it; the same in words
-    sinkhorn_pass, sinkhorn_targets    balanced assignments of teacher logits             DINOv3 §3.2
+    sinkhorn, sinkhorn_pass, sinkhorn_targets    balanced assignments of teacher logits   DINOv3 §3.2
     assignment_loss                    cross-entropies against them, never writing them   DINOv3 §3.2, eq. 1
     rope_attention                     positions, then attention, of packed crop groups   DINOv3 §3.2
     recomputed                         a block, and what of it stays for the backward pass
@@ -32,7 +32,7 @@ if BUILT:
         import nanodino_C  # noqa: F401  registers torch.ops.nanodino.*
     except ImportError as error:  # built, but for another torch: fail here and now
         raise ImportError(f"ops: csrc is built but broken ({error}); python setup.py build_ext --inplace") from error
-OPS = "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_attention", "cut", "colours"
+OPS = "sinkhorn", "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_attention", "cut", "colours"
 KERNELS = {(op, key.lower()) for op in OPS for key in ("CPU", "CUDA")  # asked once: torch.compile cannot
            if BUILT and hasattr(torch.ops.nanodino, op)  # else built before it was there
            and torch._C._dispatch_has_kernel_for_dispatch_key(f"nanodino::{op}", key)}
@@ -46,20 +46,9 @@ mode = "auto"
 
 # {(op, device): [(up to so many tokens, or prototypes; path)]}. Paths: kernel, csrc's; sdpa, the definition, whose
 # attention is PyTorch's; flash and cudnn, the same with the rotation compiled and that backend first.
-CHOICES = {
-    ("sinkhorn_pass", "cpu"): [(inf, "kernel")],
-    ("sinkhorn_targets", "cpu"): [(inf, "kernel")],
-    ("assignment_loss", "cpu"): [(inf, "kernel")],
-    ("rope_attention", "cpu"): [(inf, "kernel")],
-    ("cut", "cpu"): [(inf, "kernel")],
-    ("colours", "cpu"): [(inf, "kernel")],
-    # H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-2` and -3 print what to put here
-    ("sinkhorn_pass", "cuda"): [(inf, "kernel")],
-    ("sinkhorn_targets", "cuda"): [(inf, "kernel")],
-    ("assignment_loss", "cuda"): [(inf, "kernel")],
-    ("colours", "cuda"): [(inf, "kernel")],
-    ("rope_attention", "cuda"): [(64, "kernel"), (320, "flash"), (inf, "cudnn")],
-}
+CHOICES = {(op, device): [(inf, "kernel")] for op in OPS for device in ("cpu", "cuda")}
+# H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-2` and -3 print what to put here
+CHOICES["rope_attention", "cuda"] = [(64, "kernel"), (320, "flash"), (inf, "cudnn")]
 if LEVEL == "baseline" and platform.machine() in ("x86_64", "AMD64"):  # each fused multiply-add by way of double:
     CHOICES["rope_attention", "cpu"] = [(inf, "sdpa")]                 # a tenth to a half of PyTorch's speed, LOG.md
 
@@ -154,6 +143,16 @@ def for_kernels(x):
     return x.to(readable("", x)).contiguous()
 
 
+def sinkhorn(logits, temperature, n_iterations):
+    """log u after so many passes over rows that one rank holds all of; None after none.    returns  K float32"""
+    if n_iterations and have("sinkhorn", logits.device) and path("sinkhorn", logits, logits.shape[1]) == "kernel":
+        return torch.ops.nanodino.sinkhorn(for_kernels(logits), temperature, n_iterations)
+    log_u = None
+    for _ in range(n_iterations):
+        log_u = -sinkhorn_pass(logits, temperature, log_u)
+    return log_u
+
+
 def sinkhorn_pass(logits, temperature, log_u=None):
     """
     What one half iteration over columns adds up; the new log u is minus it. Ranks add theirs up in between.
@@ -233,8 +232,9 @@ class OverwrittenLoss(torch.autograd.Function):
 
 
 if BUILT:
+    @torch.library.register_fake("nanodino::sinkhorn")
     @torch.library.register_fake("nanodino::sinkhorn_pass")
-    def _(logits, log_u, temperature):
+    def _(logits, *_):
         return logits.new_empty(logits.shape[1:], dtype=torch.float32)
 
     @torch.library.register_fake("nanodino::sinkhorn_targets")

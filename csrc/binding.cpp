@@ -228,10 +228,24 @@ static Tensor sinkhorn_pass(const Tensor& logits, const std::optional<Tensor>& l
     }
 #endif
     const int threads = threads_for(logits);
-    Tensor scratch = large_pages(at::empty({AT_LEVEL(sinkhorn_scratch_cpu(n, K, threads))}, f32));
+    Tensor scratch = large_pages(at::empty({AT_LEVEL(sinkhorn_pass_scratch_cpu(n, K, threads))}, f32));
     AT_LEVEL(sinkhorn_pass_cpu(log_r.mutable_data_ptr<float>(), logits.const_data_ptr(), u,
                                scratch.mutable_data_ptr<float>(), n, K, temperature, dtype, threads));
     return log_r;
+}
+
+static Tensor sinkhorn(const Tensor& logits, double temperature, int64_t iterations) {
+    const char* who = "sinkhorn";
+    check(who, "logits", logits, {-1, -1}, logits, logits.scalar_type());
+    TORCH_CHECK(iterations > 0, who, ": got ", iterations, " iterations; wanted 1 or more; without any u is 1");
+    const int64_t n = logits.size(0), K = logits.size(1);
+    const Dtype dtype = dtype_of(who, logits);
+    const int threads = threads_for(logits);
+    Tensor log_u = at::empty({K}, logits.options().dtype(at::kFloat));
+    Tensor scratch = large_pages(at::empty({AT_LEVEL(sinkhorn_scratch_cpu(n, K, threads))}, log_u.options()));
+    AT_LEVEL(sinkhorn_cpu(log_u.mutable_data_ptr<float>(), logits.const_data_ptr(), scratch.mutable_data_ptr<float>(),
+                          n, K, temperature, iterations, dtype, threads));
+    return log_u;
 }
 
 static Tensor sinkhorn_targets(const Tensor& logits, const Tensor& log_u, double temperature,
@@ -252,7 +266,7 @@ static Tensor sinkhorn_targets(const Tensor& logits, const Tensor& log_u, double
     }
 #endif
     const int threads = threads_for(logits);
-    Tensor scratch = at::empty({AT_LEVEL(sinkhorn_scratch_cpu(n, K, threads))}, log_u.options());
+    Tensor scratch = at::empty({AT_LEVEL(sinkhorn_targets_scratch_cpu(K, threads))}, log_u.options());
     AT_LEVEL(sinkhorn_targets_cpu(targets.mutable_data_ptr(), to, logits.const_data_ptr(),
                                   log_u.const_data_ptr<float>(), scratch.mutable_data_ptr<float>(), n, K,
                                   temperature, dtype, threads));
@@ -363,6 +377,7 @@ TORCH_LIBRARY(nanodino, m) {
     m.def("cpu_levels() -> str[]", cpu_levels);
     m.def("built_from() -> int", [] { return BUILT_FROM; });
     m.def("sinkhorn_pass(Tensor logits, Tensor? log_u, float temperature) -> Tensor");
+    m.def("sinkhorn(Tensor logits, float temperature, int iterations) -> Tensor");
     m.def("sinkhorn_targets(Tensor logits, Tensor log_u, float temperature, ScalarType dtype) -> Tensor");
     m.def("assignment_loss(Tensor student, Tensor teacher, Tensor log_u, Tensor weights, Tensor pairs, "
           "float student_temp, float teacher_temp) -> (Tensor losses, Tensor grad)");
@@ -388,6 +403,7 @@ static void implement(torch::Library& m) {  // each looks at its tensors' device
 TORCH_LIBRARY_IMPL(nanodino, CPU, m) {
     implement(m);
     m.impl("cut", cut);
+    m.impl("sinkhorn", sinkhorn);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(nanodino, CUDA, m) { implement(m); }

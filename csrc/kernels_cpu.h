@@ -5,10 +5,14 @@
 
 namespace LEVEL {
 
-// csrc/sinkhorn_cpu.cpp    scratch: so many floats, of any content; targets are f32 or bf16
-int64_t sinkhorn_scratch_cpu(int64_t n, int64_t K, int threads);
+// csrc/sinkhorn_cpu.cpp    scratch: so many floats, of any content; targets are f32 or bf16; log_r may be log_u
+int64_t sinkhorn_pass_scratch_cpu(int64_t n, int64_t K, int threads);
 void sinkhorn_pass_cpu(float* log_r, const void* logits, const float* log_u, float* scratch, int64_t n, int64_t K,
                        double temperature, Dtype dtype, int threads);
+int64_t sinkhorn_scratch_cpu(int64_t n, int64_t K, int threads);
+void sinkhorn_cpu(float* log_u, const void* logits, float* scratch, int64_t n, int64_t K, double temperature,
+                  int64_t iterations, Dtype dtype, int threads);
+int64_t sinkhorn_targets_scratch_cpu(int64_t K, int threads);
 void sinkhorn_targets_cpu(void* targets, Dtype target_dtype, const void* logits, const float* log_u, float* scratch,
                           int64_t n, int64_t K, double temperature, Dtype dtype, int threads);
 

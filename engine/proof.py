@@ -76,6 +76,16 @@ def sinkhorn_pass(dtype, _, place):
             log_u = -log_r
 
 
+def sinkhorn(dtype, _, place):
+    for n, K, off in SHAPES:
+        x, exact = normal(place, dtype, n, K, seed=0, off=off, spread=0.5), 0.0
+        z = x.double() / TEMPERATURES[1]
+        for iterations in 1, 2:
+            exact = -(z - (0 if iterations == 1 else (z + exact).logsumexp(1, keepdim=True))).logsumexp(0)
+            stale(place, 4 * K)
+            yield torch.ops.nanodino.sinkhorn(x, TEMPERATURES[1], iterations), exact
+
+
 def sinkhorn_targets(dtype, _, place):
     for n, K, off in SHAPES:
         x, log_u = normal(place, dtype, n, K, seed=0, off=off, spread=0.5), normal(place, torch.float32, K, seed=1)
@@ -148,5 +158,5 @@ def colours(dtype, _, place):
         yield torch.tensor(float(found == checksum)), torch.tensor(1.0)
 
 
-CHECKS = dict(sinkhorn_pass=sinkhorn_pass, sinkhorn_targets=sinkhorn_targets, assignment_loss=assignment_loss,
-              rope_attention=rope_attention, cut=cut, colours=colours)
+CHECKS = dict(sinkhorn=sinkhorn, sinkhorn_pass=sinkhorn_pass, sinkhorn_targets=sinkhorn_targets,
+              assignment_loss=assignment_loss, rope_attention=rope_attention, cut=cut, colours=colours)

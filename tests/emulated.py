@@ -148,6 +148,14 @@ def sinkhorn_pass(logits, log_u, temperature):
         return device.take(log_r)
 
 
+def sinkhorn(logits, temperature, iterations):
+    """What ops.py does on CUDA, where no kernel takes all passes at once."""
+    log_u = None
+    for _ in range(iterations):
+        log_u = -sinkhorn_pass(logits, log_u, temperature)
+    return log_u
+
+
 def sinkhorn_targets(logits, log_u, temperature, dtype):
     with Device() as device:
         q = device.new(torch.empty(logits.shape, dtype=dtype))

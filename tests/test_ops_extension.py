@@ -33,6 +33,7 @@ def test_torch_accepts_the_registrations(grad, dtype):
         torch.library.opcheck(torch.ops.nanodino.assignment_loss_, (student, teacher, log_u, *rest))
         torch.library.opcheck(torch.ops.nanodino.sinkhorn_pass, (teacher[0], None, 0.1))
         torch.library.opcheck(torch.ops.nanodino.sinkhorn_pass, (teacher[0], log_u, 0.1))
+        torch.library.opcheck(torch.ops.nanodino.sinkhorn, (teacher[0], 0.1, 2))
         torch.library.opcheck(torch.ops.nanodino.sinkhorn_targets, (teacher[0], log_u, 0.1, torch.bfloat16))
 
 
@@ -52,6 +53,8 @@ def but(i, value):
     ("sinkhorn_pass", [x, u[:7], 0.1], r"sinkhorn_pass: log_u is \[7\]; wanted \[8\]"),
     ("sinkhorn_pass", [x, u.double(), 0.1], "sinkhorn_pass: log_u is Double; wanted Float; cast it"),
     ("sinkhorn_pass", [x.half(), None, 0.1], "sinkhorn_pass: got Half on cpu; wanted float32, bfloat16"),
+    ("sinkhorn", [x[:, ::2], 0.1, 3], r"sinkhorn: logits has strides \[8, 2\]; wanted it contiguous"),
+    ("sinkhorn", [x, 0.1, 0], "sinkhorn: got 0 iterations; wanted 1 or more"),
     ("sinkhorn_targets", [x, u, 0.1, torch.int32], "sinkhorn_targets: got Int on cpu"),
     (*but(0, loss[0].transpose(0, 1)), r"assignment_loss: student has strides"),
     (*but(1, torch.zeros(1, 4, 8)), r"assignment_loss: teacher is \[1, 4, 8\]; wanted \[-1, 3, 8\]"),
