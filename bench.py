@@ -12,6 +12,7 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py gram         the Gram loss and its gradient, image by image, beside the definition: time and memory
     python bench.py evaluate     frozen features of a folder of photos beside the network alone: images per second
     python bench.py steps        training steps of tiny and ViT-S: kernels off and auto, checkpointing, compiled; saves
+    python bench.py limit        forward passes and steps over their matrix products alone, and where the rest is
 
 sinkhorn, loss, attention, augment and steps run once for each level of the CPU kernels that this processor has, or at
 the one that NANODINO_CPU names; what is slower than its base says SLOWER. With a GPU, one call each, in this order
@@ -27,7 +28,7 @@ the one that NANODINO_CPU names; what is slower than its base says SLOWER. With 
     python bench.py check-OP     sinkhorn, loss or attention alone, as gpu-test asks it
 
 A gpu- call writes NAME.json after every row, and at its end NAME.md, tables for LOG.md, to --out. --dry rehearses it on
-a CPU, and steps as well. Options:
+a CPU, and steps and limit as well. Options:
 """
 
 import json
@@ -58,6 +59,7 @@ from data import Batches, draw_crops
 from engine import config as command_line
 from engine import fp8, trials, versus
 from engine.features import Frozen, load
+from engine.limit import limit
 from engine.opponents import crops_by_pillow, gram_written_out, with_gradient, with_kernels
 from engine.ranks import count_workers
 from engine.report import NO_BASE, Report
@@ -312,7 +314,8 @@ def steps(machine, report, compiled):
 
 
 ON_CPU = dict(forward=forward, augment=augment, loader=loader, data=data, evaluate=evaluate,
-              attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"), loss=of_ops("loss"), gram=gram, steps=steps)
+              attention=of_ops("attention"), sinkhorn=of_ops("sinkhorn"), loss=of_ops("loss"), gram=gram, steps=steps,
+              limit=limit)
 ON_PHOTOS = "augment", "loader"  # of --data
 BY_LEVEL = "attention", "sinkhorn", "loss", "augment", "steps"
 
@@ -474,7 +477,7 @@ def main(argv):
     for name in names:
         if name not in ON_CPU | ON_A_GPU:
             raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(ON_CPU | ON_A_GPU)}")
-    chosen = [name for name in names or [*ON_CPU][:-1] if name in ON_CPU]
+    chosen = [name for name in names or [*ON_CPU][:-2] if name in ON_CPU]
     if chosen:
         on_cpu(chosen, config)
     for name in names:

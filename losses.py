@@ -87,10 +87,9 @@ def balanced(parts, temperature, n_iterations=3, group=None):
 
     Logarithms throughout: logits of +-60 at temperature 0.04 span 3000 nats, float32 alone holds 176.
     """
-    alone = group is None and len(parts) == 1
     with torch.autocast(parts[0].device.type, enabled=False):
-        log_u = ops.sinkhorn(parts[0], temperature, n_iterations) if alone else None
-        for _ in range(0 if alone else n_iterations):
+        log_u = ops.sinkhorn(parts[0], temperature, n_iterations) if group is None and len(parts) == 1 else None
+        for _ in range(n_iterations if log_u is None else 0):
             here = [ops.sinkhorn_pass(logits, temperature, log_u) for logits in parts]                # of K
             here = here[0] if len(here) == 1 else torch.stack(here).logsumexp(0)
             log_u = -all_logsumexp(here, group, log_u)

@@ -79,14 +79,15 @@ def textbook_dino(student, logits, sinkhorn=textbook_sinkhorn):
 
 
 def our_loss(student, logits):
-    x, weights = student.detach().requires_grad_(), torch.ones(len(logits), device=logits.device)
-    return torch.autograd.grad(ibot_loss(x, assignments(logits, TEMPERATURE), weights, len(logits)), x)[0]
+    """As the trainer asks for it: the gradient takes the logits' place, here of a copy."""
+    x, weights = student.detach().requires_grad_().clone(), torch.ones(len(logits), device=logits.device)
+    return torch.autograd.grad(ibot_loss(x, assignments(logits, TEMPERATURE), weights, len(logits), factor=1.0), x)[0]
 
 
 def our_dino(student, logits):
-    x, (T, B, _) = student.detach().requires_grad_(), logits.shape
+    x, (T, B, _) = student.detach().requires_grad_().clone(), logits.shape
     targets = assignments(logits.flatten(0, 1), TEMPERATURE).unflatten(0, (T, B))
-    return torch.autograd.grad(sum(dino_losses(x, targets, T)), x)[0]
+    return torch.autograd.grad(sum(dino_losses(x, targets, T, factors=(1.0, 1.0))), x)[0]
 
 # --------------------------------------------------------------------------------
 # RoPE attention
