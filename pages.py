@@ -1,12 +1,15 @@
 """
 The pages: a site about this code, made from this code, so that it cannot say what the code does not.
 
-    python pages.py OUT        OUT/index.html: opens from disk, too; pip install -e ".[pages]"
+    python pages.py OUT          OUT/index.html: opens from disk, too; pip install -e ".[pages]"
+    python pages.py evidence     runs what README's numbers rest on, and writes evidence/: see engine/evidence.py
 
     guide          section of the paper -> the lines that are it, from the `paper:` marks; what has none is named
     differences    from the paper and the released code, from the `differs:` marks
     commands       every script, what it is for, its options: what --help says
     tasks          what can be measured: metric, layout of the data, the paper's numbers: from the tasks' records
+    adapt, ...     docs/, as they stand: what to change for what, all commands by use, what was measured before
+    evidence       evidence/: numbers, curves, pictures, each with its command
     code           every file, by line
 
 The site itself, its search and its layout for small screens are mkdocs's.
@@ -26,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from engine import config as command_line
+from engine import evidence
 from engine.task import GIVEN, SIZES
 
 ROOT = Path(__file__).parent
@@ -248,27 +252,48 @@ def code(path):
     return f"# {path}\n\n<pre class=\"code\">{rows}\n</pre>\n"
 
 
-def front():
-    """README, as the first page: what it links to in the repository is linked to here"""
-    text = (ROOT / "README.md").read_text()
-    return re.sub(r"\]\((\w+\.png)\)", r"](pictures/\1)", text)
+def documents():
+    """{name: file} of what was written by hand, and of what evidence has made"""
+    found = dict(index=ROOT / "README.md", evidence=ROOT / "evidence/README.md", log=ROOT / "LOG.md")
+    found |= {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def document(path, names):
+    """
+    A file's Markdown, with links to what is a page here, and {name: file} of its pictures
+
+    names  {file: name of its page}
+    """
+    text, pictures = path.read_text(), {}
+
+    def moved(link):
+        file = (path.parent / link[1]).resolve()
+        if file.suffix == ".md":
+            return f"]({names[file]}.md{link[2] or ''})"
+        pictures[file.name] = file
+        return f"](pictures/{file.name})"
+    return re.sub(r"\]\((?!https?:)([\w./-]+)(#[\w-]+)?\)", moved, text), pictures
 
 # --------------------------------------------------------------------------------
 # The site
 
 
 def site(folder):
-    """Markdown of all pages, and the pictures of the first one, into a folder"""
+    """Markdown of all pages, and their pictures, into a folder"""
     marks = [mark for path in files() for mark in marks_of(path)]
-    pages = {"index": front(), "guide": guide(marks), "differences": differences(marks), "commands": commands(),
-             "tasks": tasks()} | {f"code/{path.replace('/', '.')}": code(path) for path in files()}
+    pages = dict(guide=guide(marks), differences=differences(marks), commands=commands(), tasks=tasks()) | {
+        f"code/{path.replace('/', '.')}": code(path) for path in files()}
+    (folder / "pictures").mkdir()
+    names = {path.resolve(): name for name, path in documents().items()}
+    for name, path in documents().items():
+        pages[name], pictures = document(path, names)
+        for picture, file in pictures.items():
+            shutil.copy(file, folder / "pictures" / picture)
     for name, text in pages.items():
         path = folder / f"{name}.md"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n")
-    (folder / "pictures").mkdir()
-    for name in re.findall(r"\]\(pictures/(\w+\.png)\)", pages["index"]):
-        shutil.copy(ROOT / name, folder / "pictures")
     (folder / "pages.css").write_text(CSS)
 
 
@@ -286,8 +311,9 @@ def build(out):
         docs = Path(temporary, "docs")
         docs.mkdir()
         site(docs)
-        names = [{"nanodino": "index.md"}, *({name: f"{name.split()[-1].lower()}.md"} for name in
-                                             ("Reading guide", "Differences", "Commands", "Tasks")),
+        titles = ("Reading guide", "Differences", "Commands", "Tasks", *(
+            name.capitalize() for name in documents() if name != "index"))
+        names = [{"nanodino": "index.md"}, *({title: f"{title.split()[-1].lower()}.md"} for title in titles),
                  {"Code": [{path: f"code/{path.replace('/', '.')}.md"} for path in files()]}]
         config = load_config(
             config_file=io.BytesIO(b"site_name: nanodino\n"), docs_dir=str(docs), site_dir=str(out.absolute()),
@@ -297,9 +323,15 @@ def build(out):
 
 
 def main(argv):
+    if argv[:1] == ["evidence"]:
+        if "--help" in argv or "-h" in argv:
+            print(evidence.__doc__.strip(), command_line.describe(evidence.EvidenceConfig()), sep="\n\n")
+            return
+        evidence.main(argv[1:])
+        return
     if len(argv) != 1 or argv[0].startswith("-"):
         if argv not in (["--help"], ["-h"]):
-            raise ValueError(f"{len(argv)} words; wanted one folder: python pages.py OUT")
+            raise ValueError(f"{len(argv)} words; wanted one folder, or evidence: python pages.py OUT")
         print(__doc__.strip())
         return
     command_line.writable(argv[0])

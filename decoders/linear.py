@@ -74,13 +74,14 @@ def peak(kind, c):
     return c.lr or RECIPES[kind].lr * (10 if c.iterations < FEW else 1)
 
 
-def fit(kind, maps, truths, n_out, loss_of, c, device):
+def fit(kind, maps, truths, n_out, loss_of, c, device, make=Head):
     """
-    A linear head, trained on random batches of views.
+    A head, trained on random batches of views.
 
     kind     of RECIPES
     maps     h w D float16 each    truths  H W each: of both only a batch is in memory
     loss_of  (list of n_out h w, list of H W) -> scalars, whose sum is the loss; one at a time is in memory
+    make     Head, or one with more in it: (width, n_out, dropout) -> a module
 
     differs: there every step sees new crops, flips and colours of the images and three learning rates are tried; here
              the features are computed once, from the images as they are
@@ -88,7 +89,7 @@ def fit(kind, maps, truths, n_out, loss_of, c, device):
     recipe = RECIPES[kind]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(c.seed)
-        head, lr = Head(maps[0].shape[2], n_out, recipe.dropout).to(device), peak(kind, c)
+        head, lr = make(maps[0].shape[2], n_out, recipe.dropout).to(device), peak(kind, c)
         optimizer = torch.optim.AdamW(head.parameters(), lr, (0.9, recipe.beta2), weight_decay=recipe.weight_decay)
         order, warmup = [], max(round(recipe.warmup * c.iterations), 1)
         for step in tqdm(range(c.iterations), desc="head", unit="it", leave=False, disable=None):

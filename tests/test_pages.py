@@ -79,15 +79,29 @@ def folder(tmp_path_factory):
     return path
 
 
+def has(path, name):
+    """A line of code, or a heading"""
+    text = path.read_text()
+    titles = re.findall("^#+ (.*)", text, re.M)
+    headings = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+    return f'id="{name}"' in text or name in headings
+
+
 def test_links_lead_to_lines(folder):
     count = 0
     for page in folder.glob("*.md"):
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
             path, _, line = target.partition("#")
             assert (folder / path).is_file(), (page.name, target)
-            assert not line or f'id="{line}"' in (folder / path).read_text(), (page.name, target)
+            assert not line or has(folder / path, line), (page.name, target)
             count += 1
     assert count > 150
+
+
+def test_what_was_written_by_hand_is_there_with_its_pictures(folder):
+    assert {"index", "adapt", "usage", "measured", "log"} <= {path.stem for path in folder.glob("*.md")}
+    index, usage = ((folder / f"{name}.md").read_text() for name in ("index", "usage"))
+    assert "](adapt.md)" in index and "](pictures/demo.png)" in index and "](pictures/gram.png)" in usage
 
 
 def test_the_paper_is_whole(folder):
@@ -108,8 +122,10 @@ def test_code_is_as_it_is(folder):
     assert "<a id=\"L1\" href=\"#L1\">   1</a>  &quot;&quot;&quot;" in text
 
 
-def test_the_site(tmp_path):
+def test_the_site(tmp_path, monkeypatch):
+    """Of few files: all of them take a quarter of a minute, twice"""
     pytest.importorskip("mkdocs")
+    monkeypatch.setattr(pages, "files", lambda: ["losses.py", "ops.py"])
     pages.main([str(tmp_path / "site")])
     text = (tmp_path / "site" / "guide.html").read_text()
     assert 'href="code/losses.py.html#L' in text and 'src="http' not in text and 'href="https://fonts' not in text
@@ -117,7 +133,7 @@ def test_the_site(tmp_path):
 
 
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="2 words; wanted one folder: python pages.py OUT"):
+    with pytest.raises(ValueError, match="2 words; wanted one folder, or evidence: python pages.py OUT"):
         pages.main(["a", "b"])
     monkeypatch.setitem(sys.modules, "mkdocs.commands.build", None)
     with pytest.raises(ValueError, match=r"mkdocs is not installed; pip install -e .\[pages\]"):

@@ -1,4 +1,4 @@
-"""engine/ranks.py under srun: its variables; two ranks of it save at SIGUSR1 and go on; README's batch script."""
+"""engine/ranks.py under srun: its variables; two ranks of it save at SIGUSR1 and go on; docs/adapt.md's script."""
 
 import os
 import re
@@ -126,13 +126,13 @@ def test_a_mistake_is_told_by_the_first_rank(tmp_path, monkeypatch):
     assert said == ["train.py: ", "train.py: rank 1: "]
 
 # --------------------------------------------------------------------------------
-# README
+# docs/adapt.md
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """README's batch script, in a folder where srun and scontrol write down how they were called."""
-    (text,) = re.findall(r"^```bash\n(#!.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    """Its batch script, in a folder where srun and scontrol write down how they were called."""
+    (text,) = re.findall(r"^```bash\n(#!.*?)^```", (ROOT / "docs/adapt.md").read_text(), re.M | re.S)
     for name in "srun", "scontrol":
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)

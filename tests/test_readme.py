@@ -1,41 +1,39 @@
-"""README's own task, taken out of it: in a copy of the repository it is a file and a line, and it runs."""
+"""README: one screen, its table what evidence/ says; its commands and links, and those of docs/, lead somewhere."""
 
-import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from engine import evidence
+
 ROOT = Path(__file__).parents[1]
-SCRIPT = """
-import evaluate
-words = "--task centroid --weights pixels --device cpu --workers 0 --limit 120".split()
-for more in [], ["--metric", "euclid"], ["--control"], ["--help"], ["--layers", "3"]:
-    try:
-        evaluate.main(words + more)
-    except ValueError as error:
-        print("error:", error)
-"""
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("evidence/README.md")]
 
 
-def test_the_new_task_of_the_readme_runs(tmp_path):
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(code.strip().splitlines()) <= 25
-    for path in ROOT.iterdir():
-        if path.suffix == ".py":
-            shutil.copy(path, tmp_path)
-        elif (path / "__init__.py").is_file():
-            shutil.copytree(path, tmp_path / path.name)
-    (tmp_path / "tasks/centroid.py").write_text(code)
-    text = (tmp_path / "tasks/__init__.py").read_text()
-    text = text.replace("from tasks import (\n", "from tasks import (\n    centroid,\n")
-    (tmp_path / "tasks/__init__.py").write_text(text.replace("    knn.TASK,\n", "    knn.TASK,\n    centroid.TASK,\n"))
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [row["metric"] for row in found] == ["cosine", "euclid", "cosine"] and found[2]["control"]
-    assert all(0 <= row["top1"] < 60 and row["n_val"] == 120 and row["task"] == "centroid" for row in found)
-    assert found[0]["top1"] != found[1]["top1"] and "cosine, or euclid" in done.stdout
-    assert done.stdout.splitlines()[-1] == "error: --layers: centroid does not read it; its own options are: " \
-        "--shots, --metric"
+def test_results_are_what_evidence_says():
+    """If not: python pages.py evidence --minutes 0"""
+    assert README.read_text() == evidence.into_readme(README, ROOT / "evidence")
+
+
+def test_the_page_of_evidence_is_what_its_files_say():
+    if evidence.read(ROOT / "evidence"):
+        assert (ROOT / "evidence/README.md").read_text() == evidence.page_text(ROOT / "evidence")
+
+
+def test_a_newcomer_meets_all_in_one_screen():
+    """What, a picture, two commands, a table: before the files"""
+    above = README.read_text().partition("## Files")[0]
+    start = above.partition("## Results")[0]
+    assert len(start.splitlines()) <= 32 and len(above.splitlines()) <= 60
+    assert start.index("](demo.png)") < start.index("    make demo ") < start.index("    make test ")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_scripts_and_links_are_there(path):
+    text = path.read_text()
+    for script in re.findall(r"(?:^|\s)python (\w+\.py)", text):
+        assert (ROOT / script).is_file() or script in ("sounds.py", "serve.py", "run.py"), script
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+        assert (path.parent / link).is_file(), link

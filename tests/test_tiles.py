@@ -1,4 +1,4 @@
-"""engine/tiles.py: tiles lie where they were; README's way from GeoTIFFs to a canopy map, on generated ones."""
+"""engine/tiles.py: tiles lie where they were; docs/usage.md's way from GeoTIFFs to a canopy map, on generated ones."""
 
 import re
 import shlex
@@ -84,7 +84,7 @@ def test_rasters_in_which_nothing_was_measured(tmp_path):
 def test_readme_from_a_folder_of_geotiffs_to_a_canopy_map(tmp_path, monkeypatch, capsys):
     """Its commands, word by word, but for sizes that a test has time for"""
     rasterio = pytest.importorskip("rasterio")
-    block = (ROOT / "README.md").read_text().partition("From a folder of GeoTIFFs to a canopy map")[2].partition(
+    block = (ROOT / "docs/usage.md").read_text().partition("From a folder of GeoTIFFs to a canopy map")[2].partition(
         "A trained teacher")[0]
     lines = re.findall(r"^    \.venv/bin/python (.+?)(?:   .*)?$", block, re.M)
     assert [line.split()[0] for line in lines] == ["data.py", "data.py", "evaluate.py", "visualize.py"]
