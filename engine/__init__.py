@@ -13,5 +13,5 @@ What the commands stand on, and nobody types.
     pictures        what --out draws              attention, explore    one row of the matrix; a page of similarities
     timing          stopwatch of CPU and GPU      report         rows, tables, goals
     opponents       what the ops stand beside     versus         the ops: right, how fast
-    trials          the trainer on a GPU
+    trials          the trainer on a GPU          inference      a frozen backbone's speed, beside others
 """

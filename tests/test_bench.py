@@ -75,6 +75,23 @@ def test_steps_rehearsed(tmp_path, monkeypatch):
     assert saves[0]["copy_mb"] > 1 and saves[0]["waits_ms"] > 0 < saves[0]["copies_ms"]
 
 
+def test_vectors_beside_the_network(tmp_path):
+    bench.main(["embed", "--dry", "--json", str(tmp_path / "cpu.json")])
+    (rows,) = json.loads((tmp_path / "cpu.json").read_text())["tables"].values()
+    assert [row["way"] for row in rows] == ["network", "embed"] and rows[0]["base_over_this"] == 1
+    assert all(row["images_per_s"] > 0 and "6 photos" in row["what"] for row in rows)
+    assert all((row["base_over_this"] < 0.95) == ("flag" in row) for row in rows)
+
+
+def test_what_takes_long_is_left_out_if_nothing_is_named(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench, "on_cpu", lambda names, config: ran.extend(names))
+    bench.main(["--out", str(tmp_path)])
+    assert "inference" not in ran and "steps" not in ran and {"embed", "augment", "gram"} < set(ran)
+    bench.main(["inference", "--out", str(tmp_path)])
+    assert ran[-1] == "inference"
+
+
 @pytest.mark.parametrize("name, table", [("augment", "photo to crops"), ("loader", "batches of photos")])
 def test_photos(name, table, tmp_path, monkeypatch):
     monkeypatch.setenv("NANODINO_CPU", bench.ops.LEVEL)
@@ -99,9 +116,10 @@ def test_help_names_everything(capsys):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["sinkhorn", "losses"], "unknown benchmark 'losses'; choose from forward, augment, loader, data"),
+    (["sinkhorn", "losses"], "unknown benchmark 'losses'; choose from augment, loader, data, embed"),
     (["gpu-2"], "gpu-2: no GPU here; add --dry to rehearse it"),
     (["gpu-2", "--minute", "3"], "did you mean --minutes"), (["gpu-2", "--minutes", "x"], "--minutes wants float"),
+    (["inference", "--sizes", "s,7b"], "--sizes s,7b: choose from s, b, l, as in s,b,l"),
 ])
 def test_mistakes(argv, says, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
