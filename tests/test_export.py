@@ -84,6 +84,10 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data", "net.safetensors"]
     assert (tmp_path / "net.onnx.data").stat().st_size > 0.9 * size and out.stat().st_size < 120_000
     assert export.compare(export.session(out), network(NETS["mlp"])) < 1e-4
+    import onnx_ir
+    places = [x.const_value for x in onnx_ir.load(out).graph.initializers.values()]
+    places = [x.offset for x in places if isinstance(x, onnx_ir.ExternalTensor)]
+    assert len(places) > 20 and not any(at % 4096 for at in places)
 
 
 def test_half_has_its_own_bound(tmp_path, capsys):
