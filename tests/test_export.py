@@ -84,6 +84,10 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data", "net.safetensors"]
     assert (tmp_path / "net.onnx.data").stat().st_size > 0.9 * size and out.stat().st_size < 120_000
     assert export.compare(export.session(out), network(NETS["mlp"])) < 1e-4
+    import onnx_ir
+    places = [x.const_value for x in onnx_ir.load(out).graph.initializers.values()]
+    places = [x.offset for x in places if isinstance(x, onnx_ir.ExternalTensor)]
+    assert len(places) > 10 and not any(at % 4096 for at in places)
 
 
 def test_half_has_its_own_bound(tmp_path, capsys):
@@ -98,9 +102,14 @@ def test_what_says_something_else_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match="x.onnx: it says something else than the network, by 0.0011 where 0.001 are"):
         export.judged("x.onnx", 1.1e-3, torch.float32)
     assert export.judged("x.onnx", 9e-4, torch.float32) == 9e-4
+    model = network(NETS["mlp"])
+
+    def nowhere(images):  # not a number, of the right shapes
+        with torch.no_grad():
+            found = model(images)
+        return found.cls * float("nan"), found.patches
     with pytest.raises(ValueError, match="by inf where"):
-        export.judged("x.onnx", export.compare(lambda images: (torch.tensor([float("nan")]),) * 2,
-                                               network(NETS["mlp"])), torch.float32)
+        export.judged("x.onnx", export.compare(nowhere, model), torch.float32)
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(ValueError, match="something else"), export.gathered(out / "x.onnx") as folder:

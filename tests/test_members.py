@@ -1,11 +1,11 @@
 """engine/members.py: every dialect of tar and zip, and damage to each."""
 
+import gzip
 import io
 import os
 import struct
 import tarfile
 import zipfile
-import zlib
 
 import pytest
 
@@ -220,7 +220,7 @@ def test_a_header_of_others_that_is_too_long(tmp_path):
         walked(path)
 
 
-@pytest.mark.parametrize("data, tool", [(zlib.compress(b"x" * 999, wbits=31), "gunzip"), (b"BZh9", "bunzip2"),
+@pytest.mark.parametrize("data, tool", [(gzip.compress(b"x" * 999), "gunzip"), (b"BZh9", "bunzip2"),
                                         (b"\x28\xb5\x2f\xfd", "unzstd"), (b"\xfd7zXZ", "unxz")])
 def test_compressed_as_a_whole(data, tool, tmp_path):
     (tmp_path / "a.tar").write_bytes(data + bytes(999))
