@@ -86,6 +86,13 @@ def test_readme_gets_its_section_and_keeps_the_rest(tmp_path, folder):
     assert "20.0 ± 5.0 ▼" in text and text == evidence.into_readme(readme, folder)
 
 
+def test_before_any_leg_readme_has_the_demo_of_docs(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("## Results\n\n## Files\n")
+    text = evidence.into_readme(readme, tmp_path)
+    assert "No leg of it has run yet." in text and text.count("| `make demo` |") == 3 and "| what | command |" in text
+
+
 def test_every_training_is_one_that_train_py_takes():
     """Those that begin from nothing; the others want a run to go on from"""
     for leg in evidence.LEGS:
