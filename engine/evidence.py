@@ -42,7 +42,7 @@ BASE = """--size tiny --device cpu --depth 3 --patch_size 8 --n_shapes 2048 --st
           --momentum_end 0.994 --n_local 4 --global_size 48 --local_size 24 --global_scale 0.5,1.0 --local_scale 0.2,0.5
           --blur_sigma 0.05,0.5 --solarize 0 --hue 0.5 --rope_rescale 1.2""".split()
 ON = "--device cpu --lr 2e-4 --lr_end 2e-4 --gram_refresh 0 --steps 200".split()  # a stage, after BASE
-DISTILL = "--device cpu --steps 400 --cooldown 200".split()
+DISTILL = f"--device cpu --steps 400 --cooldown 200 --save_every {KEPT} --keep_every {KEPT}".split()
 TASKS = dict(knn=("top1_k20", "k-NN", []), linear=("top1", "linear", ["--iterations", "500"]),
              segmentation=("miou", "segmentation, mIoU", []), discovery=("corloc", "discovery, CorLoc", []))
 ON_PHOTOS = dict(knn=("top1_k20", "k-NN", ["--data", "PHOTOS", "--resolution", "128"]),
