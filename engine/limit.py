@@ -108,7 +108,7 @@ def against_products(machine, report, what, ways, weights, arguments, goal):
         ours(*arguments)
     timed = {name: lambda way=way: way(*arguments) for name, way in ways.items()}
     timed |= {"products alone": products, "linears": products.linears, "attention": products.attention}
-    times = medians(machine, timed, rounds=9)
+    times = medians(machine, timed, rounds=5)
     least = times["products alone"].seconds
     for name, t in times.items():
         missed = name == "ours" and t.seconds > goal * least and machine.shapes != "dry"
