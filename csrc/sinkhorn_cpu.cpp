@@ -184,7 +184,7 @@ static int64_t tile_width(int64_t n, int64_t K) {
     return std::min(std::clamp(TILE / n / LANES * LANES, (int64_t)4 * LANES, WIDEST), rounded(K));
 }
 
-// 2^(x_k scale), and 0 beyond the row's last `there`
+// 2^(x_k scale); beyond the row's last `there` whatever is finite, as u is 0
 template <typename T>
 static void tile_row(float* p, const T* x, int64_t there, int64_t width, float scale) {
     int64_t k = 0;
@@ -192,7 +192,7 @@ static void tile_row(float* p, const T* x, int64_t there, int64_t width, float s
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) store(p + k + j * LANES, exp2(load(x + k + j * LANES) * splat(scale)));
     for (; k < width; k += LANES) {
-        const vec own = k + LANES <= there ? load(x + k) : load(x + k, (int)std::max<int64_t>(there - k, 0), LOW);
+        const vec own = k + LANES <= there ? load(x + k) : load(x + k, (int)std::max<int64_t>(there - k, 0), 0.f);
         store(p + k, exp2(own * splat(scale)));
     }
 }

@@ -84,6 +84,7 @@ def with_column(x, value):
 @needs_build
 @pytest.mark.parametrize("change", [  # the last sums to 2^-60.0001 in its column; in rows and columns 2^+-60 are 41.6
     lambda x: x * 60, lambda x: x.index_fill(0, torch.tensor(3), -50), lambda x: x * math.nan, lambda x: x + 2,
+    lambda x: x - 4.3 * (torch.arange(40)[:, None] == 3),                          # half of that row below 2^-126
     lambda x: with_column(x, math.inf), lambda x: with_column(x, -(60.0001 + math.log2(40)) * math.log(2) * 0.05)])
 def test_what_products_cannot_hold_is_done_in_logarithms(kernels, change):
     x = change(normal(40, 1100) * 0.2)
