@@ -3,9 +3,9 @@ VGGT on frozen patches: all frames of a scene at once -> the camera of each, its
 
     VGGTConfig         widths and counts
     VGGT               Features of four blocks, of every frame -> cameras, depth, confidence
-    camera_loss        of the cameras' numbers;  depth_loss  of depths, each as sure as it says it is;  loss  both
+    Sought             where in the first frame a patch is seen again
+    camera_loss        of the cameras' numbers;  depth_loss  of depths, each as sure as it says it is;  loss  all
     Head, OfFrames     the decoder for a backbone, at its start values; both;  recipe  numbers of its training
-    load_embedding     the backbone in a file of vggt-omega
 
 Frames, F of a scene, have one size. Lengths are in the scene's own unit: the mean distance of all of its points from
 the first camera. Poses as numbers: engine/cameras.py. Dimension letters: see the top of model.py.
@@ -17,7 +17,6 @@ differs: the backbone is frozen, there fine-tuned; blocks are model.py's, with i
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +26,12 @@ import ops
 from decoders.depth import edges
 from decoders.dpt import DPT, DPTConfig, blocks
 from decoders.fit import Recipe
-from engine.layouts import vit_config
 from engine.sliding import resized
-from model import Block, Features, RopeEmbed, Subset, ViT, ViTConfig, initialise, rope_tables, set_std
-from weights import File, open_pth, open_safetensors, tensors_of
+from model import Block, Features, RopeEmbed, Subset, ViTConfig, initialise, rope_tables, set_std
 
 CODES = 9                # numbers of a camera: 3 of its place, 4 of its rotation, 2 of its field of view
 WEIGHTS = 5, 5, 5, 25, 25, 25, 25, 2.5, 2.5  # of the errors of those numbers, beside depth's; chosen by eye
-SHARP = 0.05             # temperature of matches
+SHARP = 20.0             # what cosines of patches are multiplied by
 MATCH = "row", "column", "own row", "own column", "weight"
 UNSURE = 0.2             # weight of -log confidence, without which none would be sure
 SMALL = 384              # below this width of a backbone everything is small
@@ -52,7 +49,8 @@ class VGGTConfig:
     layerscale: float = 0.01  # what that of the blocks starts from
     init_std: float = 0.02   # of the linears' start values
     recompute: str = "full"  # in the backward, what blocks keep: see ops.recomputed
-    matched: bool = False    # a token begins with where the first frame looks most alike; ours, for short trainings
+    sought: int = 0          # width in which each patch is sought in the first frame, after half of the pairs; 0: it is
+    #                          not; ours, for short trainings
 
     @property
     def blocks(self):
@@ -64,7 +62,7 @@ def sized(width):
     """As VGGT from SMALL on; below chosen by time"""
     if width >= SMALL:
         return VGGTConfig(width)
-    return VGGTConfig(width, 96, 3, 2, 4, 16, 8, layerscale=0.3, init_std=0.07, recompute="none", matched=True)
+    return VGGTConfig(width, 96, 3, 3, 4, 16, 8, layerscale=0.3, init_std=0.07, recompute="none", sought=64)
 
 
 # paper: App. D.12: rate; the others VGGT's. There a step sees 2 to 24 frames of each scene, and warms up for 8k of 160k
@@ -99,9 +97,9 @@ class VGGT(nn.Module):
         self.camera_head = nn.Sequential(nn.LayerNorm(4 * c.d), nn.Linear(4 * c.d, c.d), nn.GELU(),
                                          nn.Linear(c.d, CODES))
         self.depth_norm = nn.LayerNorm(2 * c.d)
-        self.flow = nn.Linear(len(MATCH), c.d) if c.matched else None
-        for part, std in (self, c.init_std), (self.camera_head, 0.02), (self.flow or nn.Identity(), 2.0):
-            set_std(part, std)  # the flow's beside that of features, which are many
+        self.sought = Sought(c) if c.sought else None
+        for part, std in (self, c.init_std), (self.camera_head, 0.02), (self.sought or nn.Identity(), 0.5):
+            set_std(part, std)
         if not self.cls_token.is_meta:
             initialise(self, torch.initial_seed())
         self.depth_head = DPT(DPTConfig(2 * c.d, (c.channels,) * 4, c.channels, c.hidden, n_out=2))
@@ -113,28 +111,29 @@ class VGGT(nn.Module):
         return [together(layer, lambda tensors: torch.stack(tensors, 1).float()) for layer in zip(*found, strict=True)]
 
     def forward(self, features):
-        found = self.aggregate(features)
+        found, likeness = self.aggregate(features)
         B, frames = found[0].patches.shape[:2]
         cameras = self.camera_head(torch.cat([found[-1].cls, found[-1].patches.mean(2)], 2))   # B F 9
         cameras = cameras + torch.eye(CODES, device=cameras.device)[3]  # it begins with no rotation
         found = [together([f], lambda tensors: tensors[0].flatten(0, 1)) for f in found]       # (B F) ...
         found = [replace(f, patches=self.depth_norm(f.patches)) for f in found]
         depth, confidence = self.depth_head(found).unflatten(0, (B, frames)).unbind(2)         # B F H W
-        return dict(cameras=cameras, depth=depth.exp(), confidence=1 + confidence.exp())
+        sought = {} if likeness is None else dict(likeness=likeness)
+        return dict(cameras=cameras, depth=depth.exp(), confidence=1 + confidence.exp(), **sought)
 
     def aggregate(self, features):
-        """-> Features of the DPT's four pairs of blocks, B F ... 2d: what both have said"""
+        """-> Features of the DPT's four pairs of blocks, B F ... 2d: what both have said;  likeness, or None"""
         c, (h, w) = self.config, features[0].grid
         patches = self.reduce(torch.cat([f.patches for f in features], 3))                     # B F P d
-        if self.flow is not None:
-            patches = patches + self.flow(matches(features))
+        if self.sought:
+            patches = patches + self.sought.place(middles(h, w, patches.device))
         B, frames = patches.shape[:2]
         own = torch.arange(frames, device=patches.device).clamp(max=1)  # the first frame's tokens, the others'
         prefix = torch.cat([self.cls_token, self.storage_tokens], 1)[own].expand(B, -1, -1, -1)
         x = torch.cat([prefix, patches], 2)                                                    # B F N d
         alone = [x[0] for x in rope_tables(h, w, 1 + c.registers, self.rope_embed.periods, None)]
         over_all = [x.repeat(frames, 1, 1, 1) for x in alone]                                  # (F N) 1 1 E/2
-        shape, taps, found = x.shape[:3], blocks(c.pairs), {}
+        shape, taps, found, likeness = x.shape[:3], blocks(c.pairs), {}, None
         x = x.flatten(0, 2)                                                                    # (B F N) d
         for k, (within, over) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
             one = ops.recomputed(c.recompute, within, x, [alone], [Subset([B * frames])] * 2)
@@ -143,20 +142,35 @@ class VGGT(nn.Module):
                 both = torch.cat([one, x], 1).unflatten(0, shape)                              # B F N 2d
                 cls, registers, patches = both.split([1, c.registers, h * w], 2)
                 found[k] = Features(cls[:, :, 0], registers, patches, (h, w))
-        return [found[k] for k in taps]
+            if self.sought and k == c.pairs // 2:
+                x = x.unflatten(0, shape)
+                likeness, flow = self.sought(x[:, :, 1 + c.registers :], h, w)
+                x = torch.cat([x[:, :, : 1 + c.registers], x[:, :, 1 + c.registers :] + flow], 2).flatten(0, 2)
+        return [found[k] for k in taps], likeness
 
 
-def matches(features):
+class Sought(nn.Module):
     """
-    -> B F P 5: MATCH of each patch, places in -1 to 1: where in the first frame it is found, less its own; its own; how
-    sure that is. Found: the mean place, weighed by softmax(cosine / SHARP) of all layers side by side
+    Patches of every frame, tokens B F P d, are sought in the first one -> likeness B F P P, logits of where each is;
+    flow B F P d, what that adds to a token, by MATCH: the mean place less its own; its own; how sure that is
     """
-    h, w = features[0].grid
-    x = F.normalize(torch.cat([f.patches for f in features], 3), dim=3)                        # B F P D
-    weights = (torch.einsum("bfpd,bqd->bfpq", x, x[:, 0]) / SHARP).softmax(3)
-    rows, cols = (((torch.arange(n, device=x.device) + 0.5) / n * 2 - 1) for n in (h, w))
-    own = torch.cartesian_prod(rows, cols)                                                     # P 2
-    return torch.cat([weights @ own - own, own.expand(*x.shape[:3], 2), weights.amax(3, keepdim=True)], 3)
+    def __init__(self, c):
+        super().__init__()
+        self.place = nn.Linear(2, c.d)
+        self.norm, self.project = nn.LayerNorm(c.d), nn.Linear(c.d, c.sought)
+        self.flow = nn.Linear(len(MATCH), c.d)
+
+    def forward(self, x, h, w):
+        own, x = middles(h, w, x.device), F.normalize(self.project(self.norm(x)), dim=3)
+        likeness = SHARP * torch.einsum("bfpd,bqd->bfpq", x, x[:, 0])
+        there = likeness.softmax(3)
+        at = [there @ own - own, own.expand(*x.shape[:3], 2), there.amax(3, keepdim=True)]
+        return likeness, self.flow(torch.cat(at, 3))
+
+
+def middles(h, w, device):
+    """P 2, row and column in -1 to 1"""
+    return torch.cartesian_prod(*(((torch.arange(n, device=device) + 0.5) / n * 2 - 1) for n in (h, w)))
 
 
 def together(features, join):
@@ -187,12 +201,27 @@ def depth_loss(depth, confidence, truth):
     return (each * there).sum() / there.sum().clamp(min=1) + torch.stack(steps).mean()
 
 
+def sought_loss(likeness, places):
+    """
+    F P P, places F h w 2, nan = not seen:  mean cross entropy of where the patches of all frames but the first are
+    seen in that, shared by the four middles around
+    """
+    (h, w), places = places.shape[1:3], places[1:].flatten(1, 2)
+    known = ~places[:, :, 0].isnan()
+    steps = (places[known][:, None] - middles(h, w, places.device)).abs() * places.new_tensor([h, w]) / 2
+    shares = (1 - steps).clamp(min=0).prod(2)
+    shares = shares / shares.sum(1, keepdim=True)
+    return -(shares * likeness[1:][known].log_softmax(1)).sum() / known.sum().clamp(min=1)
+
+
 def loss(out, truths):
-    """Of a part, B F ..., and as many dicts of cameras F 9 and depth F H W: the mean over its scenes"""
+    """Of a part, B F ..., and as many dicts of cameras F 9, depth F H W, places F h w 2: the mean over its scenes"""
     each = []
-    for cameras, *maps, truth in zip(out["cameras"], out["depth"], out["confidence"], truths, strict=True):
-        maps = [resized(x, truth["depth"].shape[1:]) for x in maps]
-        each.append(camera_loss(cameras, truth["cameras"]) + depth_loss(*maps, truth["depth"]))
+    for k, truth in enumerate(truths):
+        maps = [resized(out[name][k], truth["depth"].shape[1:]) for name in ("depth", "confidence")]
+        each.append(camera_loss(out["cameras"][k], truth["cameras"]) + depth_loss(*maps, truth["depth"]))
+        if "likeness" in out:
+            each[-1] = each[-1] + sought_loss(out["likeness"][k], truth["places"])
     return torch.stack(each).mean()
 
 # --------------------------------------------------------------------------------
@@ -213,38 +242,3 @@ class OfFrames(nn.Module):
     def forward(self, images):
         found = [together([f], lambda tensors: tensors[0][None]) for f in self.backbone.layers(images, self.layers)]
         return {name: x[0] for name, x in self.head(found).items()}
-
-
-class LongestSide(ViT):
-    """A ViT whose RoPE divides both coordinates by the longer side of the grid: as the corner of a square"""
-    def embed(self, images, masks, noise):
-        x, packing, grids = super().embed(images, masks, noise)
-        prefix, tables = torch.arange(1 + self.config.n_registers), []
-        for h, w in grids:
-            side = max(h, w)
-            inside = torch.arange(side**2).view(side, side)[:h, :w].flatten()
-            rows = torch.cat([prefix, len(prefix) + inside]).to(x.device)
-            tables.append([x[0, rows] for x in rope_tables(side, side, len(prefix), self.rope_embed.periods, None)])
-        packing.rope = [tables] * self.config.depth
-        return x, packing, grids
-
-
-def load_embedding(path):
-    """
-    path     a file of vggt-omega, .pth or .safetensors: somewhere in it is a ViT of this family, in Meta's names
-    returns  LongestSide, in eval mode, float32;  raises ValueError if there is none, or what load_backbone says of it
-
-    Its own is a ViT-L/16 with 16 registers. Never run on that file
-    """
-    stored = {}
-    (open_safetensors if Path(path).suffix == ".safetensors" else open_pth)(Path(path), stored)
-    marks = [name for name in stored if name.endswith("storage_tokens")]
-    if len(marks) != 1:
-        raise ValueError(f"{path} holds {len(marks)} backbones, by their storage_tokens; wanted one")
-    prefix = marks[0].removesuffix("storage_tokens")
-    own = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
-    file = File(Path(path), "meta", vit_config({name: x.shape for name, x in own.items()}, {}), own, [])
-    with torch.device("meta"):
-        net = LongestSide(file.config)
-    net.load_state_dict(dict(tensors_of(file, net, torch.float32)), assign=True)
-    return net.eval()

@@ -5,6 +5,7 @@ Cameras: poses as numbers, angles between them, points in the space that they se
     encode, decode         poses and fields of view as 9 numbers each, as VGGT's camera head has them
     matrix_of_fov, fov_of  intrinsics 3 3 from fields of view, and back
     unproject              depths -> points
+    seen_in_first          where the middles of patches are seen again
     scale_of               the mean distance of all points: what a scene's metres are divided by
     pair_angles            of every two cameras: how far their relative rotation and direction are off
     auc                    area under the curve of pairs that are right, over the threshold
@@ -16,7 +17,8 @@ from itertools import combinations
 
 import numpy as np
 
-STILL = 1e-3  # of the scene's scale: two cameras that are nearer than that have no direction
+STILL = 1e-3   # of the scene's scale: two cameras that are nearer than that have no direction
+HIDDEN = 0.05  # share of its distance by which something else is nearer, from which on a point is not seen
 
 
 def rotation(q):
@@ -75,6 +77,30 @@ def points_of(depth, intrinsics, pose):
     v, u = np.mgrid[: depth.shape[0], : depth.shape[1]] + 0.5
     there = depth > 0
     return unproject(depth, v, u, intrinsics)[there] @ pose[:3, :3].T + pose[:3, 3], there
+
+
+def seen_in_first(depths, intrinsics, poses, grid):
+    """
+    F H W, 0 = not known; grid h w of patches -> F h w 2 float32: where the first frame sees the middle of each patch of
+    each frame, row and column in -1 to 1;  nan: nowhere, or not known
+    """
+    size = np.array(depths.shape[1:])
+    v, u = ((np.arange(n) + 0.5) * (side / n) for n, side in zip(grid, size, strict=True))
+    out = np.full((len(depths), *grid, 2), np.nan, np.float32)
+    for depth, pose, row in zip(depths, poses, out, strict=True):
+        z = depth[np.ix_(v.astype(int), u.astype(int))]
+        way = np.linalg.inv(poses[0]) @ pose
+        points = unproject(z, *np.meshgrid(v, u, indexing="ij"), intrinsics) @ way[:3, :3].T + way[:3, 3]  # h w 3
+        ahead = (z > 0) & (points[..., 2] > 0)
+        at = (points[ahead] @ intrinsics.T)[:, 1::-1] / points[ahead][:, 2:]                   # n 2, row and column
+        inside = ((at >= 0) & (at < size)).all(1)
+        ahead[ahead] = inside
+        at = at[inside]
+        there = depths[0][tuple(at.astype(int).T)]
+        seen = np.abs(there - points[ahead][:, 2]) < HIDDEN * there
+        ahead[ahead] = seen
+        row[ahead] = at[seen] / size * 2 - 1
+    return out
 
 
 def scale_of(depths, intrinsics, poses):

@@ -22,7 +22,7 @@ import torch
 from decoders import vggt
 from decoders.dpt import layers_of
 from decoders.fit import everyone, fit, plan, untrained
-from engine.cameras import auc, decode, encode, matrix_of_fov, pair_angles, scale_of
+from engine.cameras import auc, decode, encode, matrix_of_fov, pair_angles, scale_of, seen_in_first
 from engine.crops import recoloured
 from engine.features import chosen_layers, describe
 from engine.heads import head_of
@@ -59,10 +59,11 @@ def truths(frames):
                 depth=torch.from_numpy(frames.depths / scale).float()), scale
 
 
-def sample(row, rng, scenes, n_frames, size, control):
+def sample(row, rng, scenes, n_frames, size, patch, control):
     """
-    Frames of a scene, (F 3) H W uint8, and their truths; drawn in any order, mirrored half of the time, recoloured each
-    by itself; without an rng: the row's own draw, as they are. control: the truths of other frames
+    Frames of a scene, (F 3) H W uint8, and their truths, with the places F h w 2 of their patches in the first; drawn
+    in any order, mirrored half of the time, recoloured each by itself; without an rng: the row's own draw, as they are.
+    control: the truths of other frames
     """
     order = np.random.default_rng(row) if rng is None else rng
     scene = scenes[row % len(scenes)]
@@ -73,7 +74,8 @@ def sample(row, rng, scenes, n_frames, size, control):
     if rng is not None:
         frames = mirrored(frames) if rng.random() < HALF else frames
         frames = frames._replace(images=torch.stack([recoloured(image, rng) for image in frames.images]))
-    return stacked(frames.images), truths(frames)[0]
+    places = seen_in_first(frames.depths, frames.intrinsics, frames.poses, [side // patch for side in size])
+    return stacked(frames.images), truths(frames)[0] | dict(places=torch.from_numpy(places))
 
 
 def mirrored(frames):
@@ -87,7 +89,8 @@ def mirrored(frames):
 def train_live(frozen, scenes, size, ranks):
     c = frozen.c
     head = untrained(partial(vggt.Head, frozen.model.config.width), c)
-    views = partial(sample, scenes=scenes, n_frames=c.frames, size=size, control=c.control)
+    views = partial(sample, scenes=scenes, n_frames=c.frames, size=size, patch=frozen.model.config.patch_size,
+                    control=c.control)
     said = fit(head, views, max(len(scenes), ROWS), vggt.loss, vggt.recipe(head.width), c, frozen, ranks)
     return head, dict(n_train=sum(map(len, scenes)), **said)
 

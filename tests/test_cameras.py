@@ -62,6 +62,29 @@ def test_a_point_that_is_seen():
     np.testing.assert_allclose(points, [[1 + 6, -6 * 0.5 / math.sqrt(3), -4.5]], atol=1e-12)
 
 
+def test_where_the_first_frame_sees_patches_by_hand():
+    """A wall 2 m ahead, 4 x 6 pixels in patches of 2; the second camera is 2/3 m to the right: one patch further."""
+    K = np.array([[6.0, 0, 3], [0, 6, 2], [0, 0, 1]])
+    depths, poses = np.full((3, 4, 6), 2.0), np.tile(np.eye(4), (3, 1, 1))
+    poses[1, 0, 3] = 2 / 3
+    poses[2, :3, :3] = np.diag([-1.0, 1, -1])  # looks back
+    found = cameras.seen_in_first(depths, K, poses, (2, 3))
+    own = np.stack(np.meshgrid([-0.5, 0.5], [-2 / 3, 0, 2 / 3], indexing="ij"), -1)
+    assert found.dtype == np.float32 and found.shape == (3, 2, 3, 2)
+    np.testing.assert_allclose(found[0], own, atol=1e-6)
+    np.testing.assert_allclose(found[1, :, :2], own[:, 1:], atol=1e-6)
+    assert np.isnan(found[1, :, 2]).all() and np.isnan(found[2]).all()
+    depths[1, 1, 1] = 0           # the middle of the first patch is not known
+    depths[0, 2:, 4:] = 1.8       # something stands before what the fifth one sees
+    depths[0, :2, 2:4] = 1.92
+    found = cameras.seen_in_first(depths, K, poses, (2, 3))
+    assert np.isnan(found[1, 0, 0]).all() and np.isnan(found[1, 1, 1]).all() and not np.isnan(found[1, 1, 0]).any()
+    depths[1, 1, 1], depths[0, :2, 2:4] = 2, 0
+    assert np.isnan(cameras.seen_in_first(depths, K, poses, (2, 3))[1, 0, 0]).all()  # not known there
+    depths[0, :2, 2:4] = 1.92
+    assert not np.isnan(cameras.seen_in_first(depths, K, poses, (2, 3))[1, 0, 0]).any()
+
+
 def test_scale_is_the_mean_distance_from_the_first_camera():
     K, one, two = np.eye(3), np.zeros((1, 1)), np.full((1, 1), 2.0)
     K[:2, 2] = 0.5

@@ -94,8 +94,9 @@ def scaled(poses, by):
 
 def test_a_step_sees_other_frames_each_time_and_no_rng_the_same():
     scenes = [Room(k, 7, SIZE) for k in range(2)]
-    look = partial(vggt.sample, scenes=scenes, n_frames=3, size=SIZE, control=False)
+    look = partial(vggt.sample, scenes=scenes, n_frames=3, size=SIZE, patch=16, control=False)
     image, truth = look(1, None)
+    assert truth["places"].shape == (3, 3, 4, 2) and not truth["places"][0].isnan().any()
     assert image.shape == (9, *SIZE) and image.dtype == torch.uint8
     assert torch.equal(look(1, None)[0], image) and torch.equal(look(1, None)[1]["cameras"], truth["cameras"])
     seen = [look(0, np.random.default_rng(k)) for k in range(6)]
@@ -108,7 +109,7 @@ def test_a_step_sees_other_frames_each_time_and_no_rng_the_same():
 
 def test_control_has_truths_of_other_frames():
     scenes = [Room(k, 7, SIZE) for k in range(2)]
-    own, other = (vggt.sample(0, None, scenes, 2, SIZE, control) for control in (False, True))
+    own, other = (vggt.sample(0, None, scenes, 2, SIZE, 16, control) for control in (False, True))
     assert torch.equal(own[0], other[0]) and not torch.equal(own[1]["depth"], other[1]["depth"])
 
 # --------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def trained(c, ranks=ALONE, stop=None):
             left[0] -= 1
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return vggt.sample(row, rng, scenes, 2, SIZE, False)
+        return vggt.sample(row, rng, scenes, 2, SIZE, 16, False)
     said = fit(head, views, 20, decoder.loss, decoder.recipe(32), c, Frozen(), ranks)
     return torch.cat([x.flatten() for x in head.state_dict().values()]), said["held_out_loss"]
 

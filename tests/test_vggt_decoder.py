@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from decoders import dpt, vggt
 from decoders.fit import needs
 from decoders.vggt import VGGT, VGGTConfig
-from model import Features, ViT, ViTConfig, initialise
+from model import Features, ViTConfig
 
 SMALL = VGGTConfig(width=8, d=16, heads=2, pairs=2, registers=3, channels=4, hidden=4)
-VIT = ViTConfig(depth=4, width=32, heads=2, hidden=64, n_registers=16, layerscale=1.0, init_std=0.3)
+VIT = ViTConfig(depth=4, width=128, heads=2, hidden=64, n_registers=16)
 
 
 def network(c=SMALL, seed=0):
@@ -76,17 +75,19 @@ def block(x, p, heads, grid, prefix, frames):
     return x + p["ls2.gamma"] * linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), "mlp.fc2")
 
 
+def middle(n, h, w):
+    return torch.tensor([(n // w + 0.5) / h * 2 - 1, (n % w + 0.5) / w * 2 - 1]).double()
+
+
 def found_in(patches, first, h, w):
-    """P 5: how far, down and right, from where it lies a patch is found in the first frame; where it lies; how sure"""
-    def place(n):
-        return torch.tensor([(n // w + 0.5) / h * 2 - 1, (n % w + 0.5) / w * 2 - 1]).double()
-    out = []
+    """P P likeness; P 5: how far, down and right, from where it lies a patch is found; where it lies; how sure"""
+    likeness, out = [], []
     for n, x in enumerate(patches):
-        cosines = torch.stack([x @ y / (x.norm() * y.norm()) for y in first])
-        weights = (cosines / 0.05).softmax(0)
-        mean = sum(weights[k] * place(k) for k in range(h * w))
-        out.append(torch.cat([mean - place(n), place(n), weights.max()[None]]))
-    return torch.stack(out)
+        likeness.append(torch.stack([20 * (x @ y / (x.norm() * y.norm())) for y in first]))
+        weights = likeness[-1].softmax(0)
+        mean = sum(weights[k] * middle(k, h, w) for k in range(h * w))
+        out.append(torch.cat([mean - middle(n, h, w), middle(n, h, w), weights.max()[None]]))
+    return torch.stack(likeness), torch.stack(out)
 
 
 def reference(net, found):
@@ -102,35 +103,47 @@ def reference(net, found):
             patches = torch.cat([each.patches[b, f].double() for each in found], 1)
             own = min(f, 1)
             x = patches @ p["reduce.weight"].T + p["reduce.bias"]
-            if c.matched:
-                at = found_in(patches, torch.cat([each.patches[b, 0].double() for each in found], 1), *grid)
-                x = x + at @ p["flow.weight"].T + p["flow.bias"]
+            if c.sought:
+                places = torch.stack([middle(n, *grid) for n in range(len(x))])
+                x = x + places @ p["sought.place.weight"].T + p["sought.place.bias"]
             tokens.append(torch.cat([p["cls_token"][own], p["storage_tokens"][own], x]))
         for k in range(c.pairs):
             tokens = [block(x, of(f"frame_blocks.{k}."), c.heads, grid, 1 + c.registers, 1) for x in tokens]
             over = block(torch.cat(tokens), of(f"global_blocks.{k}."), c.heads, grid, 1 + c.registers, frames)
             both = [torch.cat(pair, 1) for pair in zip(tokens, over.chunk(frames), strict=True)]
             tokens = list(over.chunk(frames))
+            if c.sought and k == c.pairs // 2:
+                heads = [x[: 1 + c.registers] for x in tokens]
+                tokens = [x[1 + c.registers :] for x in tokens]
+                seen = [norm(x, of("sought.norm.")) @ p["sought.project.weight"].T + p["sought.project.bias"]
+                        for x in tokens]
+                alike, at = (torch.stack(x) for x in zip(*(found_in(x, seen[0], *grid) for x in seen), strict=True))
+                tokens = [torch.cat([head, x + here @ p["sought.flow.weight"].T + p["sought.flow.bias"]])
+                          for head, x, here in zip(heads, tokens, at, strict=True)]
         mean = torch.stack([torch.cat([x[0], x[1 + c.registers :].mean(0)]) for x in both])
         hidden = norm(mean, of("camera_head.0.")) @ p["camera_head.1.weight"].T
         hidden = hidden + p["camera_head.1.bias"]
         hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
         cameras = hidden @ p["camera_head.3.weight"].T + p["camera_head.3.bias"]
         cameras[:, 3] += 1
-        out.append((cameras, torch.stack(both)))
+        out.append((cameras, torch.stack(both), alike if c.sought else torch.zeros(0)))
     return (torch.stack(x) for x in zip(*out, strict=True))
 
 
-@pytest.mark.parametrize("matched", [False, True])
-def test_it_is_what_is_written_out(matched):
-    net, found = network(replace(SMALL, matched=matched)), features()
-    cameras, both = reference(net, found)
-    ours = net.aggregate(found)
+@pytest.mark.parametrize("sought", [0, 5])
+def test_it_is_what_is_written_out(sought):
+    net, found = network(replace(SMALL, sought=sought, pairs=3 if sought else 2)), features()
+    cameras, both, alike = reference(net, found)
+    ours, likeness = net.aggregate(found)
     assert len(ours) == 4 and ours[0].grid == (2, 3)
     last = torch.cat([ours[3].cls[:, :, None], ours[3].registers, ours[3].patches], 2)
     assert (last - both).norm() / both.norm() < 1e-5                                           # measured: 4e-7
-    found = net(found)["cameras"]
-    assert (found - cameras).norm() / cameras.norm() < 1e-5                                    # measured: 4e-7
+    found = net(found)
+    assert (found["cameras"] - cameras).norm() / cameras.norm() < 1e-5                         # measured: 4e-7
+    if sought:
+        assert torch.equal(found["likeness"], likeness) and (likeness - alike).norm() / alike.norm() < 1e-5
+    else:
+        assert likeness is None and list(found) == ["cameras", "depth", "confidence"]
 
 
 def test_shapes_and_counts():
@@ -145,7 +158,7 @@ def test_shapes_and_counts():
     assert large.config.pairs == 24 and dpt.blocks(24) == [4, 11, 17, 23] and large.config.registers == 4
     assert sum(p.numel() for p in large.parameters()) == 628_957_419
     small = vggt.Head(128).config
-    assert (small.d, small.pairs, small.matched) == (96, 2, True) and not large.config.matched
+    assert (small.d, small.pairs, small.sought) == (96, 3, 64) and not large.config.sought
     assert vggt.recipe(1024).lr == 1e-4                      # App. D.12
 
 
@@ -211,24 +224,30 @@ def test_what_is_computed_twice_has_the_same_gradients():
         assert one.grad is None and two.grad is None or torch.equal(one.grad, two.grad)
 
 
-def test_a_moved_picture_is_found_where_it_went():
+def test_a_moved_picture_is_found_where_it_went(monkeypatch):
     """The second frame is the first, moved by a patch to the left: its patches are found one to the right."""
-    first = features(1, 1, (4, 6), 32)
-    both = [replace(f, patches=torch.cat([f.patches, f.patches.unflatten(2, (4, 6)).roll(-1, 3).flatten(2, 3)], 1))
-            for f in first]
-    found = vggt.matches(both)[0].unflatten(1, (4, 6))
+    monkeypatch.setattr(vggt, "SHARP", 100.0)
+    sought = vggt.Sought(replace(SMALL, d=32, sought=32))
+    with torch.no_grad():
+        sought.project.weight.copy_(torch.eye(32))
+        sought.flow.weight.zero_()[:5] = torch.eye(5)
+    first = torch.randn(1, 1, 24, 32, generator=torch.Generator().manual_seed(0))
+    both = torch.cat([first, first.unflatten(2, (4, 6)).roll(-1, 3).flatten(2, 3)], 1)
+    likeness, flow = sought(both, 4, 6)
+    assert likeness.shape == (1, 2, 24, 24) and likeness[0, 1, :5].argmax(1).tolist() == [1, 2, 3, 4, 5]
+    found = (flow - sought.flow.bias)[0].unflatten(1, (4, 6))
     assert found[0, :, :, :2].abs().max() < 0.05 and found[1, :, :5, 0].abs().max() < 0.05
     assert (found[1, :, :5, 1] - 2 / 6).abs().max() < 0.05 and found[1, ..., 4].min() > 0.9
-    assert found[1, 0, 0, 2:4].tolist() == pytest.approx([-0.75, -5 / 6])
+    assert found[1, 0, 0, 2:4].tolist() == pytest.approx([-0.75, -5 / 6], abs=1e-5)
 
 
 def test_the_memory_of_a_training_is_counted():
     with torch.device("meta"):
         head = vggt.Head(128)
-    found = needs(head, replace(VIT, width=128), [0, 1, 2, 3], (12, 96, 128), 4)
+    found = needs(head, VIT, [0, 1, 2, 3], (12, 96, 128), 4)
     n = sum(p.numel() for p in head.parameters())
     assert found["gradients"] == 4 * n and found["features"] == 4 * 4 * 4 * 4 * (1 + 16 + 48) * 128
-    assert found["outputs"] == 4 * 4 * 4 * 4 * (9 + 2 * 96 * 128)
+    assert found["outputs"] == 4 * 4 * 4 * 4 * (9 + 2 * 96 * 128 + 48 * 48)
 
 # --------------------------------------------------------------------------------
 # Losses
@@ -264,6 +283,25 @@ def test_losses_are_the_sums():
     assert twice.item() == pytest.approx(apart + exact, rel=1e-5)
 
 
+def test_where_patches_are_seen_is_shared_by_the_four_around():
+    """A grid of 2 3: a place between four middles, one on a middle, one in the corner, three that are not known."""
+    nan, third = math.nan, 2 / 3
+    places = torch.tensor([[0.1, 0.2], [0.5, -third], [-1, -1], [nan, nan], [nan, nan], [nan, nan]]).view(1, 2, 3, 2)
+    places = torch.cat([torch.zeros(1, 2, 3, 2), places])  # the first frame's own do not count
+    logits = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
+    logs = logits[1].log_softmax(1)
+    shares = torch.zeros(3, 6)
+    shares[0] = torch.tensor([0, 0.4 * 0.7, 0.4 * 0.3, 0, 0.6 * 0.7, 0.6 * 0.3])
+    shares[1, 3] = shares[2, 0] = 1
+    exact = -(shares * logs[:3]).sum() / 3
+    assert vggt.sought_loss(logits, places).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert vggt.sought_loss(logits, places * nan) == 0
+    out = dict(cameras=torch.zeros(1, 2, 9), depth=torch.ones(1, 2, 2, 3), confidence=2 * torch.ones(1, 2, 2, 3))
+    truths = [dict(cameras=torch.zeros(2, 9), depth=torch.ones(2, 2, 3), places=places)]
+    more = vggt.loss(out | dict(likeness=logits[None]), truths) - vggt.loss(out, truths)
+    assert more.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 def test_nothing_known_is_no_loss_of_depth():
     depth = torch.ones(1, 4, 4, requires_grad=True)
     loss = vggt.depth_loss(depth, depth + 1, torch.zeros(1, 4, 4))
@@ -284,67 +322,3 @@ def test_it_learns_what_it_is_not_sure_of():
         optimizer.step()
     sure = 1 + logits.exp()
     assert sure[:, :4].mean() < 1.2 and sure[:, 4:].mean() > 5
-
-# --------------------------------------------------------------------------------
-# vggt-omega
-
-
-def omega(path, prefix="aggregator.patch_embed.", **more):
-    net = initialise(ViT(VIT), 5)
-    tensors = {prefix + name: x.clone() for name, x in net.state_dict().items()}
-    tensors |= {"aggregator.camera_token": torch.zeros(1, 2, 1, 8), "depth_head.norm.weight": torch.ones(4)} | more
-    (torch.save if path.suffix == ".pt" else save_file)(tensors, path)
-    return net.eval()
-
-
-@pytest.mark.parametrize("name, prefix", [("x.pt", "aggregator.patch_embed."), ("x.safetensors", "model.")])
-def test_the_backbone_of_omega_loads(tmp_path, name, prefix):
-    net = omega(tmp_path / name, prefix)
-    found = vggt.load_embedding(tmp_path / name)
-    assert found.config.n_registers == 16 and found.config.heads == 2 and not found.training
-    assert all(torch.equal(x, y) for x, y in zip(net.state_dict().values(), found.state_dict().values(), strict=True))
-    images = torch.randn(2, 3, 48, 48)
-    with torch.no_grad():
-        torch.testing.assert_close(found(images).patches, net(images).patches)  # of a square both are the same
-        wide = torch.randn(1, 3, 32, 64)
-        assert not torch.allclose(found(wide).patches, net(wide).patches, atol=1e-2)
-        assert torch.equal(found.layers(wide, [3])[0].patches, found(wide).patches)
-
-
-@pytest.mark.parametrize("h, w", [(2, 4), (5, 3), (3, 3)])
-def test_coordinates_are_shares_of_the_longer_side(h, w):
-    net = vggt.LongestSide(VIT)
-    packing = net.embed([torch.zeros(1, 3, 16 * h, 16 * w)], [None], None)[1]
-    assert len(packing.rope) == 4
-    for ((cos, sin),) in packing.rope:
-        assert cos.shape == sin.shape == (17 + h * w, 1, 1, 8) and (cos[:17] == 1).all() and (sin[:17] == 0).all()
-        for n in range(h * w):
-            place = [((k + 0.5) / max(h, w) * 2 - 1) for k in divmod(n, w)]
-            angles = torch.tensor([2 * math.pi * x / 100 ** (j / 4) for x in place for j in range(4)])
-            torch.testing.assert_close(cos[17 + n, 0, 0], angles.cos(), rtol=0, atol=1e-5)     # measured: 1e-6
-            torch.testing.assert_close(sin[17 + n, 0, 0], angles.sin(), rtol=0, atol=1e-5)
-
-
-def test_files_without_such_a_backbone(tmp_path):
-    save_file({"a.weight": torch.ones(2)}, tmp_path / "no.safetensors")
-    with pytest.raises(ValueError, match="no.safetensors holds 0 backbones, by their storage_tokens; wanted one"):
-        vggt.load_embedding(tmp_path / "no.safetensors")
-    omega(tmp_path / "two.pt", **{"student.storage_tokens": torch.zeros(1, 4, 32)})
-    with pytest.raises(ValueError, match="two.pt holds 2 backbones"):
-        vggt.load_embedding(tmp_path / "two.pt")
-    omega(tmp_path / "odd.pt", **{"aggregator.patch_embed.strange": torch.zeros(3)})
-    with pytest.raises(ValueError, match="1 unexpected .'strange'."):
-        vggt.load_embedding(tmp_path / "odd.pt")
-    omega(tmp_path / "nan.pt", **{"aggregator.patch_embed.norm.weight": torch.full((32,), math.nan)})
-    with pytest.raises(ValueError, match="norm.weight holds nan or inf"):
-        vggt.load_embedding(tmp_path / "nan.pt")
-    with pytest.raises(ValueError, match="gone.pt"):
-        vggt.load_embedding(tmp_path / "gone.pt")
-
-
-def test_the_trap_of_masks_that_are_nan(tmp_path):
-    """Files exist in which the masks of the keys' biases were never filled."""
-    masks = {f"aggregator.patch_embed.blocks.{k}.attn.qkv.bias_mask": torch.full((96,), math.nan) for k in range(4)}
-    net = omega(tmp_path / "x.pt", **masks)
-    found = vggt.load_embedding(tmp_path / "x.pt")
-    torch.testing.assert_close(found(torch.ones(1, 3, 32, 32)).patches, net(torch.ones(1, 3, 32, 32)).patches)
