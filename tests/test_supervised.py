@@ -30,6 +30,13 @@ def test_labels_are_learned_and_the_backbone_is_loaded(photos, tmp_path):
     assert net.config.depth == 2 and len(net(torch.zeros(1, 3, 32, 32)).cls) == 1
 
 
+def test_labels_that_no_image_shows_are_not_learned(photos, tmp_path):
+    for path in photos.glob("*/*.png"):
+        Image.new("RGB", (40, 40), (90, 90, 90)).save(path)
+    c = configure([*WORDS, "--data", str(photos), "--steps", "10", "--out", str(tmp_path / "run")])
+    assert supervised.train(c) > 0.5  # ln 2 at best
+
+
 def test_an_image_without_a_label_is_named(photos, tmp_path):
     for path in photos.glob("*/*.png"):
         path.rename(photos / path.name)
