@@ -91,7 +91,7 @@ def seen_in_first(depths, intrinsics, poses, grid):
         z = depth[np.ix_(v.astype(int), u.astype(int))]
         way = np.linalg.inv(poses[0]) @ pose
         points = unproject(z, *np.meshgrid(v, u, indexing="ij"), intrinsics) @ way[:3, :3].T + way[:3, 3]  # h w 3
-        ahead = (z > 0) & (points[..., 2] > 0)
+        ahead = points[..., 2] > 0  # of a depth that is not known: the place of the camera, which is seen nowhere
         at = (points[ahead] @ intrinsics.T)[:, 1::-1] / points[ahead][:, 2:]                   # n 2, row and column
         inside = ((at >= 0) & (at < size)).all(1)
         ahead[ahead] = inside

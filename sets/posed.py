@@ -26,7 +26,7 @@ from sets.pairs import alike, evenly
 from sets.rooms import Room
 from sets.scans import Scan
 
-GENERATED = 160, 30   # rooms to train on, to measure on
+GENERATED = 400, 30   # rooms to train on, to measure on
 LEARNED = 0.7         # share of the frames of a single scene
 LOOSE = 1e-2          # how far a rotation may be from one
 INTRINSICS = "camera-intrinsics.txt"

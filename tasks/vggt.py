@@ -168,8 +168,8 @@ def run(data, frozen, c):
 
 TASK = Task(
     "vggt", "NAME.{color.jpg,depth.png,pose.txt}, camera-intrinsics.txt; or {train,val}/SCENE/, each so", open_posed,
-    run, wants="maps", metric="auc30", decoders=("vggt",), view=fitted, sides=(592, 96), plan=planned,
+    run, wants="maps", metric="auc30", decoders=("vggt",), view=fitted, sides=(592, 192), plan=planned,
     options=(Option("frames", 4, "of a scene that a step sees", shapes=3, least=2),
-             Option("iterations", 40000, "steps of the head", shapes=500, least=1),
+             Option("iterations", 40000, "steps of the head", shapes=1500, least=1),
              Option("lr", 0.0, "peak; 0 = the decoder's own")),
     pictures=SHEET)

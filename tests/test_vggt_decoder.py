@@ -132,7 +132,7 @@ def reference(net, found):
 
 @pytest.mark.parametrize("sought", [0, 5])
 def test_it_is_what_is_written_out(sought):
-    net, found = network(replace(SMALL, sought=sought, pairs=3 if sought else 2)), features()
+    net, found = network(replace(SMALL, sought=sought, pairs=4 if sought else 2)), features()
     cameras, both, alike = reference(net, found)
     ours, likeness = net.aggregate(found)
     assert len(ours) == 4 and ours[0].grid == (2, 3)
