@@ -13,11 +13,12 @@ from engine import system
 
 ROOT = Path(__file__).parents[1]
 WITHOUT = f"""
-import sys
+import asyncio, sys  # the library's own, which is another one on each system
 sys.path.insert(0, {str(ROOT)!r})
 for name in "fcntl", "resource", "pwd", "grp", "termios":
     sys.modules[name] = None
 import os, select, signal, multiprocessing
+os.environ["USERNAME"] = "someone"  # as Windows sets it
 for module, names in (os, "fork forkpty getuid pread sched_getaffinity sysconf posix_fadvise killpg O_CLOEXEC"), (
         select, "poll"), (signal, "SIGUSR1 pthread_sigmask sigwaitinfo SIGHUP"):
     for name in names.split():
