@@ -23,7 +23,8 @@ from engine.ranks import Ranks, add_up
 STEPS = 50         # of Lloyd at most
 SETTLED = 5e-3     # share of the vectors that change their cluster, below which it ends
 SAMPLE = 64        # vectors for each cluster, at most, of which k-means++ chooses
-DIRECT = 1024      # clusters: more of them are made in two steps
+DIRECT = 1 << 26   # vectors times clusters: of more, clusters are made in two steps
+FEW = 100          # clusters that are made directly of any number of vectors
 AGAIN = 10         # times that a level is made again
 ROWS, DISTANCES = 1 << 14, 1 << 24  # at a time
 
@@ -136,11 +137,22 @@ def lloyd(vectors, centroids, ranks, steps=STEPS, bar=None):
 
 def kmeans(vectors, k, seed, ranks, bar=None):
     """k clusters of N vectors, k <= N.    seed  numbers    returns  Clusters"""
-    if k > DIRECT:
+    if not direct(len(vectors), k):
         return in_two_steps(vectors, k, seed, ranks, bar)
     rng = np.random.default_rng(seed)
     some = np.sort(rng.choice(len(vectors), min(SAMPLE * k, len(vectors)), replace=False))
     return lloyd(vectors, start(vectors[some], k, rng, ranks.device), ranks, bar=bar)
+
+
+def direct(n, k):
+    """Whether each of n vectors is compared with each of k clusters: quick, or no other way."""
+    return k <= FEW or n * k <= DIRECT
+
+
+def compared(n, k):
+    """Clusters that each of n vectors is compared with in a step"""
+    coarse = round(k**0.5)
+    return k if direct(n, k) else compared(n, coarse) + compared(n / coarse, k / coarse)
 
 
 def in_two_steps(vectors, k, seed, ranks, bar):
@@ -224,10 +236,9 @@ def products(n, width, levels):
     """Multiplications that the distances of all levels take, if no level settles before its last step"""
     total = 0
     for k, r in levels:
-        coarse = round(k**0.5) if k > DIRECT else 0
-        once = n * (coarse + k / coarse if coarse else k)
-        near = min(r * k, n) * k if r > 1 else 0
-        total += (STEPS + 1) * once + AGAIN * ((STEPS + 1) * near + n * k) * (r > 1)
+        near = min(r * k, n)
+        total += (STEPS + 1) * n * compared(n, k)
+        total += AGAIN * ((STEPS + 1) * near * compared(near, k) + n * k) * (r > 1)
         n = k
     return round(total * width)
 
@@ -247,4 +258,4 @@ def choose_levels(n, keep):
 
 def with_resampling(n, ks):
     """r is half a cluster's mean size; 1 where clusters are so many that each vector is compared with few."""
-    return [(k, max(below // k // 2, 1) if k <= DIRECT else 1) for below, k in zip([n, *ks[:-1]], ks, strict=True)]
+    return [(k, max(below // k // 2, 1) if direct(below, k) else 1) for below, k in zip([n, *ks[:-1]], ks, strict=True)]

@@ -76,10 +76,21 @@ def test_starts_of_vectors_that_are_all_the_same():
     assert start(x, 3, np.random.default_rng(0), ALONE.device).shape == (3, 4)
 
 
+def two_steps_from_nine(monkeypatch):
+    monkeypatch.setattr(km, "DIRECT", 0)
+    monkeypatch.setattr(km, "FEW", 8)
+
+
+@pytest.mark.parametrize("n, k, want", [(10**9, 100, True), (10**6, 101, False), (1 << 16, 1 << 10, True),
+                                        ((1 << 16) + 1, 1 << 10, False)])
+def test_what_is_made_directly(n, k, want):
+    assert km.direct(n, k) is want
+
+
 def test_many_clusters_are_made_in_two_steps(monkeypatch):
     x, _ = blobs(n=900, k=12, spread=0.3)
     one = kmeans(x, 40, [0], ALONE)
-    monkeypatch.setattr(km, "DIRECT", 8)
+    two_steps_from_nine(monkeypatch)
     two = kmeans(x, 40, [0], ALONE)
     assert len(np.unique(two.places)) == 40 == len(two.centroids)
     mine = two.centroids[two.places].astype(np.float64)
@@ -101,10 +112,9 @@ def test_ranks_have_the_clusters_of_one(tmp_path, monkeypatch):
 
     def made(ranks):
         direct = kmeans(x, 12, [0], ranks)
-        monkeypatch.setattr(km, "DIRECT", 8)
-        two = kmeans(x, 24, [1], ranks)
-        monkeypatch.setattr(km, "DIRECT", 1024)
-        return [*direct, *two, *again(x, direct, 20, [2], ranks)]
+        nearest = again(x, direct, 20, [2], ranks)
+        two_steps_from_nine(monkeypatch)
+        return [*direct, *nearest, *kmeans(x, 24, [1], ranks)]
 
     def keep(argv):
         ranks = start_ranks("cpu", talk=True)
@@ -152,6 +162,7 @@ def test_products_are_those_of_the_steps():
     assert km.products(1000, 16, [(100, 1), (10, 1)]) == 51 * (1000 * 100 + 100 * 10) * 16
     assert km.products(1000, 16, [(10, 3)]) == (51 * 10_000 + 10 * (51 * 30 * 10 + 10_000)) * 16
     assert km.products(10**6, 1, [(10_000, 1)]) == 51 * 10**6 * 200
+    assert km.products(10**8, 1, [(160_000, 1)]) == 51 * 10**8 * (20 + 20 + 20 + 20)      # and so its 400, and their parts
 
 
 def gaussians(seed):
