@@ -294,6 +294,9 @@ def steps(machine, report, compiled):
         ways |= {f"checkpointing {how}": partial(step.recomputing, how) for how in ("selective", "full")}
         if compiled:
             ways["compiled"] = partial(step.compiled, machine)
+        if theirs := trials.hugging_face(step.c.vit):
+            plain = trials.Step(machine, ["--size", size, "--precision", "fp32", *argv], trials.Plain(theirs.train()))
+            ways["transformers' blocks, kernels off"] = partial(with_kernels, "off", plain)
         times = medians(machine, ways, rounds=rounds)
         base = times["kernels off"].seconds
         for name, t in times.items():

@@ -2,6 +2,7 @@
 The trainer on trial, on a GPU or in a rehearsal on the CPU: does it work there, how fast is a step, what does it learn.
 
     Step         the lines of train.train between two batches
+    Plain        the backbone that a step without us would have
     saves        what a save costs: the loop stands still, then its steps share the machine with it
     trainer      losses beside the CPU's, resume, waits of the host, SIGTERM, evaluations
     whole_steps  images/s, memory, launches and share of the card's products, by size; JPEG to batch; inference
@@ -14,6 +15,7 @@ import copy
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,6 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batches, colour_batch, loader
@@ -45,7 +48,7 @@ from engine.saver import Saver
 from engine.sources import open_source
 from engine.stages import gram_term, make_gram_teacher, refresh
 from engine.timing import medians
-from model import SIZES, ViT
+from model import SIZES, Features, ViT
 from recipes import configure
 from train import (
     build_networks,
@@ -97,13 +100,16 @@ class Step:
     """
     The lines of train.train between two batches, on one batch that stays: step() trains once more; returns the loss.
 
-    argv  of train.py
+    argv      of train.py
+    backbone  in the place of ours; the teacher has a copy
     """
-    def __init__(self, machine, argv):
+    def __init__(self, machine, argv, backbone=None):
         self.ranks = start_ranks(machine.kind)
         self.c = c = settle(configure([*argv, "--out", "build/bench", "--workers", "0"]), self.ranks)
         self.source = open_source("shapes", c.n_shapes, c.seed)
         self.student = build_networks(c, self.ranks)
+        if backbone is not None:
+            self.student["backbone"] = backbone.to(self.ranks.device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # as two would start; sooner ready
         self.gram = make_gram_teacher(c, partial(freeze, c, self.ranks))
         if c.gram_teacher == "self":
@@ -168,6 +174,26 @@ class Step:
     def update(self):
         self.optimizer.step()
         update_ema(self.teacher, self.student, self.c.momentum)
+
+class Plain(nn.Module):
+    """transformers' DINOv3ViTModel as a ViT is called: each group of crops by itself"""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, masks=None, noise=None):
+        one = isinstance(images, torch.Tensor)
+        images, masks = ([images], [masks]) if one else (images, masks)
+        found = [self.features(*each) for each in zip(images, masks, strict=True)]
+        return found[0] if one else found
+
+    def features(self, images, mask):
+        c = self.model.config
+        grid = [side // c.patch_size for side in images.shape[2:]]
+        x = self.model(images, bool_masked_pos=mask).last_hidden_state                         # B N D
+        cls, registers, patches = x.split([1, c.num_register_tokens, math.prod(grid)], 1)
+        return Features(cls[:, 0], registers, patches, tuple(grid))
+
 
 def saves(machine, report, size, step, rounds):
     """

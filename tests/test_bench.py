@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,8 +68,9 @@ def test_steps_rehearsed(tmp_path, monkeypatch):
     bench.main(["steps", "--dry", "--json", str(tmp_path / "steps.json")])
     found = json.loads((tmp_path / "steps.json").read_text())
     steps, beside, saves = found["tables"].values()
-    assert [row["way"] for row in steps] == ["kernels off", "kernels auto", "checkpointing selective",
-                                             "checkpointing full", "compiled"]
+    ways = ["kernels off", "kernels auto", "checkpointing selective", "checkpointing full", "compiled"]
+    ways += ["transformers' blocks, kernels off"] if find_spec("transformers") else []
+    assert [row["way"] for row in steps] == ways
     assert all(row["ms"] > 0 and row["peak_mb"] >= 0 for row in steps) and "rehearsal" in found["device"]
     assert [row["way"] for row in beside] == ["alone", "beside"]
     assert all(row["longest_ms"] >= row["ms"] > 0 for row in beside)

@@ -162,7 +162,7 @@ def test_products_are_those_of_the_steps():
     assert km.products(1000, 16, [(100, 1), (10, 1)]) == 51 * (1000 * 100 + 100 * 10) * 16
     assert km.products(1000, 16, [(10, 3)]) == (51 * 10_000 + 10 * (51 * 30 * 10 + 10_000)) * 16
     assert km.products(10**6, 1, [(10_000, 1)]) == 51 * 10**6 * 200
-    assert km.products(10**8, 1, [(160_000, 1)]) == 51 * 10**8 * (20 + 20 + 20 + 20)      # and so its 400, and their parts
+    assert km.products(10**8, 1, [(160_000, 1)]) == 51 * 10**8 * 80   # 400 cells, their 400 parts, each by 20 and 20
 
 
 def gaussians(seed):

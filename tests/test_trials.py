@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 import train
 from engine import trials
 from engine.timing import Rehearsal
+from weights import save_backbone
 
 
 def test_a_step_is_the_trainers(tmp_path):
@@ -18,6 +19,17 @@ def test_a_step_is_the_trainers(tmp_path):
                 str(tmp_path / "run")])
     assert float(f"{first.item():.6g}") == trials.rows_of_log(tmp_path / "run")[0]["loss"] and second < first
     assert any((a != b).any() for a, b in zip(before, step.teacher.parameters(), strict=True))
+
+
+def test_a_step_of_transformers_blocks_has_the_same_loss(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    argv = ["--size", "tiny", *trials.TINY, "--precision", "fp32", "--rope_rescale", "1"]
+    ours = trials.Step(Rehearsal(), argv)
+    save_backbone(ours.student["backbone"], tmp_path, "hf")
+    theirs = transformers.DINOv3ViTModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+    plain = trials.Step(Rehearsal(), argv, trials.Plain(theirs))
+    losses = [[step().item() for _ in range(3)] for step in (ours, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)                # measured: 1.2e-7
 
 
 def rows(*losses):
