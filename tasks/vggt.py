@@ -59,11 +59,12 @@ def truths(frames):
                 depth=torch.from_numpy(frames.depths / scale).float()), scale
 
 
-def sample(row, rng, scenes, n_frames, size, patch, control):
+def sample(row, rng, scenes, n_frames, size, patch, control, vary):
     """
     Frames of a scene, (F 3) H W uint8, and their truths, with the places F h w 2 of their patches in the first; drawn
-    in any order, mirrored half of the time, recoloured each by itself; without an rng: the row's own draw, as they are.
-    control: the truths of other frames
+    in any order; without an rng: the row's own draw, and as they are.
+
+    control  the truths of other frames    vary  scenes are mirrored half of the time, each frame is recoloured
     """
     order = np.random.default_rng(row) if rng is None else rng
     scene = scenes[row % len(scenes)]
@@ -71,7 +72,7 @@ def sample(row, rng, scenes, n_frames, size, patch, control):
     if control:
         other = scenes[order.integers(len(scenes))]
         frames = drawn(other, order.permutation(len(other))[:n_frames], size)._replace(images=frames.images)
-    if rng is not None:
+    if vary and rng is not None:
         frames = mirrored(frames) if rng.random() < HALF else frames
         frames = frames._replace(images=torch.stack([recoloured(image, rng) for image in frames.images]))
     places = seen_in_first(frames.depths, frames.intrinsics, frames.poses, [side // patch for side in size])
@@ -90,7 +91,7 @@ def train_live(frozen, scenes, size, ranks):
     c = frozen.c
     head = untrained(partial(vggt.Head, frozen.model.config.width), c)
     views = partial(sample, scenes=scenes, n_frames=c.frames, size=size, patch=frozen.model.config.patch_size,
-                    control=c.control)
+                    control=c.control, vary=c.data != "shapes")  # there are other rooms enough
     said = fit(head, views, max(len(scenes), ROWS), vggt.loss, vggt.recipe(head.width), c, frozen, ranks)
     return head, dict(n_train=sum(map(len, scenes)), **said)
 

@@ -94,7 +94,7 @@ def scaled(poses, by):
 
 def test_a_step_sees_other_frames_each_time_and_no_rng_the_same():
     scenes = [Room(k, 7, SIZE) for k in range(2)]
-    look = partial(vggt.sample, scenes=scenes, n_frames=3, size=SIZE, patch=16, control=False)
+    look = partial(vggt.sample, scenes=scenes, n_frames=3, size=SIZE, patch=16, control=False, vary=True)
     image, truth = look(1, None)
     assert truth["places"].shape == (3, 3, 4, 2) and not truth["places"][0].isnan().any()
     assert image.shape == (9, *SIZE) and image.dtype == torch.uint8
@@ -107,9 +107,22 @@ def test_a_step_sees_other_frames_each_time_and_no_rng_the_same():
     assert torch.equal(again[0], seen[0][0]) and torch.equal(again[1]["depth"], seen[0][1]["depth"])
 
 
+@pytest.mark.parametrize("data, vary", [("shapes", False), ("SCAN", True)])
+def test_generated_rooms_are_as_they_are_and_others_vary(data, vary, monkeypatch):
+    scenes, kept = [Room(k, 7, SIZE) for k in range(2)], []
+    monkeypatch.setattr(vggt, "fit", lambda head, views, *rest: kept.append(views) or {})
+    frozen = Frozen()
+    frozen.c = replace(config(), data=data)
+    vggt.train_live(frozen, scenes, SIZE, ALONE)
+    [views] = kept
+    seen = [views(0, np.random.default_rng(k))[0].unflatten(0, (-1, 3))[0] for k in range(4)]
+    own = [scenes[0].image(i) for i in range(5)]
+    assert all(any(torch.equal(image, each) for each in own) for image in seen) is not vary
+
+
 def test_control_has_truths_of_other_frames():
     scenes = [Room(k, 7, SIZE) for k in range(2)]
-    own, other = (vggt.sample(0, None, scenes, 2, SIZE, 16, control) for control in (False, True))
+    own, other = (vggt.sample(0, None, scenes, 2, SIZE, 16, control, True) for control in (False, True))
     assert torch.equal(own[0], other[0]) and not torch.equal(own[1]["depth"], other[1]["depth"])
 
 # --------------------------------------------------------------------------------
@@ -193,7 +206,7 @@ def trained(c, ranks=ALONE, stop=None):
             left[0] -= 1
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return vggt.sample(row, rng, scenes, 2, SIZE, 16, False)
+        return vggt.sample(row, rng, scenes, 2, SIZE, 16, False, True)
     said = fit(head, views, 20, decoder.loss, decoder.recipe(32), c, Frozen(), ranks)
     return torch.cat([x.flatten() for x in head.state_dict().values()]), said["held_out_loss"]
 
@@ -215,9 +228,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, capsys):
 
 
 def by_heart(monkeypatch, iterations):
-    """One room, not mirrored, its colours as they are; two of its frames in every order"""
-    monkeypatch.setattr(vggt, "HALF", 0)
-    monkeypatch.setattr(vggt, "recoloured", lambda image, rng: image)
+    """One room; two of its frames in every order"""
     room = [Room(4, 7, SIZE)]
     monkeypatch.setattr(evaluate, "TASKS", dict(vggt=replace(TASKS["vggt"], open=lambda c: (room, room))))
     words = f"--task vggt --weights untrained:tiny --resolution 48 --iterations {iterations} --workers 0 --frames 2"
