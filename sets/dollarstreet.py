@@ -1,7 +1,8 @@
 """
 Dollar Street: photos of things at home, all over the world, each with the income of the household and its region.
 
-    *.csv    columns imageRelPath, income (USD a month), region.id and topics, as published; images beside it
+    images_v2.csv, or any one list    columns imageRelPath, income (USD a month), region.id and topics, as published;
+                                      the images beside it
 
     open_street    the photos whose topics a map of labels knows:  len, load(i) -> C H W uint8, and rows of Photo
     bucket         income -> low, medium or high                Goyal et al. 2022
@@ -18,6 +19,7 @@ from engine.images import read_image
 from engine.task import skip
 from sets.pairs import evenly
 
+LIST = "images_v2.csv"  # parts of it, for a split of ImageNet's classes, are published beside it
 COLUMNS = "imageRelPath", "income", "region.id", "topics"
 REGIONS = {"af": "africa", "as": "asia", "am": "americas", "eu": "europe"}
 INCOMES = "low", "medium", "high"
@@ -78,21 +80,22 @@ def topics_of(text):
 def open_street(c):
     """Street. Raises ValueError."""
     root, known = Path(c.data), read_map(c.topics)
-    listed = sorted(root.glob("*.csv"))
-    if len(listed) != 1:
-        raise ValueError(f"--data: {root} has {len(listed)} csv files; wanted one, that lists the photos")
-    with listed[0].open(newline="", encoding="utf-8") as file:
+    found = sorted(root.glob("*.csv"))
+    if root / LIST not in found and len(found) != 1:
+        raise ValueError(f"--data: {root} has {len(found)} csv files; wanted {LIST}, or one that lists the photos")
+    listed = root / LIST if root / LIST in found else found[0]
+    with listed.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lacking = [name for name in COLUMNS if not rows or name not in rows[0]]
     if lacking:
-        raise ValueError(f"--data: {listed[0]} has no column {lacking[0]}, or no row; wanted {', '.join(COLUMNS)}")
+        raise ValueError(f"--data: {listed} has no column {lacking[0]}, or no row; wanted {', '.join(COLUMNS)}")
     photos, strange = [], 0
     for row in rows:
         labels = frozenset().union(*(known.get(topic, ()) for topic in topics_of(row["topics"])))
         try:
             income, region = bucket(float(row["income"])), REGIONS[row["region.id"].strip().lower()]
         except (ValueError, KeyError, OverflowError) as error:
-            raise ValueError(f"--data: {listed[0]} has income {row['income']!r} and region {row['region.id']!r} of "
+            raise ValueError(f"--data: {listed} has income {row['income']!r} and region {row['region.id']!r} of "
                              f"{row['imageRelPath']}; wanted USD a month, and af, as, am or eu") from error
         strange += not labels
         if labels:
@@ -103,5 +106,5 @@ def open_street(c):
     missing = next((photo.path for photo in photos if not photo.path.is_file()), None)
     if missing or not photos:
         raise ValueError(f"--data: {missing or 'no photo of a topic of --topics'} is not there; wanted all that "
-                         f"{listed[0]} lists")
+                         f"{listed} lists")
     return Street(photos)

@@ -8,7 +8,8 @@ Sets of images with a class for every pixel.
     COCO-Stuff                       {,images/}{train,val}2017/, {stuffthingmaps,annotations}/{train,val}2017/
     LoveDA                           {Train,Val}/{Urban,Rural}/images_png/, masks_png/: 2,522 and 1,669 images
     iSAID                            {train,val}/images/[images/]P*.png, {train,val}/Semantic_masks/[images/]P*_instance
-                                     _color_RGB.png; in patches of 896 pixels: 33,978 and 11,644
+                                     _color_RGB.png; in patches of 896 pixels: 33,978 and 11,644, trained on and
+                                     scored one by one, as in public use: nothing is merged, overlaps count twice
     Hypersim                         ai_*/images/*_final_preview/*.tonemap.jpg, *_geometry_hdf5/*.semantic.hdf5, and
                                      metadata_images_split_scene_v1.csv, anywhere in the folder
 """

@@ -69,7 +69,7 @@ def run(data, frozen, c):
                 **{f"n_{name}": int(there.sum()) for name, there in groups}, n_val=len(photos))
 
 
-TASK = Task("dollarstreet", "*.csv and the photos that it lists, as published", opened, run, wants="tokens",
+TASK = Task("dollarstreet", "images_v2.csv, or one list, and its photos", opened, run, wants="tokens",
             metric="hit_rate", heads="top1", view=centre_crop, wide=middle, shapes=False, trains=False,
             decoders=("linear",), released=("linear",),
             options=(Option("topics", "", "JSON, {topic: [numbers of the classifier's labels]}"),))

@@ -70,10 +70,17 @@ def test_mistakes_are_one_line(street, file, old, new, says):
     assert "\n" not in str(error.value)
 
 
-def test_one_list_is_wanted(street):
-    (street / "other.csv").write_text("a")
-    with pytest.raises(ValueError, match="has 2 csv files; wanted one, that lists the photos"):
+def test_the_list_of_all_photos_is_read_where_parts_of_it_lie_beside(street):
+    """As published: beside images_v2.csv two of its parts, for a split of ImageNet's classes"""
+    for part in "train", "test":
+        (street / f"images_v2_imagenet_{part}.csv").write_text("a")
+    assert len(sets.open_street(config(street))) == 6
+    (street / "images_v2.csv").rename(street / "mine.csv")
+    with pytest.raises(ValueError, match="has 3 csv files; wanted images_v2.csv, or one that lists the photos"):
         sets.open_street(config(street))
+    for path in street.glob("images*.csv"):
+        path.unlink()
+    assert len(sets.open_street(config(street))) == 6
 
 
 def run(street, head, *more):

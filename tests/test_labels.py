@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
 from sets import labels
 from sets.prompts import LABELS
 from tasks import TASKS
+from tasks.segmentation import tallied
 
 
 def write(path, array):
@@ -232,6 +235,17 @@ def test_isaid_in_patches(tmp_path):
     assert train.image(6).shape == (3, 896, 896) and (train.image(6)[:, 40:] == 0).all()
     assert (train.truth(6)[40:] == 255).all() and (train.truth(6)[:, 60:] == 255).all()
     assert train.truth(6)[0, :9].tolist() == [0] * 7 + [1] * 2
+
+
+def test_isaid_is_scored_patch_by_patch(tmp_path, monkeypatch):
+    """As published numbers are, of 11,644 patches: a pixel in the overlap of two counts twice"""
+    monkeypatch.setattr(labels, "PATCH", 32)
+    monkeypatch.setattr(labels, "STEP", 20)
+    c = isaid(tmp_path, [(40, 60)])
+    _, val, n = data = labels.open_segmentation(c)
+    right = ((i, F.one_hot(torch.from_numpy(val.truth(i)).long(), n).permute(2, 0, 1)) for i in range(len(val)))
+    counts, _ = tallied(right, data, c)
+    assert len(val) == 2 * 3 and counts.sum() == counts.trace() == 6 * 32 * 32 > 40 * 60
 
 
 def test_isaids_colours(tmp_path):
