@@ -38,18 +38,21 @@ ROOT = Path(__file__).parents[1]
 SEEDS = 0, 1, 2
 KEPT = 100  # steps from one kept network to the next: pictures over time, Gram teachers
 # Of `make demo`, but for a network of three blocks with smaller patches and crops: some minutes of one core
-BASE = """--size tiny --device cpu --depth 3 --patch_size 8 --n_shapes 2048 --steps 400 --lr 2e-3 --lr_end 1e-3
+BASE = """--size tiny --device DEVICE --depth 3 --patch_size 8 --n_shapes 2048 --steps 400 --lr 2e-3 --lr_end 1e-3
           --momentum_end 0.994 --n_local 4 --global_size 48 --local_size 24 --global_scale 0.5,1.0 --local_scale 0.2,0.5
           --blur_sigma 0.05,0.5 --solarize 0 --hue 0.5 --rope_rescale 1.2""".split()
-ON = "--device cpu --lr 2e-4 --lr_end 2e-4 --gram_refresh 0 --steps 200".split()  # a stage, after BASE
-DISTILL = f"--device cpu --steps 400 --cooldown 200 --save_every {KEPT} --keep_every {KEPT}".split()
+ON = "--device DEVICE --lr 2e-4 --lr_end 2e-4 --gram_refresh 0 --steps 200".split()  # a stage, after BASE
+DISTILL = f"--device DEVICE --steps 400 --cooldown 200 --save_every {KEPT} --keep_every {KEPT}".split()
 TASKS = dict(knn=("top1_k20", "k-NN", []), linear=("top1", "linear", ["--iterations", "500"]),
              segmentation=("miou", "segmentation, mIoU", []), discovery=("corloc", "discovery, CorLoc", []))
-ON_PHOTOS = dict(knn=("top1_k20", "k-NN", ["--data", "PHOTOS", "--resolution", "128"]),
-                 linear=("top1", "linear", ["--data", "PHOTOS", "--resolution", "128", "--iterations", "2000"]),
+ON_PHOTOS = dict(knn=("top1_k20", "k-NN", ["--data", "PHOTOS", "--resolution", "SIDE"]),
+                 linear=("top1", "linear", ["--data", "PHOTOS", "--resolution", "SIDE", "--iterations", "2000"]),
                  camvid=("miou", "CamVid, mIoU", ["--data", "CAMVID", "--resolution", "256", "--iterations", "600"]))
+# words of commands that depend on the device; with a GPU 800,000 photos are seen in what should be some minutes
+MACHINES = dict(cpu=dict(DEVICE="cpu", SIZE="tiny", PHOTO_STEPS="2500", BATCH="32", SIDE="128", KEPT="500"),
+                cuda=dict(DEVICE="cuda", SIZE="s", PHOTO_STEPS="12500", BATCH="64", SIDE="224", KEPT="2500"))
 ROWS = "dino_global", "ibot", "dino_entropy", "cls_rank", "patch_neighbours", "patch_others"  # of metrics.jsonl
-PHOTOS = "train.py --size tiny --device cpu --data PHOTOS/train --steps 2500".split()
+PHOTOS = "train.py --size SIZE --device DEVICE --data PHOTOS/train --steps PHOTO_STEPS --batch BATCH".split()
 DEMO = "import sys, demo, train; train.main(demo.OPTIONS + sys.argv[1:])"
 SWAPPED = "import sys, model, distill, train; model.SIZES['tiny'] = {}; train.main(sys.argv[1:])"
 
@@ -58,6 +61,7 @@ SWAPPED = "import sys, model, distill, train; model.SIZES['tiny'] = {}; train.ma
 class EvidenceConfig:
     minutes: float = 10000     # [0, 30000]: a leg that is not done by then is saved and left
     only: str = ""             # names of legs, as in base,no_koleo; empty = all
+    device: str = "cpu"        # cpu or cuda: ViT-S learns from the photos; wants an --out and a --work of its own
     photos: str = ""           # folder {train,val}/CLASS/: legs on photos; empty = none
     camvid: str = ""           # folder {images,annotations}/{training,validation}/: their segmentation; empty = none
     out: str = "evidence"      # what is kept
@@ -164,10 +168,10 @@ LEGS = [
 ]
 OF_PHOTOS = dict(tasks=ON_PHOTOS, seeds=(0,), beside="photos")
 LEGS += [
-    Leg("photos", "tiny, 2,500 steps of 32 photos", "", trained(by=PHOTOS, kept=500), **OF_PHOTOS),
+    Leg("photos", "self-supervised", "", trained(by=PHOTOS, kept="KEPT"), **OF_PHOTOS),
     Leg("photos_supervised", "trained on their labels", "better", on_labels(*PHOTOS[1:]), lasts=False, **OF_PHOTOS),
     Leg("photos_pixels", "raw pixels", "worse", nothing, weights="pixels", lasts=False, **OF_PHOTOS),
-    Leg("photos_untrained", "before training", "worse", nothing, weights="untrained:tiny", lasts=False, **OF_PHOTOS),
+    Leg("photos_untrained", "before training", "worse", nothing, weights="untrained:SIZE", lasts=False, **OF_PHOTOS),
 ]
 PICTURED = "base", "demo", "no_centring", "no_ibot", "longer", "gram_100", "photos"  # of seed 0; each 90 kB
 IN_README = ("pixels", "untrained", "supervised", "base", "demo", "no_centring", "no_local", "no_average", "no_koleo",
@@ -182,6 +186,11 @@ def legs(c):
         raise ValueError(f"--only {min(strange)}: there are {', '.join(leg.name for leg in LEGS)}")
     asked = [leg for leg in LEGS if leg.name in names]
     return [leg for leg in asked if leg.tasks is not ON_PHOTOS or c.photos and c.camvid]
+
+
+def filled(words, machine):
+    """Of the words of a command those that the machine decides; others as they are"""
+    return [re.sub(f"^({'|'.join(machine)})$|(?<=^untrained:)SIZE$", lambda m: machine[m[0]], word) for word in words]
 
 
 class Over(Exception):
@@ -213,17 +222,19 @@ def typed(words):
 
 def run(leg, seed, c, end):
     """Runs a leg -> what its file holds"""
-    start, folder = sum(os_times()), Path(c.work, f"{leg.name}-{seed}")
-    words = leg.commands(seed, str(folder))
+    start, folder, machine = sum(os_times()), Path(c.work, f"{leg.name}-{seed}"), MACHINES[c.device]
+    words = filled(leg.commands(seed, str(folder)) or [], machine)
     if leg.after:
         before = next(each for each in LEGS if each.name == leg.after)
-        call(c, before.commands(seed, sibling(str(folder), leg.after)), end)  # at once done, where it is there
-    weights, lines = leg.weights.format(run=folder), [words] if words else []
+        before = filled(before.commands(seed, sibling(str(folder), leg.after)), machine)
+        call(c, before, end)  # at once done, where it is there
+    weights, lines = filled([leg.weights.format(run=folder)], machine)[0], [words] if words else []
     if words:
         call(c, words, end)
     scores = {}
     for task, (metric, _, options) in leg.tasks.items():
-        lines.append(["evaluate.py", "--task", task, "--weights", weights, "--device", "cpu", *options])
+        words = ["evaluate.py", "--task", task, "--weights", weights, "--device", "DEVICE", *options]
+        lines.append(filled(words, machine))
         found = call(c, [*lines[-1], "--cache", str(folder / "features")], end)
         scores[task] = round(json.loads(found.splitlines()[-1])[metric], 4)
     result = dict(leg=leg.name, seed=seed, scores=scores)
@@ -419,6 +430,8 @@ def main(argv):
     if words:
         raise ValueError(f"{words[0]!r} is not an option; write --field value")
     c = command_line.apply(EvidenceConfig(), values)
+    if c.device not in MACHINES:
+        raise ValueError(f"--device {c.device}: wanted {' or '.join(MACHINES)}")
     for option in "out", "work":
         command_line.writable(getattr(c, option), option=f"--{option}")
     legs(c)

@@ -95,15 +95,23 @@ def test_before_any_leg_readme_has_the_demo_of_docs(tmp_path):
     assert "No leg of it has run yet." in text and text.count("| `make demo` |") == 3 and "| what | command |" in text
 
 
-def test_every_training_is_one_that_train_py_takes():
+@pytest.mark.parametrize("device, photos", [("cpu", ("tiny", 2500 * 32)), ("cuda", ("s", 12_500 * 64))])
+def test_every_training_is_one_that_train_py_takes(device, photos):
     """Those that begin from nothing; the others want a run to go on from"""
     for leg in evidence.LEGS:
-        words = leg.commands(0, f"runs/evidence/{leg.name}-0")
+        words = evidence.filled(leg.commands(0, f"runs/evidence/{leg.name}-0") or [], evidence.MACHINES[device])
         if words and words[0] == "train.py" and not leg.after:
             c = recipes.configure([word.replace("PHOTOS/train", "shapes") for word in words[1:]], starts=False)
-            assert c.steps in (1, 400, 2500) and c.out.endswith(f"{leg.name}-0")
+            assert c.device == device and c.out.endswith(f"{leg.name}-0")
+            assert (c.size, c.steps * c.batch) == photos if leg.name == "photos" else c.steps in (1, 400)
     assert len({leg.name for leg in evidence.LEGS}) == len(evidence.LEGS) >= 25
     assert {leg.beside for leg in evidence.LEGS} | set(evidence.IN_README) <= {leg.name for leg in evidence.LEGS}
+
+
+def test_words_that_the_machine_decides():
+    words = "train.py --size SIZE --device DEVICE --data PHOTOS/SIZE --weights untrained:SIZE --out runs/SIZE".split()
+    assert evidence.filled(words, evidence.MACHINES["cuda"]) == (
+        "train.py --size s --device cuda --data PHOTOS/SIZE --weights untrained:s --out runs/SIZE".split())
 
 
 def test_a_leg_is_its_commands(tmp_path, monkeypatch):
@@ -128,6 +136,8 @@ def test_minutes_end_a_leg_and_mistakes_end_in_one_line(tmp_path, monkeypatch):
     words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     evidence.main([*words, "--minutes", "0"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"]
+    with pytest.raises(ValueError, match="--device mps: wanted cpu or cuda"):
+        evidence.main([*words, "--device", "mps"])
     with pytest.raises(ValueError, match="--only typo: there are base, untrained, "):
         evidence.main([*words, "--only", "base,typo"])
     wrong = Leg("base", "", "", lambda seed, run: ["train.py", "--siez", "s"], seeds=(0,))
