@@ -11,7 +11,7 @@ Every speed claim beside its baseline, in one run: interleaved, medians, on the 
     python bench.py attention    RoPE and attention: ours beside what is written elsewhere, and the errors of both
     python bench.py gram         the Gram loss and its gradient, image by image, beside the definition: time and memory
     python bench.py embed        vectors of a folder of photos beside the network alone: images per second
-    python bench.py steps        training steps of tiny and ViT-S: kernels off, auto, recomputed, compiled; transformers'
+    python bench.py steps        steps of tiny and ViT-S: kernels off, auto, recomputed, compiled, transformers'
     python bench.py limit        forward passes and steps over their matrix products alone, and where the rest is
 
 sinkhorn, loss, attention, augment and steps run once for each level of the CPU kernels that this processor has, or at
