@@ -79,7 +79,7 @@ def test_a_head_is_trained_kept_and_read(land):
 
 @pytest.mark.parametrize("weights", ["untrained:tiny", "pixels"])
 def test_a_linear_head_is_trained_kept_and_read(weights, land):
-    """Of stored patches, pixels' too; its heights, from another implementation: a bin's share is its logit, if not < 0"""
+    """Of stored patches, pixels' too; its heights worked out again: a bin's share is its logit, if that is above 0"""
     words = "--weights", weights, "--decoder linear --resolution 64 --data", land
     trained = run(*words, "--iterations 3 --out", land / "out")
     assert (trained["n_blocks"], trained["n_train"], trained["iterations"]) == (8, 2, 3)
