@@ -13,6 +13,7 @@ Look at frozen patch features.    paper: DINOv3 §6.1.1    Dimension letters: se
     python visualize.py detect PHOTOS --weights runs/s --head heads/head.safetensors --out boxes.png   or .html: a page
     python visualize.py points FRAMES --weights runs/s --head heads/head.safetensors --out points.png   of one scene
     python visualize.py canopy IN.tif --weights SAT-L --head CHMv2 --out OUT.tif    heights, in IN's coordinates
+    python visualize.py pca AREA.tif --weights runs/four --out area.png --bands 4,3,2    of more channels these show
     python visualize.py curves runs/a runs/b --out curves.png     losses and meters over the steps; needs no weights
     python visualize.py gram dog.jpg --weights runs/s --weights runs/s-gram --out gram.png     similarities in both
     python visualize.py resolutions dog.jpg --weights runs/s --sizes 256,512,1024 --out sizes.png     one basis for all
@@ -65,7 +66,7 @@ from dinotxt import ask, load_dinotxt
 from engine import comparisons
 from engine import config as command_line
 from engine.attention import attention_row
-from engine.channels import of_run, reader
+from engine.channels import of_run, read_bands, reader
 from engine.curves import draw, find_runs
 from engine.explore import gallery, page
 from engine.film import is_film
@@ -76,7 +77,7 @@ from losses import gram_loss
 from recipes import saved_config
 from sets.pairs import lines as lines_of
 from sets.prompts import LABELS
-from weights import load_backbone
+from weights import load_backbone, rearranged
 
 MODES = dict(pca=".png", similarity=".png", attention=".png", explore=".html", outliers=".png", curves=".png",
              gram=".png", resolutions=".png", text=".png .html", training=".gif",
@@ -141,6 +142,25 @@ def load_photos(names, resolution, patch_size, read):
     if broken:
         print(f"skipped {len(broken)} of {len(names)}:", *broken, sep="\n  ")
     return photos, taken
+
+
+def shown_first(nets, bands, own):
+    """
+    Of networks that see more channels than three, --bands of three are those to show: as red, green, blue.
+
+    own      the channels that they see, by number, as in 1,2,3,8; empty = all of a file
+    returns  the same networks, of images that begin with these three;  --bands for such images
+    """
+    asked, seen = read_bands(bands), read_bands(own) or tuple(range(1, 1 + nets[0].config.in_chans))
+    if len({net.config.in_chans for net in nets}) > 1:
+        raise ValueError(f"--weights: networks of {' and '.join(str(net.config.in_chans) for net in nets)} channels "
+                         "see no image alike; name two of as many")
+    if len(asked) != 3 or len(seen) < 4:
+        return nets, bands
+    if len(set(asked)) < 3 or not set(asked) <= set(seen):
+        raise ValueError(f"--bands {bands}: to show, name three of {','.join(map(str, seen))}, which the network sees")
+    order = [*map(seen.index, asked), *(k for k, band in enumerate(seen) if band not in asked)]
+    return [rearranged(net, order) for net in nets], ",".join(str(seen[k]) for k in order)
 
 
 @torch.no_grad()
@@ -395,6 +415,8 @@ def configure(argv):
     if bool(c.head) != (mode in (*HEADS, "canopy")):
         raise ValueError(f"--head {c.head!r}: it is for the modes depth, segment, detect, points and canopy, which "
                          "want the file of a decoder")
+    if c.bands and mode == "training":
+        raise ValueError(f"--bands {c.bands}: training shows a run's own images as it saw them; leave it out")
     if c.names and mode != "segment":
         raise ValueError(f"--names {c.names}: it is for the mode segment")
     if mode not in MODES:
@@ -432,8 +454,11 @@ def main(argv):
         comparisons.save_frames(c.out, frames)
         print(f"wrote {c.out}: {len(frames)} steps, {frames[0][1].shape[1]}x{frames[0][1].shape[0]} pixels")
         return
-    nets = [load_backbone(path, c.size or None).to(command_line.choose_device("auto"))
-            for path in (c.weights if mode == "gram" else [c.weights])]
+    paths = c.weights if mode == "gram" else [c.weights]
+    nets = [load_backbone(path, c.size or None).to(command_line.choose_device("auto")) for path in paths]
+    if mode != "canopy":
+        nets, bands = shown_first(nets, c.bands, of_run(paths[0]).get("bands", ""))
+        c = replace(c, bands=bands)
     vit = load_dinotxt(c.weights, nets[0]).to(command_line.choose_device("auto")) if mode == "text" else nets[0]
     patch = math.lcm(*(net.config.patch_size for net in nets))
     if mode == "canopy":

@@ -10,6 +10,7 @@ Backbones to and from files. Every layout that circulates comes in and goes out;
     load_backbone     a run's folder, a file or folder of any layout -> ViT or ConvNeXt
     save_backbone     ViT or ConvNeXt -> a file or folder of any layout
     inflate           RGB weights -> weights for more channels                                     DINOv3 §8.1
+    rearranged        weights -> the same for channels in another order
     fingerprint       what a network says of a picture that is a formula
 
 The names are in layouts.py. A released file is never fetched: its licence asks for a request (see GATED).
@@ -360,6 +361,16 @@ def inflated_stem(weight, in_chans):
     """D 3 p p -> D in_chans p p"""
     mean = weight.float().mean(1, keepdim=True).to(weight.dtype)
     return torch.cat([weight, *[mean] * (in_chans - 3)], dim=1)
+
+
+def rearranged(model, channels):
+    """The same network, of images whose channel k is what channels[k] was, from 0. It shares all other parameters."""
+    state, (mean, std) = model.state_dict(), ([values[k] for k in channels] for values in (
+        model.config.mean, model.config.std))
+    other, stem = empty(replace(model.config, mean=tuple(mean), std=tuple(std))), stem_of(state)
+    state[stem] = state[stem][:, channels]                                                     # D C p p
+    other.load_state_dict(state, assign=True)
+    return other.train(model.training)
 
 
 @torch.no_grad()

@@ -158,6 +158,9 @@ def load_linear(file, backbone, layers, depth_range):
     with torch.device("meta"):
         head = linear.Head(width, n_out, norm="norm.weight" in file.stored)
     head = linear.OfFeatures(take(head, file), whole)
+    if "heights" in file.layout:
+        bins = depth.mixed(*(depth_range or (NEAR, FAR["canopy"])), n_out)
+        return depth.Depth(backbone, head, layers, bins, 1e-8, heights=True)
     if of_depth or far:
         bins = depth.evenly(*(depth_range or (NEAR, far or FAR["linear"])), n_out)
         return depth.Depth(backbone, head, layers, bins, 0.1)

@@ -5,9 +5,12 @@ An image and the truth of its pixels, changed together: scaled, cut, mirrored; a
     recoloured   brightness, contrast, saturation, hue
     held         the same size, nothing random
     turned       what is seen from above: quarter turns
+    truths_on    of features that are on disk: the truths, in 16 pixels a patch
 
 Images C H W uint8; truths H W arrays of integers, whose `per` consecutive numbers are of one class.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -101,3 +104,13 @@ def turned(row, rng, source, order, size):
         image, truth = (x.rot90(int(quarters), (-2, -1)) for x in (image, truth))
         image, truth = (x.flip(-1) if flip else x for x in (image, truth))
     return image.contiguous(), truth.contiguous()
+
+
+def truth_at(i, source, order, sizes):
+    return [nearest(source.truth(order[i]), sizes[i])]
+
+
+def truths_on(maps, source, order, frozen):
+    """Stored maps h w D of a source -> its truths order[i], 16h 16w each, stored as they are"""
+    sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
+    return frozen.keep("train truths", partial(truth_at, source=source, order=order, sizes=sizes), len(source)).row

@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 from decoders import DECODERS, load_depth
 from decoders.depth import absolute_loss, aligned, evenly, known, mean_of_bins, relative_loss
 from decoders.fit import everyone, fit, plan, untrained
+from engine.crops import truths_on
 from engine.features import chosen_layers, describe
 from engine.heads import head_of, released
 from engine.metrics import depth_scores
@@ -78,15 +79,9 @@ def mean_of(truths, top):
 # What is learned from, stored or live
 
 
-def truth_at(i, source, order, sizes):
-    return [nearest(source.truth(order[i]), sizes[i])]
-
-
 def train_stored(frozen, train, form, decoder, c):
     maps = frozen.maps("train", train).row
-    sizes = [(16 * h, 16 * w) for h, w, _ in maps.shapes]
-    truth_of = partial(truth_at, source=train, order=others(len(train), c), sizes=sizes)
-    truths = frozen.keep("train truths", truth_of, len(train)).row
+    truths = truths_on(maps, train, others(len(train), c), frozen)
     mean = mean_of(truths, form.top)
     head = decoder.fit("depth", maps, truths, BINS, partial(depth_loss, top=form.top), c, frozen.device)
     return head, dict(mean_depth=mean, n_train=len(train), iterations=c.iterations, lr=decoder.peak("depth", c))

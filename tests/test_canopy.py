@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_labels import photo, write
 
 import evaluate
@@ -47,7 +48,8 @@ def test_the_loss_is_the_mean_error_of_what_is_known():
     metres = F.interpolate(mean_of_bins(out[:1], mixed(0.001, 96, 256), 1e-8)[None], (6, 8), mode="bilinear")[0, 0]
     errors = [abs(metres[y, x].item() - 5) for y in range(6) for x in range(8) if x != 3 or y < 2]
     assert canopy.mean_error(out, truths).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
-    assert canopy.mean_error(out.requires_grad_(), [truths[1]] * 2) == 0
+    for nothing_known in out.requires_grad_(), list(out):
+        assert canopy.mean_error(nothing_known, [truths[1]] * 2) == 0
 
 
 @pytest.fixture
@@ -75,6 +77,34 @@ def test_a_head_is_trained_kept_and_read(land):
                        str(land / "out/head.safetensors")])
 
 
+@pytest.mark.parametrize("weights", ["untrained:tiny", "pixels"])
+def test_a_linear_head_is_trained_kept_and_read(weights, land):
+    """Of stored patches, pixels' too; its heights worked out again: a bin's share is its logit, if that is above 0"""
+    words = "--weights", weights, "--decoder linear --resolution 64 --data", land
+    trained = run(*words, "--iterations 3 --out", land / "out")
+    assert (trained["n_blocks"], trained["n_train"], trained["iterations"]) == (8, 2, 3)
+    assert trained["chance_mae"] == pytest.approx(5.045, abs=0.01) and trained["mae"] != trained["chance_mae"]
+    head = land / "out/head.safetensors"
+    again = run(*words, "--head", head)
+    assert (again["mae"], again["block_r2"]) == (trained["mae"], trained["block_r2"])
+    net, stored, errors = load(weights), load_file(head), []
+    mean, std = (torch.tensor(v)[:, None, None] for v in (net.config.mean, net.config.std))
+    norm = [stored[f"norm.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+    for i in range(2):
+        view = (resize(torch.from_numpy(photo(i, (112, 112))).permute(2, 0, 1), 64, 64) / 255 - mean) / std
+        with torch.no_grad():
+            x = net(view[None]).patches[0]                                                         # P D
+        x = (x - norm[0]) / (norm[1] + 1e-5).sqrt() * norm[2] + norm[3]
+        shares = (x @ stored["linear.weight"].T + stored["linear.bias"]).relu() + 1e-8             # P 256
+        metres = ((shares @ mixed(0.001, 96, 256)) / shares.sum(1)).view(1, 1, 4, 4)
+        found = F.interpolate(metres, (112, 112), mode="bilinear")[0, 0]
+        errors.append((found - torch.linspace(0, 20, 112))[5:].abs().mean().item())
+        if weights != "pixels":
+            decoder = load_decoder(head, net)
+            assert decoder.heights and torch.allclose(decoder(view[None]), metres[0], rtol=1e-4)
+    assert trained["mae"] == pytest.approx(np.mean(errors), rel=2e-3)  # features are kept as float16
+
+
 @pytest.mark.parametrize("canopies", [True, False])
 def test_a_released_head(canopies, land):
     torch.manual_seed(0)
@@ -98,8 +128,10 @@ def test_a_released_head(canopies, land):
 
 
 def test_pixels_and_what_is_planned(capsys):
-    with pytest.raises(ValueError, match="no class token is as wide as a patch"):
+    with pytest.raises(ValueError, match="no class token is as wide as a patch; name --decoder linear"):
         run("--weights pixels --limit 2 --resolution 64")
+    with pytest.raises(ValueError, match="--plan: linear learns from features on disk"):
+        evaluate.main("--task canopy --weights untrained:l --data land --plan --memory 80 --decoder linear".split())
     evaluate.main("--task canopy --weights untrained:l --data land --plan --memory 80".split())
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["outputs_bytes"] == 4 * 4 * 16 * 256 * 512 * 512 and said["room_bytes"] == 80e9

@@ -162,6 +162,39 @@ def test_it_is_looked_at(scenes, trained, tmp_path):
         visualize.main(["pca", *words, "--out", str(tmp_path / "x.png"), "--bands", "5,1,1,1"])
 
 
+def test_three_bands_are_chosen_to_be_shown(scenes, trained, tmp_path):
+    """A network of four sees all of them as before; the picture of the photo is of the three"""
+    image, found = next(str(path) for path in sorted((scenes / "val/0").iterdir())), []
+    for more in [], ["--bands", "4,1,2"]:
+        visualize.main(["pca", image, "--weights", str(trained), "--out", str(tmp_path / "pca.png"), *more])
+        found.append(np.asarray(Image.open(tmp_path / "pca.png")).astype(int))
+    levels = np.rint(decoded(image) / 12)
+    for picture, bands in zip(found, ([0, 1, 2], [3, 0, 1]), strict=True):
+        assert np.abs(picture[:40, :40] - levels[..., bands]).max() <= 1
+    assert np.abs(found[0][:, 44:] - found[1][:, 44:]).max() <= 2 and found[0][:, 44:].std() > 20
+    text = (trained / "config.json").read_text()
+    own = tmp_path / "own"  # a run that has seen four of more channels
+    own.mkdir()
+    (own / "teacher.safetensors").symlink_to(trained / "teacher.safetensors")
+    (own / "config.json").write_text(json.dumps(json.loads(text) | dict(bands="4,3,2,1")))
+    visualize.main(["pca", image, "--weights", str(own), "--out", str(tmp_path / "pca.png"), "--bands", "1,4,2"])
+    picture = np.asarray(Image.open(tmp_path / "pca.png")).astype(int)[:40, :40]
+    assert np.abs(picture - levels[..., [0, 3, 1]]).max() <= 1
+    for more, says in (("--bands 4,4,2", "--bands 4,4,2: to show, name three of 1,2,3,4, which the network sees"),
+                       ("--bands 5,1,2", "--bands 5,1,2: to show, name three of 1,2,3,4"),
+                       ("--bands 1,2", "--bands 1,2 names 2 channels, the network has 4"),
+                       ("--bands red,2,1", "--bands red,2,1: write numbers of channels, from 1, as in 4,3,2")):
+        with pytest.raises(ValueError, match=says):
+            visualize.main(["pca", image, "--weights", str(trained), "--out", str(tmp_path / "x.png"), *more.split()])
+    with pytest.raises(ValueError, match="--bands 4,3,2: training shows a run's own images"):
+        visualize.main(["training", str(trained), "--out", str(tmp_path / "x.gif"), "--bands", "4,3,2"])
+    save_backbone(build(lambda: ViT(SIZES["tiny"])), tmp_path / "rgb.safetensors", "nano")
+    with pytest.raises(ValueError, match="--weights: networks of 4 and 3 channels see no image alike"):
+        visualize.main(["gram", image, "--weights", str(trained), "--weights", str(tmp_path / "rgb.safetensors"),
+                        "--out", str(tmp_path / "x.png")])
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_weights_for_rgb_start_a_run_on_more(scenes, tmp_path):
     """Of the new channel's kernel the mean of the three; a channel that is 0 once normalised changes nothing."""
     rgb = build(lambda: ViT(replace(SIZES["tiny"], depth=2, patch_size=8)))
