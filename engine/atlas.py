@@ -217,7 +217,8 @@ alone.</p></header>
 const data = JSON.parse(document.getElementById("data").textContent), n = data.x.length
 const canvas = document.querySelector("canvas"), pen = canvas.getContext("2d"), card = document.getElementById("card")
 const on = data.kinds.map(() => true), images = [], MOST = 150  // pictures that are drawn at once
-let zoom = 1, middle = [0, 0], W = 1, H = 1, at = -1, drag = null, waiting = 0
+const colours = data.colours.map(each => each.match(/\\w\\w/g).reduceRight((bgr, x) => bgr << 8 | parseInt(x, 16), 0))
+let layer, zoom = 1, middle = [0, 0], W = 1, H = 1, at = -1, drag = null, waiting = 0
 const scale = () => zoom * Math.min(W, H) * .86
 const place = i => [(data.x[i] - middle[0]) * scale() + W / 2, (data.y[i] - middle[1]) * scale() + H / 2]
 const later = () => { waiting ||= requestAnimationFrame(draw) }
@@ -225,11 +226,24 @@ function picture(i) {  // null until the browser has decoded it
   if (!images[i]) Object.assign(images[i] = new Image(), { onload: later, src: data.pictures[i] })
   return images[i].complete && images[i].naturalWidth ? images[i] : null
 }
+function dots(shown, radius, ratio) {  // pixel by pixel: without a GPU, thousands of arcs take longer than a frame
+  const w = canvas.width, h = canvas.height
+  if (!w || !h) return
+  if (layer?.width !== w || layer.height !== h) layer = pen.createImageData(w, h)
+  const pixels = new Uint32Array(layer.data.buffer).fill(0)
+  for (const [i, left, top] of shown) {
+    const x = left * ratio - .5, y = top * ratio - .5, reach = radius + .5, colour = colours[data.of[i]]
+    for (let v = Math.max(0, Math.ceil(y - reach)); v < Math.min(h, y + reach); v++)
+      for (let u = Math.max(0, Math.ceil(x - reach)); u < Math.min(w, x + reach); u++) {
+        const alpha = 204 * Math.min(1, reach - Math.sqrt((u - x) ** 2 + (v - y) ** 2)), at = v * w + u
+        if (alpha > 0 && alpha >= pixels[at] >>> 24) pixels[at] = colour | alpha << 24  // the last one is on top
+      }
+  }
+  pen.putImageData(layer, 0, 0)
+}
 function draw() {
   waiting = 0
   const ratio = devicePixelRatio || 1, radius = Math.min(7, 2.2 + Math.log2(Math.max(zoom, 1)) * .7)
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0)
-  pen.clearRect(0, 0, W, H)
   const shown = []
   for (let i = 0; i < n; i++) {
     if (!on[data.of[i]]) continue
@@ -237,14 +251,8 @@ function draw() {
     if (x > -60 && y > -60 && x < W + 60 && y < H + 60) shown.push([i, x, y])
   }
   const large = data.pictures.length && shown.length <= MOST
-  data.colours.forEach((colour, k) => {  // one path for each colour
-    pen.beginPath()
-    for (const [i, x, y] of shown) if (data.of[i] === k) { pen.moveTo(x + radius, y); pen.arc(x, y, radius, 0, 7) }
-    pen.globalAlpha = .8
-    pen.fillStyle = colour
-    pen.fill()
-  })
-  pen.globalAlpha = 1
+  dots(shown, radius * ratio, ratio)
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0)
   for (const [i, x, y] of large ? shown : []) {
     const image = data.pictures[i] && picture(i)
     if (!image) continue

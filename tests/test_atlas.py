@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chromium import CHROMIUM, titled
 from PIL import Image
 
 from engine import atlas
@@ -80,6 +81,61 @@ def test_the_map_holds_all_it_needs(tmp_path):
     _, n = atlas.chart(tmp_path / "map.html", Some(), x, 4, 0, 0)
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "map.html").read_text(), re.S)[1])
     assert n == 4 and data["pictures"] == [] and data["names"][-1] == "b/<9>.jpg"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_map_in_chromium(tmp_path):
+    x = RNG.normal(size=(10, 6)).astype(np.float32)
+    x[1::2] = x[::2] + 0.04  # of two folders, one partly over the other
+    atlas.chart(tmp_path / "map.html", Some(), x, 100, 0, 0)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "map.html").read_text(), re.S)[1])
+    found = titled(tmp_path / "map.html", """
+        window.requestAnimationFrame = draw => { draw() }  // at once
+        const seen = []
+        const see = () => seen.push([...pen.getImageData(0, 0, canvas.width, canvas.height).data])
+        ;[W, H] = [canvas.width, canvas.height] = [300, 200]
+        draw(); see()
+        enlarge(2, 0, 0); draw(); see()
+        document.querySelectorAll("nav button")[1].onclick(); see()
+        document.title = JSON.stringify({ seen })""")
+    all_of, near, one = (np.array(each).reshape(200, 300, 4) for each in found["seen"])
+    colours = [[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in atlas.COLOURS[:2]]
+
+    def drawn(zoom, corner, folders):
+        """Every pixel of every dot, by its distance from the middle of the dot"""
+        out, v, u = np.zeros((200, 300, 4)), *np.mgrid[:200, :300]
+        for x, y, k in zip(data["x"], data["y"], data["of"], strict=True):
+            side, (left, top) = zoom * 200 * 0.86, corner
+            away = np.hypot(u + 0.5 - (x * side + 150 * left), v + 0.5 - (y * side + 100 * top))
+            alpha = np.floor(204 * np.clip(2.2 + 0.7 * np.log2(zoom) + 0.5 - away, 0, 1))
+            here = (alpha > 0) & (alpha >= out[..., 3]) & (k in folders)
+            out[here] = np.concatenate([np.broadcast_to(colours[k], (here.sum(), 3)), alpha[here][:, None]], 1)
+        return out
+
+    for picture, want in (all_of, drawn(1, (1, 1), (0, 1))), (near, drawn(2, (2, 2), (0, 1))), (one, drawn(
+            2, (2, 2), (0,))):
+        assert (picture[..., 3] == 204).sum() > 10 and np.abs(picture[..., 3] - want[..., 3]).max() <= 1
+        solid = want[..., 3] == 204                         # a browser keeps colours times alpha
+        assert np.abs(picture - want)[solid].max() <= 1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_thousands_of_points_take_less_than_a_frame(tmp_path):
+    class Many(Some):
+        def __len__(self):
+            return 5000
+    atlas.chart(tmp_path / "map.html", Many(), RNG.normal(size=(5000, 6)).astype(np.float32), 5000, 0, 0)
+    found = titled(tmp_path / "map.html", """
+        ;[W, H] = [canvas.width, canvas.height] = [1200, 800]
+        const times = [...Array(40)].map((_, k) => {
+            const start = performance.now()
+            move(k % 3 - 1, 0)
+            draw()
+            pen.getImageData(600, 400, 1, 1)  // all is drawn
+            return performance.now() - start })
+        document.title = JSON.stringify({ n, times })""")
+    assert found["n"] == 5000 and min(found["times"]) < 16  # measured: 2; as arcs 70; the least, as others run, too
 
 
 def test_neighbours_as_a_page_and_as_a_picture(tmp_path):

@@ -10,14 +10,12 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from chromium import CHROMIUM, titled
 from PIL import Image
 
 from engine.explore import ERROR, HEAT, compress, page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NODE = shutil.which("node")
-QUIET = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --window-size=900,700").split()
 
 
 def normal(*shape, seed=0):
@@ -105,7 +103,7 @@ def test_the_pages_arithmetic_in_node():
     assert np.allclose(palette, np.transpose([*want, np.full(256, 255)]))
 
 
-DRIVER = """<script>
+DRIVER = """
 const views = [...document.querySelectorAll(".view")], seen = []
 window.requestAnimationFrame = draw => { draw() }  // at once: the page is dumped when this script ends
 function see(act) {
@@ -129,18 +127,13 @@ see(press(1, "Escape"))
 see(press(0, "ArrowUp"))
 see(() => $("whole").click())
 for (const i of [0, 1, 1]) see(pointer("click", i, 1, 2))
-document.title = JSON.stringify(seen)
-</script>"""
+document.title = JSON.stringify(seen)"""
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_in_chromium(tmp_path):
-    (tmp_path / "page.html").write_text(written(TWO)[0] + DRIVER, encoding="utf-8")
-    run = subprocess.run([CHROMIUM, *QUIET, f"--user-data-dir={tmp_path}/user", "--dump-dom",
-                          f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=60)
-    title = re.search(r"<title>(\[.*?\])</title>", run.stdout, re.S)
-    assert title, run.stderr[-2000:]
-    start, moved, pinned, read, key, free, up, whole, *clicks = json.loads(title[1])
+    (tmp_path / "page.html").write_text(written(TWO)[0], encoding="utf-8")
+    start, moved, pinned, read, key, free, up, whole, *clicks = titled(tmp_path / "page.html", DRIVER)
     exact = cosines(TWO)
 
     def is_near(text, value):
