@@ -22,8 +22,10 @@ import shapes
 import train
 import visualize
 import weights
-from engine.channels import of_run
-from engine.images import shown
+from engine import export
+from engine.channels import of_run, reader
+from engine.images import ImageConfig, shown
+from engine.pictures import network_input
 from model import SIZES, ViT, build
 from weights import load_backbone, save_backbone
 
@@ -193,6 +195,25 @@ def test_three_bands_are_chosen_to_be_shown(scenes, trained, tmp_path):
         visualize.main(["gram", image, "--weights", str(trained), "--weights", str(tmp_path / "rgb.safetensors"),
                         "--out", str(tmp_path / "x.png")])
     assert not (tmp_path / "x.png").exists()
+
+
+def test_it_is_exported(scenes, trained, tmp_path, capsys):
+    """An image of four bands and 16 bits, as the run reads it, says in another library what the network says of it"""
+    for name in "onnx", "onnxruntime", "onnxscript":
+        pytest.importorskip(name)
+    weights.main([str(trained), str(tmp_path / "four.onnx"), "--to", "onnx"])
+    assert "differs from the network by" in capsys.readouterr().out
+    vit, found = load_backbone(trained), []
+    read = reader(ImageConfig(scale=SCALE), vit.config)
+    for path in sorted((scenes / "val/0").iterdir())[:2]:
+        x = network_input(vit, read(path))                                                     # 1 4 40 40
+        with torch.no_grad():
+            ours = vit(x)
+        cls, patches = map(torch.from_numpy, export.session(tmp_path / "four.onnx")(x))
+        found.append(max((cls - ours.cls).abs().max().item(), (patches - ours.patches).abs().max().item()))
+    assert x.shape[1] == 4 and max(found) < 1e-4                                     # measured: 2e-6
+    x[:, 3] = 0
+    assert (torch.from_numpy(export.session(tmp_path / "four.onnx")(x)[0]) - ours.cls).abs().max() > 1e-3
 
 
 def test_weights_for_rgb_start_a_run_on_more(scenes, tmp_path):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from dataclasses import replace
 from functools import cache
@@ -355,6 +356,70 @@ def test_virtual_rasters(network, tmp_path):
     assert np.array_equal(read(tmp_path / "a.tif")[0], read(tmp_path / "b.tif")[0])
 
 
+# --------------------------------------------------------------------------------
+# As released
+
+
+def released_vit(depth, D, F, n_registers=4):
+    """What the satellite ViT-L's file has, by name and shape, but for its sizes: random, calm enough to be added up"""
+    rng = torch.Generator().manual_seed(0)
+
+    def noise(*shape, mean=0.0, std=0.02):
+        return mean + std * torch.randn(shape, generator=rng)
+    shapes = {"attn.qkv.weight": (3 * D, D), "attn.proj.weight": (D, D), "attn.proj.bias": (D,),
+              "mlp.fc1.weight": (F, D), "mlp.fc1.bias": (F,), "mlp.fc2.weight": (D, F), "mlp.fc2.bias": (D,)}
+    periods = 100 ** (2 * torch.arange(16) / 32)  # of 64 numbers a head
+    file = {"cls_token": noise(1, 1, D), "storage_tokens": noise(1, n_registers, D), "mask_token": noise(1, D),
+            "patch_embed.proj.weight": noise(D, 3, 16, 16), "patch_embed.proj.bias": noise(D),
+            "rope_embed.periods": periods}
+    for i in range(depth):
+        block = {name: noise(*shape) for name, shape in shapes.items()}
+        block |= {f"norm{k}.{name}": noise(D, mean=name == "weight") for k in (1, 2) for name in ("weight", "bias")}
+        block |= {f"ls{k}.gamma": noise(D, mean=0.2) for k in (1, 2)}
+        bias = noise(3 * D)
+        bias[D : 2 * D] = 0
+        block |= {"attn.qkv.bias": bias, "attn.qkv.bias_mask": torch.tensor([1.0, 0, 1]).repeat_interleave(D)}
+        file |= {f"blocks.{i}.{name}": x for name, x in block.items()}
+    return file | {f"{norm}.{name}": noise(D, mean=name == "weight") for norm in ("norm", "local_cls_norm")
+                   for name in ("weight", "bias")}
+
+
+def released(folder, depth=24, D=128, F=512, small=16):
+    """The files of the satellite ViT-L and of CHMv2, by their names: random, the decoder's widths `small` times less"""
+    torch.save(released_vit(depth, D, F), folder / "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth")
+    torch.manual_seed(0)
+    maps = tuple(n // small for n in (128, 256, 512, 1024))
+    head = dpt.DPT(dpt.DPTConfig(D, maps, 256 // small, hidden=128 // small, class_token=True))
+    torch.save(head.state_dict(), folder / "dinov3_vitl16_chmv2_dpt_head-3703d643.pth")
+    return ["--weights", str(next(folder.glob("*sat493m*"))), "--head", str(next(folder.glob("*chmv2*")))]
+
+
+def mapped_in_place(folder, size):
+    found, profile = read(folder / "map.tif")
+    assert found.shape == size and not np.isnan(found).any() and 0 < found.min() < found.max() < 96 and found.std() > 0
+    assert str(profile["crs"]) == "EPSG:32633"
+    assert tuple(profile["transform"])[:6] == (0.6, 0, 500000.25, 0, -0.6, 5200000.75)
+    return found
+
+
+def test_the_satellite_layouts_make_a_map(tmp_path):
+    """ViT-L's layout and depth, CHMv2's, at an eighth and a sixteenth of their widths; by hand: blocks 5, 11, 17, 23"""
+    words, x = released(tmp_path), landscape(64, 64)
+    visualize.main(["canopy", str(write(tmp_path / "in.tif", x)), *words, "--out", str(tmp_path / "map.tif"),
+                    "--resolution", "64"])
+    vit = load_backbone(words[1])
+    c = vit.config
+    assert (c.depth, c.width, c.heads, c.local_norm, c.n_registers) == (24, 128, 2, True, 4)
+    assert (c.mean, c.std) == ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+    decoder, mean, std = load_decoder(words[3], vit), *(torch.tensor(v)[:, None, None] for v in (c.mean, c.std))
+    with torch.no_grad():
+        logits = decoder.head(vit.layers((torch.from_numpy(x) / 255 - mean)[None] / std, [5, 11, 17, 23]))
+    shares = logits.relu() + 1e-8
+    metres = (shares * decoder.bins[:, None, None]).sum(1) / shares.sum(1)
+    metres = F.interpolate(metres[None], (64, 64), mode="bilinear")[0, 0]
+    assert np.abs(mapped_in_place(tmp_path, (64, 64)) - metres.numpy()).max() < 1e-4
+
+
 SCRIPT = """
 import sys
 import visualize
@@ -379,3 +444,16 @@ def test_a_large_raster_is_mapped_in_the_memory_of_a_small_one(network, tmp_path
     assert found.shape == (5000, 5000) and not np.isnan(found).any() and str(profile["crs"]) == "EPSG:32633"
     print(f"peak {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
     assert peaks[1] - peaks[0] < 300e6                                                # measured: 206 of 1573 MB
+
+
+@pytest.mark.long
+def test_the_satellite_vit_l_makes_a_map(tmp_path):
+    """Both files in full size, of random numbers: 303 and 34 million parameters"""
+    words = released(tmp_path, D=1024, F=4096, small=1)
+    path = write(tmp_path / "in.tif", landscape(300, 280))
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", SCRIPT, "canopy", str(path), *words, "--out", f"{tmp_path}/map.tif",
+                           "--resolution", "256"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    mapped_in_place(tmp_path, (300, 280))
+    print(f"{time.perf_counter() - start:.0f} s, peak {int(done.stdout.splitlines()[-1]) * 1024 / 1e6:.0f} MB")
