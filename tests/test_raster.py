@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import visualize
-from decoders import dpt, load_decoder
+from decoders import depth, dpt, linear, load_decoder
 from engine import raster
 from engine.images import ImageConfig
 from engine.pictures import network_input
@@ -286,6 +287,24 @@ def test_a_network_of_four_bands(tmp_path):
     x = np.concatenate([landscape(70, 80), landscape(70, 80, 1)[:1]])
     mapped(tmp_path, write(tmp_path / "in.tif", x), tmp_path / "map.tif")
     assert np.abs(read(tmp_path / "map.tif")[0] - by_tiles(tmp_path, x, range(4))).max() < 2e-5
+
+
+def test_a_linear_head_maps_heights_too(network, tmp_path):
+    """As --task canopy --decoder linear leaves it: the same bins, of the last block's patches"""
+    torch.manual_seed(0)
+    head, x = linear.Head(128, 256).eval(), landscape(64, 64)
+    torch.nn.init.normal_(head.linear.weight)
+    save_file(head.state_dict(), tmp_path / "head.safetensors", dict(outputs="256 bins of heights to 96.0 m"))
+    visualize.main(["canopy", str(write(tmp_path / "in.tif", x)), "--weights", str(network / "tiny_sat493m.pth"),
+                    "--head", str(tmp_path / "head.safetensors"), "--out", str(tmp_path / "map.tif"), "--resolution",
+                    "64"])
+    vit = load_backbone(network / "tiny_sat493m.pth")
+    with torch.no_grad():
+        (logits,) = head(list(vit(network_input(vit, torch.from_numpy(x))).patches.view(1, 4, 4, 128)))
+    shares, bins = logits.relu() + 1e-8, depth.mixed(0.001, 96, 256)[:, None, None]
+    metres = ((shares * bins).sum(0) / shares.sum(0))[None, None]
+    exact = F.interpolate(metres, (64, 64), mode="bilinear")[0, 0].numpy()
+    assert np.abs(read(tmp_path / "map.tif")[0] - exact).max() < 1e-3 and exact.std() > 0.1  # measured: 2e-5
 
 
 def test_windows_in_which_nothing_was_measured(network, tmp_path, capsys):
