@@ -20,6 +20,7 @@ import signal
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,8 @@ def check_out(path, *suffixes):
 
 def configure(argv):
     values, words = command_line.read_words(argv, command_line.types(EmbedConfig()))
+    if len(words) > 1 and (near := get_close_matches(words[0], COMMANDS, n=1)):
+        raise ValueError(f"{words[0]!r} is no command; did you mean {near[0]}?")
     if len(words) > 1:
         raise ValueError(f"{words[1]!r} is not an option; write --field value")
     if words and "data" in values:
@@ -293,7 +296,7 @@ def configure(argv):
         raise ValueError(f"--crop {c.crop}: choose one of {', '.join(CROPS)}")
     if c.precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {c.precision}: write auto, bf16 or fp32")
-    check_out(Path(c.out), *OPENERS)
+    check_out(Path(c.out or "(none)"), *OPENERS)
     for path in (Path(c.out), maps_of(Path(c.out)))[: 1 + c.patches]:
         if path.exists() and not c.overwrite:
             raise ValueError(f"--out {path} exists; name another, or --overwrite")

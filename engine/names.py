@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import NamedTemporaryFile, TemporaryFile
+from weakref import finalize
 
 import numpy as np
 from tqdm import tqdm
@@ -46,8 +47,6 @@ class Names(Sequence):
     classes  names of the classes, in the order that they came in    digest  sha1 over the names, a line each
     raises   OSError, ValueError, KeyError, TypeError: no such file, or a damaged one
     """
-    temporary = None  # the open file, of names that could not be kept
-
     def __init__(self, path, digest=None):
         self.path, self.file = Path(path), open(path, "rb", buffering=0)
         notes, end = self.notes()
@@ -160,14 +159,25 @@ def remembered(root, chunks, fresh):
     except OSError:
         pass  # nowhere to remember them: the next run looks again
     try:
-        file, notes = NamedTemporaryFile(suffix=".names"), {}
-        write(file, chunks(notes), notes, root)
-        names = Names(file.name)
+        with NamedTemporaryFile(suffix=".names", delete=False) as file:
+            drop, notes = partial(dropped, file.name, os.getpid()), {}
+            try:
+                write(file, chunks(notes), notes, root)
+                names = Names(file.name)
+            except BaseException:
+                drop()
+                raise
     except OSError as error:
         raise ValueError(f"--data: no room for the names of {root} ({error.strerror}); set XDG_CACHE_HOME to a folder "
                          "on a larger disk") from error
-    names.temporary = file
+    finalize(names, drop)
     return names
+
+
+def dropped(path, maker):
+    """Removes a file, in the process that made it: readers are forked with all that it has."""
+    if os.getpid() == maker:
+        Path(path).unlink(missing_ok=True)
 
 
 def known(place, fresh):

@@ -304,7 +304,7 @@ def test_the_map_is_a_page(file, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, message", [
     (["--out", "x.txt"], r"--out x.txt: name a file that ends in .npz or .safetensors or .parquet"),
-    (["--out", ""], "--out .*: name a file that ends in"), (["--crop", "left"], "--crop left: choose one of centre"),
+    (["--out", ""], r"--out \(none\): name a file that"), (["--crop", "left"], "--crop left: choose one of centre"),
     (["--resolution", "17"], "--resolution 17: write whole patches"), (["--layers", "9"], "this network has 2"),
     (["--patches", "--crop", "whole"], "--patches: maps of one size"), (["--precision", "fp8"], "write auto, bf16"),
     (["--weights", "/nowhere"], "/nowhere.* does not exist"), (["--data", "x"], "and --data x: which photos"),
@@ -336,6 +336,7 @@ def test_folders_without_a_photo(weights, tmp_path):
     (["search", "FILE", "nowhere.jpg"], "^nowhere.jpg does not exist; name an image"),
     (["search", "FILE", "a red square"], "'a red square' is no file, and .* was made without words"),
     (["search", "FILE", "QUERY", "--text", "/x"], "--text /x: .* was made without words"),
+    (["serch", "FILE", "QUERY"], "'serch' .* did you mean search.$"), (["FILE", "QUERY"], "00.png' is not an option"),
     (["search", "FILE"], "write embed.py search FILE QUERY"), (["map"], "map .none.: write embed.py map FILE"),
     (["search", "FILE", "QUERY", "--weights", "untrained:tiny"], "is of another network than untrained:tiny; name"),
     (["search", "FILE", "QUERY", "--out", "x.jpg"], "--out x.jpg: name a file that ends in .html or .png"),

@@ -154,6 +154,25 @@ def test_a_memory_is_no_must(photos, cache):
     assert list(names) == ["a/3.png", "b/1.png", "b/deep/2.JPG"] == list(pickle.loads(pickle.dumps(names)))
 
 
+def test_names_that_no_memory_holds_go_with_the_process_that_made_them(photos, cache, tmp_path, monkeypatch):
+    cache.parent.write_text("a file where a folder should be")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = scan(photos)
+    reader = os.fork()
+    if not reader:
+        del names
+        os._exit(0)
+    os.waitpid(reader, 0)
+    assert list(pickle.loads(pickle.dumps(names))) == ["a/3.png", "b/1.png", "b/deep/2.JPG"]
+    path = names.path
+    del names
+    assert path.suffix == ".names" and not path.exists()
+    monkeypatch.setattr("engine.names.json.dumps", lambda notes: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scan(photos)
+    assert not list(tmp_path.glob("*.names"))
+
+
 def test_no_room_anywhere_is_one_line(photos, cache, monkeypatch):
     cache.parent.write_text("a file where a folder should be")
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
