@@ -162,6 +162,14 @@ def Head(width, class_token=False):
     return DPT(replace(sized(width), class_token=class_token))
 
 
+@torch.no_grad()
+def start(head, shares):
+    """Until it has learned more it answers with about these shares of its bins, n_out, for every pixel"""
+    last = head.conv_depth.head[-1]
+    nn.init.normal_(last.weight, std=0.01)
+    last.bias.copy_(shares)
+
+
 def blocks(depth, class_token=False):
     """The four blocks, 0-based, of a backbone of that depth, as released; of any other depth evenly, to the last"""
     if depth == 24 and not class_token:

@@ -49,7 +49,21 @@ def test_the_loss_is_the_mean_error_of_what_is_known():
     errors = [abs(metres[y, x].item() - 5) for y in range(6) for x in range(8) if x != 3 or y < 2]
     assert canopy.mean_error(out, truths).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     for nothing_known in out.requires_grad_(), list(out):
-        assert canopy.mean_error(nothing_known, [truths[1]] * 2) == 0
+        loss = canopy.mean_error(nothing_known, [truths[1]] * 2)
+        assert loss == 0 and loss.requires_grad  # a step of it changes nothing, and is no error
+
+
+@pytest.mark.parametrize("mean", [7.5, 30.0])
+def test_a_head_begins_with_the_mean_height(mean):
+    """For every pixel, with a share left for every bin: none of them is dead"""
+    torch.manual_seed(0)
+    shares = canopy.shares_of(mean, 256)
+    assert (shares @ mixed(0.001, 96, 256) / shares.sum()).item() == pytest.approx(mean, rel=1e-3)
+    assert (shares > 0).all() and (shares.diff() < 0).all()
+    vit, head = load("untrained:tiny"), canopy.begun(128, mean)
+    with torch.no_grad():
+        found = canopy.decode(head(vit.layers(torch.randn(1, 3, 64, 96), [0, 2, 3, 5])))
+    assert found.shape == (1, 64, 96) and (found / mean - 1).abs().max() < 0.03              # measured: 0.007
 
 
 @pytest.fixture

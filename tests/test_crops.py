@@ -1,11 +1,14 @@
 """engine/crops.py: image and truth stay on one another; sizes, padding, what a crop may hold, colours."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from engine import crops
-from engine.views import GREY
+from engine.views import GREY, nearest
+from sets.pairs import Pairs
 
 
 def scene(size=(60, 80)):
@@ -92,3 +95,12 @@ def test_truths_turn_with_their_images():
     assert len({tuple(truth[0, :2].tolist()) for _, truth in seen}) == 8
     image, truth = crops.turned(0, None, Land(), [0], (48, 48))
     assert torch.equal(truth, Land().image(0)[0])
+
+
+def test_truths_of_stored_maps_have_sixteen_pixels_a_patch():
+    truths = [np.random.default_rng(i).random((50 + i, 40)) for i in range(2)]
+    source, maps = Pairs([("", 0), ("", 1)], truths.__getitem__), SimpleNamespace(shapes=[(2, 3, 8), (1, 4, 8)])
+    frozen = SimpleNamespace(keep=lambda name, function, n: SimpleNamespace(row=[function(i) for i in range(n)]))
+    found = crops.truths_on(maps, source, [1, 0], frozen)
+    assert [x.shape for (x,) in found] == [(32, 48), (16, 64)]
+    assert all(np.array_equal(x, nearest(truths[1 - i], x.shape)) for i, (x,) in enumerate(found))
