@@ -56,7 +56,7 @@ def traced(model, dtype):
     """Network of this dtype, with or without values -> ExportedProgram"""
     p, before = model.config.patch_size, ops.mode
     sides = {2: p * Dim("h", min=2, max=4096), 3: p * Dim("w", min=2, max=4096)}
-    images = torch.zeros(2, model.config.in_chans, 3 * p, 5 * p)
+    images = torch.zeros(2, model.config.in_chans, 3 * p, 5 * p, device=next(model.parameters()).device)
     ops.use_kernels("off")  # the definitions: what others have no kernels for
     try:
         with torch.no_grad(), quiet():
@@ -170,7 +170,7 @@ def write_onnx(path, skeleton, tensors, dtype, network):
     """
     ir, onnxscript, _ = needed()
     path, size = Path(path), sum(x.numel() for x in skeleton.state_dict().values()) * dtype.itemsize
-    model = skeleton.to_empty(device="cpu").to(dtype)  # no byte of it is touched, so none is in memory
+    model = skeleton.to(dtype)  # still without storage: torch.export copies what has some
     with quiet():
         made = torch.onnx.export(traced(model, dtype), (), None, dynamo=True, opset_version=OPSET, optimize=False,
                                  input_names=["images"], output_names=list(NAMES), verbose=False).model

@@ -80,6 +80,12 @@ def test_a_graph_is_the_network(tmp_path, capsys, kind):
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     onnx()
+    traced = export.traced
+
+    def without_storage(model, dtype):
+        assert all(x.is_meta for x in model.state_dict().values())
+        return traced(model, dtype)
+    monkeypatch.setattr(export, "traced", without_storage)
     monkeypatch.setattr(export, "ALONE", 0)
     path, out = saved(NETS["mlp"], tmp_path), tmp_path / "net.onnx"
     weights.main([path, str(out), "--to", "onnx"])
@@ -200,5 +206,5 @@ def test_memory_of_a_7b_is_that_of_a_block(tmp_path):
         found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{running.pid}/status").read_text())
         peak = max(peak, 1024 * int(found[1]) if found else 0)
         time.sleep(0.005)
-    print("PEAK", peak)
-    assert running.returncode == 0 and 0.1e9 < peak < 0.68e9 + 2e9, peak
+    print(f"peak {peak / 1e9:.2f} GB")
+    assert running.returncode == 0 and 0.1e9 < peak < 1.5e9  # measured: 0.96; with the network in memory 2.75
