@@ -44,8 +44,10 @@ mode = "auto"
 # --------------------------------------------------------------------------------
 # Which path runs
 
-# {(op, device): [(up to so many tokens, or prototypes; path)]}. Paths: kernel, csrc's; sdpa, the definition, whose
-# attention is PyTorch's; flash and cudnn, the same with the rotation compiled and that backend first.
+# {(op, device): [(up to so many tokens, or prototypes; path)]}. Paths: kernel, csrc's; resident, its second one for
+# attention on CUDA; sdpa, the definition, whose attention is PyTorch's; flash and cudnn, the same with the rotation
+# compiled and that backend first.
+OURS = {"kernel", "resident"}
 CHOICES = {(op, device): [(inf, "kernel")] for op in OPS for device in ("cpu", "cuda")}
 # H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-2` and -3 print what to put here
 CHOICES["rope_attention", "cuda"] = [(64, "kernel"), (320, "flash"), (inf, "cudnn")]
@@ -103,17 +105,18 @@ def ways(op, dtype, E, device, mode):
     """
     if not have(op, device):
         return ()
-    why = obstacle(op, dtype, E, str(device)) if any(name == "kernel" for _, name in CHOICES[op, device.type]) else None
+    names = OURS.intersection(name for _, name in CHOICES[op, device.type])
+    why = obstacle(op, dtype, E, str(device), "resident" in names) if names else None
     if why and mode == "on":
         raise ValueError(f"--kernels on: {op} in {str(dtype)[6:]} on {device}: {why}; take --kernels auto")
-    return tuple((most, "sdpa" if why and name == "kernel" else name) for most, name in CHOICES[op, device.type])
+    return tuple((most, "sdpa" if why and name in OURS else name) for most, name in CHOICES[op, device.type])
 
 
 @cache
-def obstacle(op, dtype, E, device):
+def obstacle(op, dtype, E, device, resident):
     check_level()
     from engine.proof import failure  # here, as who runs definitions alone needs no proof
-    why = failure(op, dtype, E, device)
+    why = failure(op, dtype, E, device, resident)
     if why and mode != "on":
         print(f"ops: {op} in {str(dtype)[6:]} on {device}: {why}; its definition in PyTorch runs", flush=True)
     return why
@@ -312,18 +315,18 @@ def rope_attention(qkv, n_images, rope, heads):
     if kind != "meta" and torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
     ways = [path("rope_attention", qkv, len(cos), E) for cos, _ in rope]
-    if all(way == "kernel" for way in ways):
-        return attention_kernel(qkv, n_images, rope, heads)
+    if OURS.issuperset(ways) and len(set(ways)) < 2:
+        return attention_kernel(qkv, n_images, rope, heads, *ways[:1])
     rows = qkv.split([n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True)])
-    out = [attention_kernel(x, [n], [angles], heads) if way == "kernel" else
+    out = [attention_kernel(x, [n], [angles], heads, way) if way in OURS else
            attention_by_parts(x.view(n, len(angles[0]), 3, heads, E), *angles, way)
            for x, n, angles, way in zip(rows, n_images, rope, ways, strict=True)]
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
-def attention_kernel(qkv, n_images, rope, heads):
+def attention_kernel(qkv, n_images, rope, heads, way="kernel"):
     tables = [table for pair in rope for table in pair]
-    return torch.ops.nanodino.rope_attention(qkv, tables, n_images, heads)[0]
+    return torch.ops.nanodino.rope_attention(qkv, tables, n_images, heads, way == "resident")[0]
 
 
 def attention_by_parts(x, cos, sin, way):
@@ -340,7 +343,7 @@ def attention_by_parts(x, cos, sin, way):
 
 if BUILT:
     @torch.library.register_fake("nanodino::rope_attention")
-    def _(qkv, tables, n_images, heads):
+    def _(qkv, tables, n_images, heads, resident=False):
         return qkv.new_empty(len(qkv), qkv.shape[1] // 3), qkv.new_empty(heads, len(qkv), dtype=torch.float32)
 
     @torch.library.register_fake("nanodino::rope_attention_backward")
@@ -348,14 +351,14 @@ if BUILT:
         return torch.empty_like(qkv)
 
     def keep_qkv(ctx, inputs, output):
-        qkv, tables, ctx.n_images, ctx.heads = inputs
+        qkv, tables, ctx.n_images, ctx.heads, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(qkv, *output, *tables)
 
     def grad_qkv(ctx, dout, _):
         qkv, out, lse, *tables = ctx.saved_tensors
         rest = qkv, out, lse, tables, ctx.n_images, ctx.heads
-        return torch.ops.nanodino.rope_attention_backward(dout.contiguous(), *rest), [None] * len(tables), None, None
+        return torch.ops.nanodino.rope_attention_backward(dout.contiguous(), *rest), [None] * len(tables), *[None] * 3
 
     torch.library.register_autograd("nanodino::rope_attention", grad_qkv, setup_context=keep_qkv)
 

@@ -143,8 +143,9 @@ static std::vector<RopeGroup> rope_groups(const char* who, const Tensor& qkv, at
     return groups;
 }
 
+// resident: by the second of the two CUDA kernels; a CPU has one
 static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorList tables, at::IntArrayRef n_images,
-                                                 int64_t heads) {
+                                                 int64_t heads, bool resident) {
     const auto groups = rope_groups("rope_attention", qkv, tables, n_images, heads);
     const int64_t T = qkv.size(0), D = qkv.size(1) / 3;
     const Dtype dtype = dtype_of("rope_attention", qkv);
@@ -153,9 +154,9 @@ static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorLi
     if (qkv.is_cuda()) {
         const c10::cuda::CUDAGuard guard(qkv.device());
         const Tensor x = aligned(qkv);
-        C10_CUDA_CHECK(rope_attention_cuda(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), x.const_data_ptr(),
-                                           groups.data(), groups.size(), T, heads, D / heads, dtype,
-                                           c10::cuda::getCurrentCUDAStream()));
+        const auto launch = resident ? rope_attention_resident_cuda : rope_attention_cuda;
+        C10_CUDA_CHECK(launch(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), x.const_data_ptr(), groups.data(),
+                              groups.size(), T, heads, D / heads, dtype, c10::cuda::getCurrentCUDAStream()));
         return {out, lse};
     }
 #endif
@@ -383,7 +384,8 @@ TORCH_LIBRARY(nanodino, m) {
           "float student_temp, float teacher_temp) -> (Tensor losses, Tensor grad)");
     m.def("assignment_loss_(Tensor(a!) student, Tensor teacher, Tensor log_u, Tensor weights, Tensor pairs, "
           "float student_temp, float teacher_temp) -> Tensor");
-    m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads) -> (Tensor, Tensor)");
+    m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads, bool resident=False) -> "
+          "(Tensor, Tensor)");
     m.def("rope_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor[] tables, int[] n_images, "
           "int heads) -> Tensor");
     m.def("cut(Tensor image, int[] box, bool flip, int size) -> Tensor");

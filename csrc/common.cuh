@@ -28,6 +28,25 @@ __device__ inline float exp2_fast(float z) {
     return e;
 }
 
+// begins to copy 16 bytes to shared memory, zeros if they are not there; this thread has them after wait_for_copies
+__device__ inline void copy_async(void* shared, const void* global, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// as many blocks as the device runs at a time
+template <typename Kernel>
+static cudaError_t blocks_at_once(int& blocks, Kernel kernel, int threads, int shared) {
+    int device, processors;
+    cudaError_t status = cudaGetDevice(&device);
+    if (!status) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (!status) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (!status) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
+    if (!status && !(blocks *= processors)) status = cudaErrorInvalidConfiguration;
+    return status;
+}
+
 template <typename... Parameters, typename... Arguments>
 static cudaError_t start(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, cudaStream_t stream,
                          Arguments... arguments) {

@@ -8,10 +8,10 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 template <int E> constexpr int LD = E + 8;  // of a row in shared memory: 8 rows of ldmatrix touch every bank once
 
-// blocks for the N rows of a head, and warps of each, 16 rows a warp
+// blocks for the N rows of a head, and warps of each, of so many rows
 struct Split { int blocks, warps; };
-static inline Split split(int64_t N, int most_warps) {
-    const int tiles = (int)((N + 15) / 16), blocks = (tiles + most_warps - 1) / most_warps;
+static inline Split split(int64_t N, int most_warps, int rows = 16) {
+    const int tiles = (int)((N + rows - 1) / rows), blocks = (tiles + most_warps - 1) / most_warps;
     return {blocks, (tiles + blocks - 1) / blocks};
 }
 
@@ -62,6 +62,21 @@ __device__ inline void mix_rows(float (&c)[E / 8][4], const float (&p)[n][4], co
     }
 }
 
+// turns the pairs (a, b) of 2 or 8 neighbours by their angles, in float32, rounded to T once; swapped: they are (b, a)
+template <typename T, typename Bits>
+__device__ inline void turn(Bits& a, Bits& b, const float* cos, const float* sin, bool swapped = false) {
+    constexpr int n = sizeof(Bits) / 2;
+    struct alignas(n == 8 ? 16 : 8) Each { float of[n]; };
+    const Each c = *(const Each*)cos, s = *(const Each*)sin;
+    union { Bits all; T of[n]; } x = {a}, y = {b};
+    #pragma unroll
+    for (int j = 0; j < n; j++) {
+        const float low = to_float(x.of[j]), high = to_float(y.of[j]), z = swapped ? -s.of[j] : s.of[j];
+        x.of[j] = from_float<T>(low * c.of[j] - high * z), y.of[j] = from_float<T>(high * c.of[j] + low * z);
+    }
+    a = x.all, b = y.all;
+}
+
 // `rows` rows of a head from `first` on, `stride` apart, to shared memory, zeros beyond N; turned if there is a cos
 template <typename T, int E>
 __device__ inline void fetch_rows(T* tile, const T* x, int64_t stride, int64_t first, int rows, int64_t N,
@@ -69,22 +84,12 @@ __device__ inline void fetch_rows(T* tile, const T* x, int64_t stride, int64_t f
     for (int i = threadIdx.x; i < rows * (E / 16); i += blockDim.x) {
         const int row = i / (E / 16), e = i % (E / 16) * 8;  // the pairs (e to e + 7, e + E/2 to e + E/2 + 7)
         const int64_t n = first + row;
-        union { uint4 all; T each[8]; } low, high;
-        low.all = high.all = make_uint4(0, 0, 0, 0);
+        uint4 low = make_uint4(0, 0, 0, 0), high = low;
         if (n < N) {
-            low.all = *(const uint4*)(x + n * stride + e), high.all = *(const uint4*)(x + n * stride + e + E / 2);
-            if (cos) {
-                float c[8], s[8];
-                load8(c, cos + n * (E / 2) + e);
-                load8(s, sin + n * (E / 2) + e);
-                #pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    const float a = to_float(low.each[j]), b = to_float(high.each[j]);
-                    low.each[j] = from_float<T>(a * c[j] - b * s[j]), high.each[j] = from_float<T>(b * c[j] + a * s[j]);
-                }
-            }
+            low = *(const uint4*)(x + n * stride + e), high = *(const uint4*)(x + n * stride + e + E / 2);
+            if (cos) turn<T>(low, high, cos + n * (E / 2) + e, sin + n * (E / 2) + e);
         }
-        *(uint4*)(tile + row * LD<E> + e) = low.all, *(uint4*)(tile + row * LD<E> + e + E / 2) = high.all;
+        *(uint4*)(tile + row * LD<E> + e) = low, *(uint4*)(tile + row * LD<E> + e + E / 2) = high;
     }
 }
 

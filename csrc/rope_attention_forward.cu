@@ -124,7 +124,7 @@ template <typename T> static cudaError_t on_host(Floats& to, const T* from) {
     return status;
 }
 
-template <typename T> static void run(const Problem& p, Floats& out, Floats& dqkv) {
+template <typename T, auto forward> static void run(const Problem& p, Floats& out, Floats& dqkv) {
     const Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
     auto *qkv = on_device<T>(p.qkv), *dout = on_device<T>(p.dout), *out_ = on_device<T>(out);
     auto* dqkv_ = on_device<T>(dqkv);
@@ -134,7 +134,7 @@ template <typename T> static void run(const Problem& p, Floats& out, Floats& dqk
     int64_t first = 0;
     for (size_t g = 0; g < p.groups.size(); first += p.groups[g].n * p.groups[g].N, g++)
         groups.push_back({first, p.groups[g].n, p.groups[g].N, on_device<float>(p.cos[g]), on_device<float>(p.sin[g])});
-    cudaError_t status = rope_attention_cuda(out_, lse, qkv, groups.data(), groups.size(), p.T, p.A, p.E, dtype, 0);
+    cudaError_t status = forward(out_, lse, qkv, groups.data(), groups.size(), p.T, p.A, p.E, dtype, 0);
     if (status == cudaSuccess)
         status = rope_attention_backward_cuda(dqkv_, delta, dout, qkv, out_, lse, groups.data(), groups.size(), p.T,
                                               p.A, p.E, dtype, 0);
@@ -148,8 +148,10 @@ int main() {  // 3 and 4 digits of results of size 1; one group and two, one blo
     for (int E : {64, 128})
         for (const auto& groups : {std::vector<Crops>{{2, 1}, {1, 21}}, {{1, 150}}}) {
             const Problem problem(groups, groups.size(), E);
-            good &= check("bfloat16", problem, 3e-2, run<__nv_bfloat16>);
-            good &= check("float16 ", problem, 4e-3, run<__half>);
+            good &= check("bfloat16", problem, 3e-2, run<__nv_bfloat16, rope_attention_cuda>);
+            good &= check("float16 ", problem, 4e-3, run<__half, rope_attention_cuda>);
+            good &= check("bfloat16, resident", problem, 3e-2, run<__nv_bfloat16, rope_attention_resident_cuda>);
+            good &= check("float16, resident ", problem, 4e-3, run<__half, rope_attention_resident_cuda>);
         }
     return !good;
 }

@@ -28,10 +28,10 @@ def with_kernels(choice, function, *arguments):
         ops.use_kernels(before)
 
 
-def by_kernels(function, *arguments):
+def by_kernels(function, *arguments, way="kernel"):
     """One call in which the kernels run, where they are built, whatever ops.CHOICES prefers; arguments must fit."""
     before = ops.path
-    ops.path = (lambda *_: "kernel") if ops.BUILT else before
+    ops.path = (lambda *_: way) if ops.BUILT else before
     try:
         return function(*arguments)
     finally:

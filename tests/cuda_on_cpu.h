@@ -5,6 +5,8 @@
 //                it; blocks run one by one. `order`: 0 all as they are numbered, 1 all backwards, else drawn anew
 //     memory     what a block shares, and all that cudaMalloc gives, is NaN at first and ends at a page that nobody may
 //                touch, to 16 bytes; what lies before and after it must stay as it was (cudaFree looks)
+//     copies     asynchronous ones come when their thread waits for them, and their place is NaN until then; a block
+//                that leaves one open has failed
 //     numbers    float16 and bfloat16 as IEEE and CUDA round them; tensor cores add in float32, in order
 //
 // It finds wrong indices, sizes, barriers, shuffles and masks, and what is read before it is written. It knows neither
@@ -129,12 +131,14 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value 
 // threads
 
 enum class State { ready, at_warp, at_block, done };
+struct Copy { uint4* to; const uint4* from; bool there; };
 struct Fiber {
     ucontext_t first;
     jmp_buf place;
     State state;
     bool begun = false;
     int turn = 0;
+    std::vector<Copy> copies;  // begun
     std::vector<char> stack = std::vector<char>(128 << 10);
 };
 struct Index { unsigned x, y; };
@@ -145,6 +149,7 @@ inline sigjmp_buf failure;
 inline std::function<void()> body;
 inline unsigned char* shared_begin;
 inline unsigned order, launches;  // launches: kernels started so far
+inline int64_t shared_bytes;      // of a block of the last
 inline std::mt19937 random_order;
 
 template <typename T> T* shared_memory() { return (T*)shared_begin; }
@@ -196,7 +201,7 @@ inline bool run_warp(int first) {
     }
 }
 inline bool run_block(int threads) {
-    for (int i = 0; i < threads; i++) fibers[i]->state = State::ready;
+    for (int i = 0; i < threads; i++) fibers[i]->state = State::ready, fibers[i]->copies.clear();
     for (bool any = true; any;) {
         any = false;
         for (int64_t warp : in_order(threads / 32))
@@ -204,7 +209,15 @@ inline bool run_block(int threads) {
         for (int i = 0; i < threads; i++)
             if (fibers[i]->state == State::at_block) any = true, fibers[i]->state = State::ready;
     }
-    return true;
+    return std::all_of(fibers.begin(), fibers.begin() + threads, [](auto& fiber) { return fiber->copies.empty(); });
+}
+inline void copy_async(void* shared, const void* global, bool there) {
+    fibers[threadIdx.x]->copies.push_back({(uint4*)shared, (const uint4*)global, there});
+    memset(shared, 0xff, 16);
+}
+inline void wait_for_copies() {
+    for (const Copy& copy : fibers[threadIdx.x]->copies) *copy.to = copy.there ? *copy.from : uint4{};
+    fibers[threadIdx.x]->copies.clear();
 }
 inline void fail(int) { siglongjmp(failure, 1); }  // off the end of some memory, or a check of -fsanitize
 
@@ -214,7 +227,7 @@ inline cudaError_t run_grid(int64_t x, int64_t y, int threads, int64_t shared) {
     if (x < 1 || y < 1 || x > INT32_MAX || y > 65535 || threads < 32 || threads > 1024 || threads % 32 || shared < 0 ||
         shared > (int64_t)MOST_SHARED) return cudaErrorInvalidValue;
     unsigned char* const end = allocations.at(memory).end;
-    shared_begin = end - (shared + 15) / 16 * 16;
+    shared_begin = end - (shared + 15) / 16 * 16, shared_bytes = shared;
     make_fibers(threads);
     blockDim = {(unsigned)threads, 1}, gridDim = {(unsigned)x, (unsigned)y}, launches++, random_order.seed(order);
     struct sigaction mine = {}, before[4];
@@ -250,6 +263,11 @@ template <typename T> const T* show(T mine) {
 
 template <typename T> T __shfl_xor_sync(uint32_t, T v, int mask) { return show(v)[(threadIdx.x % 32) ^ mask]; }
 
+inline bool __any_sync(uint32_t, bool mine) {
+    const bool* all = show(mine);
+    return std::any_of(all, all + 32, [](bool one) { return one; });
+}
+
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
     const void* const* rows = show(row);
     for (int i = 0; i < 4; i++) r[i] = ((const uint32_t*)rows[8 * i + threadIdx.x % 32 / 4])[threadIdx.x % 4];
@@ -278,6 +296,9 @@ template <typename T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b
 }
 
 inline float exp2_fast(float z) { return z < -126 ? 0.f : std::exp2(z); }
+
+// few, so that a block that stays takes several turns
+template <typename Kernel> cudaError_t blocks_at_once(int& blocks, Kernel, int, int) { return blocks = 3, cudaSuccess; }
 
 struct Grid {
     int64_t x, y;

@@ -11,6 +11,7 @@ int emulated_free(void* p) { return cudaFree(p); }
 const char* emulated_words(int status) { return cudaGetErrorString(status); }
 void emulated_order(unsigned which) { order = which; }
 unsigned emulated_launches() { return launches; }
+int emulated_shared() { return shared_bytes; }
 
 int sinkhorn_pass(float* log_r, const void* logits, const float* log_u, int64_t n, int64_t K, double temperature,
                   int dtype) {
@@ -38,6 +39,11 @@ int assignment_loss(float* losses, void* grad, const void* student, const void* 
 int rope_attention(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T, int A,
                    int E, int dtype) {
     return rope_attention_cuda(out, lse, qkv, groups, n_groups, T, A, E, (Dtype)dtype, 0);
+}
+
+int rope_attention_resident(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T,
+                            int A, int E, int dtype) {
+    return rope_attention_resident_cuda(out, lse, qkv, groups, n_groups, T, A, E, (Dtype)dtype, 0);
 }
 
 int rope_attention_backward(void* dqkv, const void* dout, const void* qkv, const void* out, const float* lse,

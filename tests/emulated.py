@@ -5,7 +5,7 @@ The CUDA kernels on a CPU: torch.ops.nanodino.* of csrc/*.cu, built by g++ with 
                         the operators' arguments and results, of CPU tensors;  RuntimeError where a kernel leaves its
                         memory, or a launcher refuses
     order(which)        of blocks, warps and lanes: 0 as numbered, 1 backwards, else drawn;  no bit may differ
-    launches()          kernels started so far
+    launches(), shared()    kernels started so far; bytes that a block of the last shared
     AVAILABLE           whether there is a g++;  the library is built at the first call, a few seconds, and kept
 
 Tensors are copied to memory that ends at a protected page, and as far off a multiple of 16 bytes as they are here;
@@ -25,7 +25,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = sys.platform == "linux" and shutil.which("g++") is not None
-SOURCES = "sinkhorn.cu", "assignment_loss.cu", "rope_attention_forward.cu", "rope_attention_backward.cu", "colours.cu"
+SOURCES = ("sinkhorn.cu", "assignment_loss.cu", "rope_attention_forward.cu", "rope_attention_resident.cu",
+           "rope_attention_backward.cu", "colours.cu")
 FLAGS = """-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE -DWITH_CUDA
            -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error""".split()
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -85,6 +86,10 @@ def order(which):
 
 def launches():
     return (library or load()).emulated_launches()
+
+
+def shared():
+    return (library or load()).emulated_shared()
 
 # --------------------------------------------------------------------------------
 # Calling
@@ -194,12 +199,12 @@ def rope_groups(device, tables, n_images):
     return groups
 
 
-def rope_attention(qkv, tables, n_images, heads):
+def rope_attention(qkv, tables, n_images, heads, resident=False):
     T, D = len(qkv), qkv.shape[1] // 3
     with Device() as device:
         out, lse = device.new(torch.empty(T, D, dtype=qkv.dtype)), device.new(torch.empty(heads, T))
-        device.call("rope_attention", out, lse, device.give(qkv), rope_groups(device, tables, n_images), len(n_images),
-                    T, heads, D // heads, DTYPES[qkv.dtype])
+        device.call("rope_attention_resident" if resident else "rope_attention", out, lse, device.give(qkv),
+                    rope_groups(device, tables, n_images), len(n_images), T, heads, D // heads, DTYPES[qkv.dtype])
         return device.take(out), device.take(lse)
 
 

@@ -23,12 +23,16 @@ import test_ops_cuda  # noqa: E402
 
 SINKHORN, LOSS, ROWS, COMMON = "sinkhorn.cu", "assignment_loss.cu", "row_sums.cuh", "common.cuh"
 FORWARD, BACKWARD, ROPE = "rope_attention_forward.cu", "rope_attention_backward.cu", "rope_attention.cuh"
+RESIDENT = "rope_attention_resident.cu"
 MMA, COLOURS, PIXELS = "mma.cuh", "colours.cu", "colours.h"
 USED = {SINKHORN: ([SINKHORN], ["sinkhorn", "targets"]), LOSS: ([LOSS], ["loss"]),  # by which sources, which checks
         ROWS: ([SINKHORN], ["sinkhorn"]), COMMON: ([SINKHORN], ["targets", "sinkhorn"]),
         FORWARD: ([FORWARD], ["attention"]), BACKWARD: ([BACKWARD], ["attention"]),
-        ROPE: ([FORWARD, BACKWARD], ["attention"]), MMA: ([], ["assembly"]),
+        RESIDENT: ([RESIDENT], ["resident"]), ROPE: ([FORWARD, BACKWARD], ["attention"]), MMA: ([], ["assembly"]),
         COLOURS: ([COLOURS], ["colours"]), PIXELS: ([COLOURS], ["colours"])}
+WAIT, TURN = (f"            {line}\n" for line in (
+    "wait_for_copies();", "turn_rows<T, E>(ks, part * keys, keys, group);"))
+ANGLE = "(first + row) * (E / 2) + one"
 BARRIER, INNER = "    __syncthreads();\n", "        __syncthreads();\n"
 
 MUTANTS = {  # name: file, old text, new text; every place of the old text
@@ -117,6 +121,51 @@ MUTANTS = {  # name: file, old text, new text; every place of the old text
     "colours: saturation rounded": (PIXELS, "max(top, one) * 255.f)", "max(top, one) * 255.f + 0.5f)"),
     "colours: solarised a level off": (PIXELS, "min(v, V{} + 255.f - v)", "min(v, V{} + 256.f - v)"),
     "colours: taps not normalised": (PIXELS, "t ? 2 * weights[t]", "t ? weights[t]"),
+    # resident attention
+    "resident: nobody waits for copies": (RESIDENT, WAIT, ""),
+    "resident: waits after turning": (RESIDENT, WAIT + TURN, TURN + WAIT),
+    "resident: no barrier": (RESIDENT, "            __syncthreads();", ""),
+    "resident: the next copies before the barrier": (
+        RESIDENT, WAIT, WAIT + "            if (head + gridDim.x < group.n * A) begin(head + gridDim.x, 0, buffer ^ 1, "
+        "slot ^ 1);\n"),
+    "resident: keys of the other buffer": (RESIDENT, "ks = k + buffer * keys", "ks = k + (buffer ^ 1) * keys"),
+    "resident: values of the other buffer": (RESIDENT, "vs = v + buffer * keys", "vs = v + (buffer ^ 1) * keys"),
+    "resident: one buffer for all": (RESIDENT, "part++, buffer ^= 1", "part++"),
+    "resident: one place for queries": (RESIDENT, "gridDim.x, slot ^= 1", "gridDim.x"),
+    "resident: copies into the buffer in use": (RESIDENT, "buffer ^ 1, slot ^ 1)", "buffer, slot ^ 1)"),
+    "resident: keys read without the swizzle": (
+        RESIDENT, "k + j * E + place<E>(lane / 16 * 8 + lane % 8, 2 * e + lane / 8 % 2)",
+        "k + (j + lane / 16 * 8 + lane % 8) * E + 16 * e + lane / 8 % 2 * 8"),
+    "resident: values read without the swizzle": (
+        RESIDENT, "v + j * E + place<E>(lane % 16, 2 * e + lane / 16)",
+        "v + (j + lane % 16) * E + 16 * e + lane / 16 * 8"),
+    "resident: results put without the swizzle": (RESIDENT, "place<E>(g, n) + 2 * t", "g * E + 8 * n + 2 * t"),
+    "resident: results read at once": (RESIDENT, "        __syncwarp();\n", ""),
+    "resident: keys beyond the image": (RESIDENT, "c % 2 >= n)", "c % 2 >= n + 1)"),
+    "resident: no mask": (RESIDENT, "if (j + 16 > n) {", "if (false) {"),
+    "resident: rows beyond the image": (RESIDENT, "from + other * 8, first + row < N)", "from + other * 8, true)"),
+    "resident: results beyond the image": (RESIDENT, "if (row < left) *", "if (true) *"),
+    "resident: lse beyond the image": (RESIDENT, "t == 0 && row < left", "t == 0"),
+    "resident: keys turned by the next angles": (RESIDENT, ANGLE, ANGLE.replace("row", "row + 1")),
+    "resident: keys turned by the first part's angles": (RESIDENT, ANGLE, ANGLE.replace("(first + row)", "row")),
+    "resident: queries turned by other angles": (RESIDENT, "+ 16 * e + i / 2 * 8", "+ 16 * e + i % 2 * 8"),
+    "resident: queries turned by the first block's angles": (RESIDENT, "first + mine + 16 * m,", "mine + 16 * m,"),
+    "resident: odd rows turned back": (RESIDENT, "group.sin + at, row % 2)", "group.sin + at, false)"),
+    "resident: values turned": (RESIDENT, TURN, TURN + TURN.replace("ks", "vs")),
+    "resident: scale of E = 64": (RESIDENT, "LOG2E * rsqrtf(E)", "LOG2E * rsqrtf(64)"),
+    "resident: the top of two lanes": (RESIDENT, "__shfl_xor_sync(~0u, most[half], 2)", "most[half]"),
+    "resident: the top never rises": (RESIDENT, "SLACK = 8;", "SLACK = 1e3;"),
+    "resident: old sums not shrunk": (RESIDENT, "tile.sum[half] *= shrink", "tile.sum[half] *= 1"),
+    "resident: old results not shrunk": (RESIDENT, "tile.o[n][2 * half] *= shrink, ", ""),
+    "resident: lse of another head": (RESIDENT, "lse[a * n_tokens + token", "lse[a * N + token"),
+    "resident: first of the group": (RESIDENT, "group.first + head", "head"),
+    "resident: queries of the first block": (RESIDENT, "first = first_of(slot)", "first = 0"),
+    "resident: queries of another turn": (RESIDENT, "D, first_of(slot), rows", "D, first_of(slot ^ 1), rows"),
+    "resident: keys of the first part": (RESIDENT, "x + D, 3 * D, part * keys", "x + D, 3 * D, 0"),
+    "resident: a second tile is left out": (RESIDENT, "left > 16)", "left > 32)"),
+    "resident: shared memory of one buffer": (RESIDENT, "queries + 4 * keys * row", "queries + 2 * keys * row"),
+    "resident: f16 as if bfloat16": (RESIDENT, "dtype == Dtype::f16 ?", "dtype == Dtype::bf16 ?"),
+    "resident: wherever rows start": (RESIDENT, "if (!aligned(*g, out, qkv)) return", "if (false) return"),
     # what is never executed
     "assembly: products of float16": (MMA, 'MMA("f16")', 'MMA("bf16")'),
     "assembly: not transposed": (MMA, ".x4.trans.", ".x4."),

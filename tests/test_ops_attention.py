@@ -153,6 +153,24 @@ def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, caps
     for cached in ops.ways, ops.compiled_rotate:
         cached.cache_clear()
 
+
+@built
+def test_the_second_kernel_is_asked_for_by_its_name(monkeypatch):
+    """All groups in one call where they have chosen alike. A CPU has one kernel, which answers to both names."""
+    asked, right = [], torch.ops.nanodino.rope_attention
+    monkeypatch.setattr(torch.ops.nanodino, "rope_attention", lambda *a: asked.append((len(a[0]), a[4])) or right(*a))
+    arguments = make([2, 1], [(2, 2), (4, 4)], 2, 16)
+    exact = value_and_grad(by_hand, *arguments)
+    for choice, calls in ([(math.inf, "resident")], [(39, True)]), ([(10, "resident"), (math.inf, "kernel")],
+                                                                    [(18, True), (21, False)]):
+        monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), choice)
+        ops.ways.cache_clear(), ops.obstacle.cache_clear()
+        for ours, true in zip(with_kernels("auto", *arguments), exact, strict=True):
+            assert error(ours, true) < 1e-6
+        assert asked == [(84, False), (84, True), *calls]                 # the proof of first use asks both
+        asked.clear()
+    ops.ways.cache_clear(), ops.obstacle.cache_clear()
+
 # --------------------------------------------------------------------------------
 # What must not change the result
 

@@ -84,13 +84,13 @@ def check_loss(S, T, B, K, dtype, overwrite=False, shift=lambda x: x):
     assert over.max() < 1e-7
 
 
-def check_attention(n_images, grids, A, E, dtype):
+def check_attention(n_images, grids, A, E, dtype, resident=False):
     qkv, grad, n_images, rope, A = make(n_images, grids, A, E, dtype)
     tables = [table for pair in rope for table in pair]
     exact, exact_grad = value_and_grad(by_hand, qkv, grad, n_images, rope, A)
 
     def run():
-        out, lse = emulated.rope_attention(qkv, tables, n_images, A)
+        out, lse = emulated.rope_attention(qkv, tables, n_images, A, resident)
         return out, lse, emulated.rope_attention_backward(grad, qkv, out, lse, tables, n_images, A)
     out, lse, dqkv = same_in_both_orders(run)
     most = {BF16: 6e-3, F16: 8e-4}[dtype]
@@ -101,6 +101,46 @@ def check_attention(n_images, grids, A, E, dtype):
     for n, (cos, _) in zip(n_images, rope, strict=True):
         assert lse[:, start : start + n * len(cos)].isfinite().all()
         start += n * len(cos)
+
+
+def check_resident(n_images, grids, A, E, dtype, size=1, n_prefix=5, orders=2):
+    """Beside float64, if scores are not too large for 16 bits; beside the other kernel, which rounds where it does."""
+    qkv, _, n_images, rope, A = make(n_images, grids, A, E, dtype, n_prefix)
+    rest = [table for pair in rope for table in pair], n_images, A
+    qkv, found = qkv * size, []
+    for which in range(orders):
+        emulated.order(which)
+        found.append(emulated.rope_attention(qkv, *rest, True))
+    (out, lse), *others = found
+    assert all(torch.equal(a, b) for other in others for a, b in zip(found[0], other, strict=True))
+    emulated.order(0)
+    exact, other = by_hand(qkv, n_images, rope, A), emulated.rope_attention(qkv, *rest)
+    most = {BF16: 6e-3, F16: 8e-4}[dtype]
+    assert size > 1 or error(out, exact) < most                         # measured: 3.5e-3, 4.2e-4
+    assert error(out, other[0].double()) < most                         # measured: 3.5e-3, 4.2e-4
+    assert torch.allclose(lse, other[1], rtol=1e-6, atol=1e-5)          # measured: 3.8e-6
+
+
+def check_resident_nan(E):
+    """One in a key of an image's second head: that head is lost, and nothing else changes a bit."""
+    qkv, _, n_images, rope, A = make([2], [(4, 4)], 2, E, BF16)
+    rest = [table for pair in rope for table in pair], n_images, A
+    clean, _ = emulated.rope_attention(qkv, *rest, True)
+    qkv[7, 3 * E + 20] = torch.nan
+    out, _ = emulated.rope_attention(qkv, *rest, True)
+    assert out[:21, E:].isnan().all()
+    assert torch.equal(out[:21, :E], clean[:21, :E]) and torch.equal(out[21:], clean[21:])
+
+
+def check_resident_nobody(E):
+    """A group without images, and no group at all."""
+    with_nobody, without = ([table for pair in x[3] for table in pair]
+                            for x in (make([0, 2], [(4, 4), (2, 3)], 2, E, BF16), make([2], [(2, 3)], 2, E, BF16)))
+    qkv = make([2], [(2, 3)], 2, E, BF16)[0]
+    out, lse = emulated.rope_attention(qkv, with_nobody, [0, 2], 2, True)
+    alone = emulated.rope_attention(qkv, without, [2], 2, True)
+    assert torch.equal(out, alone[0]) and torch.equal(lse, alone[1])
+    assert emulated.rope_attention(qkv[:0], [], [], 2, True)[0].shape == (0, 2 * E)
 
 
 def check_refusal(off):
@@ -114,8 +154,9 @@ def check_refusal(off):
     with pytest.raises(RuntimeError, match="rope_attention_backward: misaligned address"):
         emulated.rope_attention_backward(given["dout"], given["qkv"], given["out"], lse, tables, *rest[1:])
     if off in ("qkv", "cos"):
-        with pytest.raises(RuntimeError, match="rope_attention: misaligned address"):
-            emulated.rope_attention(given["qkv"], tables, *rest[1:])
+        for resident, name in (False, "rope_attention"), (True, "rope_attention_resident"):
+            with pytest.raises(RuntimeError, match=f"{name}: misaligned address"):
+                emulated.rope_attention(given["qkv"], tables, *rest[1:], resident)
 
 
 def check_colours(H, W, shift=lambda x: x):
@@ -152,6 +193,15 @@ CHECKS = {  # name: check and its arguments; the smallest that reach each branch
     **{f"attention, misaligned {name}": (check_refusal, name) for name in ("dout", "qkv", "out", "cos")},
     "attention, two blocks, 64, f16": (check_attention, [1], [(12, 12)], 1, 64, F16),
     "attention, two blocks, 128, bf16": (check_attention, [1], [(16, 16)], 1, 128, BF16),
+    "resident, two groups, 64, f16": (check_attention, [2, 3], [(7, 7), (2, 3)], 2, 64, F16, True),
+    "resident, two groups, 128, bf16": (check_attention, [1, 2], [(3, 5), (1, 1)], 2, 128, BF16, True),
+    "resident, three turns of a block": (check_resident, [5], [(4, 4)], 2, 64, BF16),
+    "resident, two parts, 128": (check_resident, [2], [(16, 16)], 2, 128, BF16),
+    "resident, the top rises": (check_resident, [2], [(7, 7)], 1, 64, BF16, 4),
+    "resident, a key that is all": (check_resident, [1], [(5, 7)], 1, 128, F16, 4),
+    **{f"resident, one NaN, {E}": (check_resident_nan, E) for E in (64, 128)},
+    **{f"resident, nobody, {E}": (check_resident_nobody, E) for E in (64, 128)},
+    "resident, misaligned qkv": (check_refusal, "qkv"),
     "colours, by four": (check_colours, 44, 36),                        # two bands of the blur
     "colours, by one": (check_colours, 23, 37),
     "colours, off by one": (check_colours, 12, 16, off_by_one),
@@ -180,8 +230,28 @@ def test_kernels_started_in_a_pass(n, K, first, next_):
 
 
 @needs_compiler
+@pytest.mark.parametrize("E, dtype", [(64, BF16), (128, F16)], ids=str)
+@pytest.mark.parametrize("grid", [(0, 0), (7, 7), (14, 14), (16, 16), (15, 21)], ids=str)
+def test_resident_attention_at_every_order_of_threads(grid, E, dtype):
+    """N = 1, 54, 201, 261, 320; ten orders give the same bits."""
+    check_resident([1], [grid], 1, E, dtype, n_prefix=1 if grid == (0, 0) else 5, orders=10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("grid, E, shared", [
+    ((16, 16), 64, 2 * 128 * (9 * 32 + 2 * 272)),   # N = 261: nine warps of 32 queries; all keys and values at once
+    ((16, 16), 128, 2 * 256 * (9 * 16 + 2 * 144)),  # two blocks a head, keys in two parts
+    ((15, 21), 64, 2 * 128 * (10 * 32 + 2 * 160)), ((15, 21), 128, 2 * 256 * (10 * 16 + 2 * 112)),
+    ((2, 4), 64, 2 * 128 * (32 + 2 * 16))], ids=str)
+def test_what_resident_attention_shares(grid, E, shared):
+    qkv, _, n_images, rope, A = make([1], [grid], 1, E, BF16)
+    emulated.rope_attention(qkv, [table for pair in rope for table in pair], n_images, A, True)
+    assert emulated.shared() == shared <= 232448                        # bytes; the most that a block may have
+
+
+@needs_compiler
 @pytest.mark.parametrize("names", [["sinkhorn"], ["assignment_loss"], ["colours"],
-                                   ["rope_attention_forward", "rope_attention_backward"]], ids=str)
+                                   [f"rope_attention_{way}" for way in ("forward", "resident", "backward")]], ids=str)
 def test_kernels_pass_their_own_checks(names, tmp_path):
     """The mains that need no torch, for nvcc on a machine with a GPU."""
     build = ROOT / "build/emulated"
@@ -222,6 +292,10 @@ template <bool TRANSPOSED> __global__ void matrices(uint32_t* to) {
     if (TRANSPOSED) load_matrices_transposed(r, row); else load_matrices(r, row);
     for (int i = 0; i < 4; i++) to[4 * threadIdx.x + i] = r[i];
 }
+__global__ void copy(float* x) {
+    copy_async(shared_memory<float>() + threadIdx.x * 4, x, threadIdx.x < *x);
+    wait_for_copies();
+}
 __global__ void power(float* x) { *x = exp2_fast(*x); }
 template __global__ void product<__half>(float*, const uint32_t*);
 template __global__ void product<__nv_bfloat16>(float*, const uint32_t*);
@@ -241,7 +315,7 @@ def check_assembly(csrc, arch, folder):
     (folder / "probe.cu").write_text(PROBE)
     subprocess.run([NVCC, "-std=c++20", f"-arch={arch}", "-cubin", f"-I{csrc}", "probe.cu"], cwd=folder, check=True)
     code = subprocess.run([disassembler(), "-c", folder / "probe.cubin"], capture_output=True, text=True).stdout
-    kernels = {name: re.findall(r"(HMMA|LDSM|MUFU)(\S*)", body)
+    kernels = {name: re.findall(r"(HMMA|LDSM|MUFU|LDGSTS|LDGDEPBAR)(\S*)", body)
                for name, body in re.findall(r"\n\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", code, flags=re.S)}
     assert kernels == {
         "_Z7productI6__halfEvPfPKj": [("HMMA", ".16816.F32")],
@@ -249,6 +323,7 @@ def check_assembly(csrc, arch, folder):
         "_Z8matricesILb0EEvPj": [("LDSM", ".16.M88.4")],
         "_Z8matricesILb1EEvPj": [("LDSM", ".16.MT88.4")],
         "_Z5powerPf": [("MUFU", ".EX2")],
+        "_Z4copyPf": [("LDGSTS", ".E.BYPASS.128"), ("LDGDEPBAR", "")],
     }
 
 
@@ -256,6 +331,16 @@ def check_assembly(csrc, arch, folder):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_assembly_becomes_the_instructions_it_names(arch, tmp_path):
     check_assembly(ROOT / "csrc", arch, tmp_path)
+
+
+@pytest.mark.skipif(not NVCC.exists(), reason="needs nvcc")
+def test_resident_attention_fits_its_registers(tmp_path):
+    """Three warps to a quarter of a multiprocessor, which has 16,384 of them; nothing spilled."""
+    flags = "-std=c++20", "-O3", "-arch=sm_90a", "-cubin", "--ptxas-options=-v", "-o", tmp_path / "resident.cubin"
+    done = subprocess.run([NVCC, *flags, ROOT / "csrc/rope_attention_resident.cu"], capture_output=True, text=True)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(registers) == 4 and max(registers) * 32 * 3 <= 16384     # measured: 164, 168
+    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 4
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
