@@ -343,7 +343,7 @@ def attention_by_parts(x, cos, sin, way):
 
 if BUILT:
     @torch.library.register_fake("nanodino::rope_attention")
-    def _(qkv, tables, n_images, heads, resident=False):
+    def _(qkv, tables, n_images, heads, resident):
         return qkv.new_empty(len(qkv), qkv.shape[1] // 3), qkv.new_empty(heads, len(qkv), dtype=torch.float32)
 
     @torch.library.register_fake("nanodino::rope_attention_backward")

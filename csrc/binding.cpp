@@ -384,7 +384,7 @@ TORCH_LIBRARY(nanodino, m) {
           "float student_temp, float teacher_temp) -> (Tensor losses, Tensor grad)");
     m.def("assignment_loss_(Tensor(a!) student, Tensor teacher, Tensor log_u, Tensor weights, Tensor pairs, "
           "float student_temp, float teacher_temp) -> Tensor");
-    m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads, bool resident=False) -> "
+    m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads, bool resident) -> "
           "(Tensor, Tensor)");
     m.def("rope_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor[] tables, int[] n_images, "
           "int heads) -> Tensor");

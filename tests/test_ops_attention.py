@@ -189,8 +189,8 @@ def test_operator_keeps_its_promises(device):
     qkv, grad, n_images, rope, A = make([2, 1], [(3, 3), (2, 2)], 2, 64, torch.bfloat16, device=device)
     tables = [x for pair in rope for x in pair]
     qkv.requires_grad_()
-    torch.library.opcheck(torch.ops.nanodino.rope_attention, (qkv, tables, n_images, A))
-    out, lse = torch.ops.nanodino.rope_attention(qkv, tables, n_images, A)
+    torch.library.opcheck(torch.ops.nanodino.rope_attention, (qkv, tables, n_images, A, False))
+    out, lse = torch.ops.nanodino.rope_attention(qkv, tables, n_images, A, False)
     assert out.requires_grad and not lse.requires_grad
     arguments = grad, qkv.detach(), out.detach(), lse, tables, n_images, A
     torch.library.opcheck(torch.ops.nanodino.rope_attention_backward, arguments)
