@@ -77,7 +77,7 @@ def test_an_extension_of_another_torch(capsys, monkeypatch):
     (lambda m: m.setattr(doctor, "DISK", 1e18), "GB are free in ./runs: --out on a larger disk"),
     (lambda m: m.setattr(doctor, "SHARED", 1e18), "in /dev/shm: docker run --shm-size 8g"),
     (lambda m: m.setattr(doctor, "version", lambda name: "0.1"), "torch 0.1 is older than 2.11: pip install -U torch"),
-    (lambda m: m.setattr(doctor, "TESTED", dict(timm="9.9")), "timm .*: tested with 9.9; pip install -U timm"),
+    (lambda m: m.setattr(doctor, "TESTED", dict(numpy="9.9")), "numpy .*: tested with 9.9; pip install -U numpy"),
     (lambda m: m.setattr(ops, "BUILT", False), "csrc is not built, and there is a compiler: python setup.py"),
     (lambda m: m.setattr(ops, "describe", lambda device: "csrc, as it was built before its last change: x"),
      "csrc is older than its sources: python setup.py"),
