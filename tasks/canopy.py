@@ -106,8 +106,8 @@ def begun(width, mean):
     """
     A DPT that answers with the mean height everywhere.
 
-    differs: nothing is stated. As layers begin elsewhere it says 34 m, and what brings that down to the trees leaves a
-             constant: 300 steps on `shapes` found no more than the median
+    differs: nothing is stated. As layers begin elsewhere it says 34 m, and the first steps bring that down alone: after
+             90 on `shapes` at 80 pixels it was at the median's error, from the mean well below
     """
     head = dpt.Head(width, class_token=True)
     dpt.start(head, shares_of(mean, dpt.sized(width).n_out))
