@@ -36,7 +36,7 @@ OPS = "sinkhorn", "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "rope_
 KERNELS = {(op, key.lower()) for op in OPS for key in ("CPU", "CUDA")  # asked once: torch.compile cannot
            if BUILT and hasattr(torch.ops.nanodino, op)  # else built before it was there
            and torch._C._dispatch_has_kernel_for_dispatch_key(f"nanodino::{op}", key)}
-BACKENDS = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CPU_BF16 = torch.cpu._is_avx512_bf16_supported()
 *LEVELS, LEVEL = torch.ops.nanodino.cpu_levels() if BUILT else [""]  # of this processor; the one that runs
 mode = "auto"
@@ -45,12 +45,12 @@ mode = "auto"
 # Which path runs
 
 # {(op, device): [(up to so many tokens, or prototypes; path)]}. Paths: kernel, csrc's; resident, its second one for
-# attention on CUDA; sdpa, the definition, whose attention is PyTorch's; flash and cudnn, the same with the rotation
-# compiled and that backend first.
+# attention on CUDA; sdpa, the definition, whose attention is PyTorch's; cudnn, the same with the rotation compiled and
+# that backend first.
 OURS = {"kernel", "resident"}
 CHOICES = {(op, device): [(inf, "kernel")] for op in OPS for device in ("cpu", "cuda")}
-# H100 and H200: predicted from bytes and registers, not measured; `make gpu-bench-2` and -3 print what to put here
-CHOICES["rope_attention", "cuda"] = [(64, "kernel"), (320, "flash"), (inf, "cudnn")]
+# the quickest both ways on an H200 (`make gpu-bench-3`); from 201 tokens on the definition, compiled whole, is quicker
+CHOICES["rope_attention", "cuda"] = [(64, "resident"), (inf, "cudnn")]
 if LEVEL == "baseline" and platform.machine() in ("x86_64", "AMD64"):  # each fused multiply-add by way of double:
     CHOICES["rope_attention", "cpu"] = [(inf, "sdpa")]                 # a tenth to a half of PyTorch's speed, LOG.md
 
@@ -330,11 +330,10 @@ def attention_kernel(qkv, n_images, rope, heads, way="kernel"):
 
 
 def attention_by_parts(x, cos, sin, way):
-    """Rotation, then attention, of one crop group.    x  B N 3 A E    way  sdpa, flash or cudnn    returns  (B N) D"""
+    """Rotation, then attention, of one crop group.    x  B N 3 A E    way  sdpa or cudnn    returns  (B N) D"""
     turn, backends = rotate, nullcontext()
     if way != "sdpa":
-        turn, first = compiled_rotate(), dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)[way]
-        backends = sdpa_kernel([first, *(kind for kind in BACKENDS if kind != first)], set_priority=True)
+        turn, backends = compiled_rotate(), sdpa_kernel(BACKENDS, set_priority=True)
     q, k = turn(x[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                 # 2 of B A N E
     with backends:
         y = attention(q, k, x[:, :, 2].transpose(1, 2))                       # B A N E

@@ -137,8 +137,8 @@ def test_not_a_number_stays_one_and_stays_in_its_image(choice):
 
 @built
 def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, capsys):
-    """A kernel for 9 tokens, SDPA with either backend first for 21 and 41; without a GPU the rotation is eager."""
-    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), [(10, "kernel"), (30, "flash"), (math.inf, "cudnn")])
+    """A kernel for 9 tokens, SDPA for 21, with cuDNN first for 41; without a GPU the rotation is eager."""
+    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), [(10, "kernel"), (30, "sdpa"), (math.inf, "cudnn")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     taken, by_parts, by_kernel = [], ops.attention_by_parts, ops.attention_kernel
     monkeypatch.setattr(ops, "attention_by_parts", lambda *a: taken.append((a[0].shape[1], a[3])) or by_parts(*a))
@@ -149,7 +149,7 @@ def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, caps
     exact = value_and_grad(by_hand, *arguments)
     for ours, true in zip(with_kernels("auto", *arguments), exact, strict=True):
         assert error(ours, true) < 1e-6
-    assert taken == [(9, "kernel"), (21, "flash"), (41, "cudnn")]
+    assert taken == [(9, "kernel"), (21, "sdpa"), (41, "cudnn")]
     if not CUDA or not torch.cuda.device_count():
         assert "ops: no torch.compile here" in capsys.readouterr().out
     for cached in ops.ways, ops.compiled_rotate:
