@@ -47,10 +47,11 @@ class Products(TorchDispatchMode):
         elif name == BACK._qualified_op_name:
             self.attend(args[0].shape, back=True)
         elif name in ("nanodino::rope_attention", "nanodino::rope_attention_backward"):
-            *_, tables, n_images, heads = args
+            back = name.endswith("backward")
+            tables, n_images, heads = args[4:] if back else args[1:4]
             for cos, B in zip(tables[::2], n_images, strict=True):
                 shape = B, heads, len(cos), 2 * cos.shape[-1]                              # B A N E
-                self.attend(shape, name.endswith("backward"))
+                self.attend(shape, back)
         return out
 
     def stand_in(self, x):
