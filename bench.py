@@ -423,7 +423,7 @@ ON_A_GPU = {f"check-{op}": partial(check, op) for op in versus.CASES} | {
 # whose rehearsal runs the CUDA kernels; those of attention read no float32, which the trainer's first runs are in
 REHEARSED = {"gpu-2", "gpu-3", "gpu-4", *(f"check-{op}" for op in versus.CASES)}
 EMULATED = ("sinkhorn", "sinkhorn_pass", "sinkhorn_targets", "assignment_loss", "assignment_loss_", "rope_attention",
-            "rope_attention_backward", "colours")
+            "colours")
 
 
 @contextmanager

@@ -44,13 +44,13 @@ mode = "auto"
 # --------------------------------------------------------------------------------
 # Which path runs
 
-# {(op, device): [(up to so many tokens, or prototypes; path)]}. Paths: kernel, csrc's; resident, its second one for
-# attention on CUDA; sdpa, the definition, whose attention is PyTorch's; cudnn, the same with the rotation compiled and
-# that backend first.
-OURS = {"kernel", "resident"}
+# {(op, device): [(up to so many prototypes, or tokens x E; path)]}. Paths: kernel, csrc's; sdpa, the definition, whose
+# attention is PyTorch's; cudnn, the same with the rotation compiled and that backend first; compiled, the definition in
+# one torch.compile.
 CHOICES = {(op, device): [(inf, "kernel")] for op in OPS for device in ("cpu", "cuda")}
-# the quickest both ways on an H200 (`make gpu-bench-3`); from 201 tokens on the definition, compiled whole, is quicker
-CHOICES["rope_attention", "cuda"] = [(64, "resident"), (inf, "cudnn")]
+# the quickest on an H200 (`make gpu-bench-3`): forward alone, and to train, of which csrc has only the CPU's backward
+CHOICES["rope_attention", "cuda"] = [(264 * 64, "kernel"), (inf, "cudnn")]
+CHOICES["rope_attention", "cuda", "trained"] = [(inf, "compiled")]
 if LEVEL == "baseline" and platform.machine() in ("x86_64", "AMD64"):  # each fused multiply-add by way of double:
     CHOICES["rope_attention", "cpu"] = [(inf, "sdpa")]                 # a tenth to a half of PyTorch's speed, LOG.md
 
@@ -84,9 +84,10 @@ def have(op, device):
 
 
 def path(op, x, size, E=0):
-    """What runs on x, of so many tokens or prototypes, with heads E wide: see CHOICES."""
+    """What runs on x, of so many prototypes or tokens x E, with heads E wide: see CHOICES."""
     if mode != "off":
-        for most, name in constant_ways(op, readable(op, x), E, x.device, mode):
+        trained = x.requires_grad and torch.is_grad_enabled()
+        for most, name in constant_ways(op, readable(op, x), E, x.device, mode, trained):
             if size <= most:
                 return name
     return "sdpa"
@@ -98,25 +99,27 @@ def constant_ways(*key):
 
 
 @cache
-def ways(op, dtype, E, device, mode):
+def ways(op, dtype, E, device, mode, trained):
     """
     CHOICES for such tensors, with the definition where the kernel cannot run: it takes none such, or is not right on
     this device, which its first use finds out in milliseconds. One line says so; ValueError under --kernels on.
     """
     if not have(op, device):
         return ()
-    names = OURS.intersection(name for _, name in CHOICES[op, device.type])
-    why = obstacle(op, dtype, E, str(device), "resident" in names) if names else None
+    choices = CHOICES[op, device.type]
+    if trained:
+        choices = CHOICES.get((op, device.type, "trained"), choices)
+    why = obstacle(op, dtype, E, str(device)) if "kernel" in dict(choices).values() else None
     if why and mode == "on":
         raise ValueError(f"--kernels on: {op} in {str(dtype)[6:]} on {device}: {why}; take --kernels auto")
-    return tuple((most, "sdpa" if why and name in OURS else name) for most, name in CHOICES[op, device.type])
+    return tuple((most, "sdpa" if why and name == "kernel" else name) for most, name in choices)
 
 
 @cache
-def obstacle(op, dtype, E, device, resident):
+def obstacle(op, dtype, E, device):
     check_level()
     from engine.proof import failure  # here, as who runs definitions alone needs no proof
-    why = failure(op, dtype, E, device, resident)
+    why = failure(op, dtype, E, device)
     if why and mode != "on":
         print(f"ops: {op} in {str(dtype)[6:]} on {device}: {why}; its definition in PyTorch runs", flush=True)
     return why
@@ -133,9 +136,10 @@ def describe(device):
     sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).with_name("csrc").glob("*")))
     if crc32(sources) != torch.ops.nanodino.built_from():
         return "csrc, as it was built before its last change: run python setup.py build_ext --inplace"
-    level, steps = f" {LEVEL}" if device.type == "cpu" else "", CHOICES["rope_attention", device.type]
-    attention = ", ".join(name if most == inf else f"{name} to {most} tokens" for most, name in steps)
-    return f"csrc{level}" + ("" if attention == "kernel" else f", attention by {attention}")
+    level, key = f" {LEVEL}" if device.type == "cpu" else "", ("rope_attention", device.type)
+    said = [", ".join(name if most == inf else f"{name} to {most // 64} tokens of 64" for most, name in CHOICES[how])
+            for how in (key, (*key, "trained")) if how in CHOICES]
+    return f"csrc{level}" + ("" if said == ["kernel"] else f", attention by {'; to train '.join(said)}")
 
 # --------------------------------------------------------------------------------
 # Sinkhorn-Knopp and the cross-entropies of its assignments
@@ -274,16 +278,16 @@ def rotate(x, cos, sin):
 
 
 @cache
-def compiled_rotate():
-    """rotate in one pass over memory; as it is, with a line, where torch.compile cannot."""
-    fused = torch.compile(rotate)
+def compiled(function):
+    """function(x, cos, sin), x  B N 3 A E, as torch.compile makes it; as it is, with a line, where it cannot."""
+    whole = torch.compile(function)
     try:
-        x = torch.zeros(1, 2, 2, 1, 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        fused(x, *torch.ones(2, 2, 1, 1, 2, device="cuda")).sum().backward()
+        x = torch.zeros(1, 2, 3, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        whole(x, *torch.ones(2, 2, 1, 1, 32, device="cuda")).sum().backward()
     except Exception as error:  # of Triton, of a missing C compiler, of the driver; the eager one is right anyway
-        print(f"ops: no torch.compile here ({str(error).splitlines()[0]}); rotations run eagerly", flush=True)
-        return rotate
-    return fused
+        print(f"ops: no torch.compile here ({str(error).splitlines()[0]}); {function.__name__} is eager", flush=True)
+        return function
+    return whole
 
 
 def attention(q, k, v):
@@ -308,32 +312,35 @@ def rope_attention(qkv, n_images, rope, heads):
     rope      cos, sin of each crop group, N 1 1 E/2 float32 each, as from rope_tables: N is read off them
     returns   T D: heads side by side, as the projection wants them
 
-    The kernels keep qkv, the result and a float32 for each token and head for the backward pass, and turn again there.
-    On a CPU they take bfloat16 and float32, on CUDA bfloat16 and float16 with E = 64 or 128; else the definition runs.
+    On a CPU the kernel takes bfloat16 and float32, keeps qkv, the result and a float32 for each token and head for the
+    backward pass, and turns again there; on CUDA it takes bfloat16 and float16 with E = 64 or 128, and has no backward
+    pass. Else the definition runs.
     """
     kind, E = qkv.device.type, qkv.shape[1] // (3 * heads)
     if kind != "meta" and torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
-    ways = [path("rope_attention", qkv, len(cos), E) for cos, _ in rope]
-    if OURS.issuperset(ways) and len(set(ways)) < 2:
-        return attention_kernel(qkv, n_images, rope, heads, *ways[:1])
+    ways = [path("rope_attention", qkv, len(cos) * E, E) for cos, _ in rope]
+    if {"kernel"}.issuperset(ways):
+        return attention_kernel(qkv, n_images, rope, heads)
     rows = qkv.split([n * len(cos) for n, (cos, _) in zip(n_images, rope, strict=True)])
-    out = [attention_kernel(x, [n], [angles], heads, way) if way in OURS else
+    out = [attention_kernel(x, [n], [angles], heads) if way == "kernel" else
            attention_by_parts(x.view(n, len(angles[0]), 3, heads, E), *angles, way)
            for x, n, angles, way in zip(rows, n_images, rope, ways, strict=True)]
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
-def attention_kernel(qkv, n_images, rope, heads, way="kernel"):
+def attention_kernel(qkv, n_images, rope, heads):
     tables = [table for pair in rope for table in pair]
-    return torch.ops.nanodino.rope_attention(qkv, tables, n_images, heads, way == "resident")[0]
+    return torch.ops.nanodino.rope_attention(qkv, tables, n_images, heads)[0]
 
 
-def attention_by_parts(x, cos, sin, way):
-    """Rotation, then attention, of one crop group.    x  B N 3 A E    way  sdpa or cudnn    returns  (B N) D"""
+def attention_by_parts(x, cos, sin, way="sdpa"):
+    """Rotation, then attention, of one crop group.    x  B N 3 A E    way  see CHOICES    returns  (B N) D"""
     turn, backends = rotate, nullcontext()
-    if way != "sdpa":
-        turn, backends = compiled_rotate(), sdpa_kernel(BACKENDS, set_priority=True)
+    if way != "sdpa" and not torch.compiler.is_compiling():
+        if way == "compiled":
+            return compiled(attention_by_parts)(x, cos, sin)
+        turn, backends = compiled(rotate), sdpa_kernel(BACKENDS, set_priority=True)
     q, k = turn(x[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                 # 2 of B A N E
     with backends:
         y = attention(q, k, x[:, :, 2].transpose(1, 2))                       # B A N E
@@ -342,7 +349,7 @@ def attention_by_parts(x, cos, sin, way):
 
 if BUILT:
     @torch.library.register_fake("nanodino::rope_attention")
-    def _(qkv, tables, n_images, heads, resident):
+    def _(qkv, tables, n_images, heads):
         return qkv.new_empty(len(qkv), qkv.shape[1] // 3), qkv.new_empty(heads, len(qkv), dtype=torch.float32)
 
     @torch.library.register_fake("nanodino::rope_attention_backward")
@@ -350,14 +357,14 @@ if BUILT:
         return torch.empty_like(qkv)
 
     def keep_qkv(ctx, inputs, output):
-        qkv, tables, ctx.n_images, ctx.heads, _ = inputs
+        qkv, tables, ctx.n_images, ctx.heads = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(qkv, *output, *tables)
 
     def grad_qkv(ctx, dout, _):
         qkv, out, lse, *tables = ctx.saved_tensors
         rest = qkv, out, lse, tables, ctx.n_images, ctx.heads
-        return torch.ops.nanodino.rope_attention_backward(dout.contiguous(), *rest), [None] * len(tables), *[None] * 3
+        return torch.ops.nanodino.rope_attention_backward(dout.contiguous(), *rest), [None] * len(tables), None, None
 
     torch.library.register_autograd("nanodino::rope_attention", grad_qkv, setup_context=keep_qkv)
 

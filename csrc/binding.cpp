@@ -143,9 +143,8 @@ static std::vector<RopeGroup> rope_groups(const char* who, const Tensor& qkv, at
     return groups;
 }
 
-// resident: by the second of the two CUDA kernels; a CPU has one
 static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorList tables, at::IntArrayRef n_images,
-                                                 int64_t heads, bool resident) {
+                                                 int64_t heads) {
     const auto groups = rope_groups("rope_attention", qkv, tables, n_images, heads);
     const int64_t T = qkv.size(0), D = qkv.size(1) / 3;
     const Dtype dtype = dtype_of("rope_attention", qkv);
@@ -154,9 +153,9 @@ static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorLi
     if (qkv.is_cuda()) {
         const c10::cuda::CUDAGuard guard(qkv.device());
         const Tensor x = aligned(qkv);
-        const auto launch = resident ? rope_attention_resident_cuda : rope_attention_cuda;
-        C10_CUDA_CHECK(launch(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), x.const_data_ptr(), groups.data(),
-                              groups.size(), T, heads, D / heads, dtype, c10::cuda::getCurrentCUDAStream()));
+        C10_CUDA_CHECK(rope_attention_cuda(out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), x.const_data_ptr(),
+                                           groups.data(), groups.size(), T, heads, D / heads, dtype,
+                                           c10::cuda::getCurrentCUDAStream()));
         return {out, lse};
     }
 #endif
@@ -165,6 +164,7 @@ static std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, at::TensorLi
     return {out, lse};
 }
 
+// on a CPU alone
 static Tensor rope_attention_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                       at::TensorList tables, at::IntArrayRef n_images, int64_t heads) {
     const char* who = "rope_attention_backward";
@@ -175,18 +175,6 @@ static Tensor rope_attention_backward(const Tensor& dout, const Tensor& qkv, con
     check(who, "lse", lse, {heads, T}, qkv, at::kFloat);
     const Dtype dtype = dtype_of(who, qkv);
     Tensor dqkv = at::empty_like(qkv);
-#ifdef WITH_CUDA
-    if (qkv.is_cuda()) {
-        const c10::cuda::CUDAGuard guard(qkv.device());
-        Tensor delta = at::empty_like(lse);
-        const Tensor d = aligned(dout), x = aligned(qkv), o = aligned(out);
-        C10_CUDA_CHECK(rope_attention_backward_cuda(
-            dqkv.mutable_data_ptr(), delta.mutable_data_ptr<float>(), d.const_data_ptr(), x.const_data_ptr(),
-            o.const_data_ptr(), lse.const_data_ptr<float>(), groups.data(), groups.size(), T, heads, D / heads, dtype,
-            c10::cuda::getCurrentCUDAStream()));
-        return dqkv;
-    }
-#endif
     AT_LEVEL(rope_attention_backward_cpu(dqkv.mutable_data_ptr(), dout.const_data_ptr(), qkv.const_data_ptr(),
                                          out.const_data_ptr(), lse.const_data_ptr<float>(), groups.data(),
                                          groups.size(), T, heads, D / heads, dtype, at::get_num_threads()));
@@ -384,8 +372,7 @@ TORCH_LIBRARY(nanodino, m) {
           "float student_temp, float teacher_temp) -> (Tensor losses, Tensor grad)");
     m.def("assignment_loss_(Tensor(a!) student, Tensor teacher, Tensor log_u, Tensor weights, Tensor pairs, "
           "float student_temp, float teacher_temp) -> Tensor");
-    m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads, bool resident) -> "
-          "(Tensor, Tensor)");
+    m.def("rope_attention(Tensor qkv, Tensor[] tables, int[] n_images, int heads) -> (Tensor, Tensor)");
     m.def("rope_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor[] tables, int[] n_images, "
           "int heads) -> Tensor");
     m.def("cut(Tensor image, int[] box, bool flip, int size) -> Tensor");
@@ -398,7 +385,6 @@ static void implement(torch::Library& m) {  // each looks at its tensors' device
     m.impl("assignment_loss", assignment_loss);
     m.impl("assignment_loss_", assignment_loss_);
     m.impl("rope_attention", rope_attention);
-    m.impl("rope_attention_backward", rope_attention_backward);
     m.impl("colours", colours);
 }
 
@@ -406,6 +392,7 @@ TORCH_LIBRARY_IMPL(nanodino, CPU, m) {
     implement(m);
     m.impl("cut", cut);
     m.impl("sinkhorn", sinkhorn);
+    m.impl("rope_attention_backward", rope_attention_backward);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(nanodino, CUDA, m) { implement(m); }

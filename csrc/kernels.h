@@ -32,15 +32,9 @@ cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student,
                                  int64_t S, int64_t T, int64_t B, int64_t K, double student_temp, double teacher_temp,
                                  Dtype dtype, cudaStream_t stream);
 
-// csrc/rope_attention_forward.cu, rope_attention_resident.cu, rope_attention_backward.cu    the first two do the same;
-// E = 64 or 128; f16 or bf16; delta  A T, of any content; tensors and tables must start on 16 bytes
+// csrc/rope_attention.cu    E = 64 or 128; f16 or bf16; tensors and tables must start on 16 bytes
 cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
                                 int64_t T, int A, int E, Dtype dtype, cudaStream_t stream);
-cudaError_t rope_attention_resident_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
-                                         int64_t T, int A, int E, Dtype dtype, cudaStream_t stream);
-cudaError_t rope_attention_backward_cuda(void* dqkv, float* delta, const void* dout, const void* qkv, const void* out,
-                                         const float* lse, const RopeGroup* groups, int n_groups, int64_t T, int A,
-                                         int E, Dtype dtype, cudaStream_t stream);
 
 // csrc/colours.cu    scratch: so many bytes, of any content; H, width from 5, 2^24 pixels at most; scale, shift  3, on
 // the host

@@ -264,15 +264,23 @@ void rope_attention_backward_cpu(void* dqkv, const void* dout, const void* qkv, 
 
 using namespace LEVEL;
 
-int main() {
-    return check({{2, 1, 2, 8}, {1, 21, 2, 64}, {2, 30, 1, 32}, {1, 103, 1, 64}, {1, 40, 1, 128}, {1, 9, 1, 12}}, 1e-5,
-                 [](const Problem& p, Floats& out, Floats& dqkv) {
-        const RopeGroup group{0, p.B, p.N, p.cos.data(), p.sin.data()};
-        const int64_t T = p.B * p.N;
-        Floats lse(p.A * T);
-        rope_attention_cpu(out.data(), lse.data(), p.qkv.data(), &group, 1, T, p.A, p.E, Dtype::f32, 2);
-        rope_attention_backward_cpu(dqkv.data(), p.dout.data(), p.qkv.data(), out.data(), lse.data(), &group, 1, T,
-                                    p.A, p.E, Dtype::f32, 2);
-    });
+int main() {  // E from 8 on, of any width; one group and two
+    bool good = true;
+    for (int E : {8, 12, 32, 64, 128})
+        for (const auto& groups : {std::vector<Crops>{{2, 1}, {1, 21}}, {{1, 103}}})
+            good &= check("float32", Problem(groups, groups.size(), E), 1e-5,
+                          [](const Problem& p, Floats& out, Floats& dqkv) {
+                std::vector<RopeGroup> groups;
+                int64_t first = 0;
+                for (size_t g = 0; g < p.groups.size(); first += p.groups[g].n * p.groups[g].N, g++)
+                    groups.push_back({first, p.groups[g].n, p.groups[g].N, p.cos[g].data(), p.sin[g].data()});
+                Floats lse(p.A * p.T);
+                dqkv.resize(p.qkv.size());
+                rope_attention_cpu(out.data(), lse.data(), p.qkv.data(), groups.data(), groups.size(), p.T, p.A, p.E,
+                                   Dtype::f32, 2);
+                rope_attention_backward_cpu(dqkv.data(), p.dout.data(), p.qkv.data(), out.data(), lse.data(),
+                                            groups.data(), groups.size(), p.T, p.A, p.E, Dtype::f32, 2);
+            });
+    return !good;
 }
 #endif

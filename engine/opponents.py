@@ -28,10 +28,17 @@ def with_kernels(choice, function, *arguments):
         ops.use_kernels(before)
 
 
-def by_kernels(function, *arguments, way="kernel"):
-    """One call in which the kernels run, where they are built, whatever ops.CHOICES prefers; arguments must fit."""
+def by_kernels(function, *arguments):
+    """
+    One call in which the kernels run, where they are built, whatever ops.CHOICES prefers; arguments must fit. Those
+    without a backward pass do so only where none is asked for.
+    """
     before = ops.path
-    ops.path = (lambda *_: way) if ops.BUILT else before
+
+    def kernel(op, x, *rest):
+        trained = x.requires_grad and (op, x.device.type, "trained") in ops.CHOICES
+        return before(op, x, *rest) if trained else "kernel"
+    ops.path = kernel if ops.BUILT else before
     try:
         return function(*arguments)
     finally:

@@ -66,7 +66,7 @@ from train import (
 )
 
 # of a rehearsal: the smallest run that has everything a run has
-TINY = ("--steps 2 --batch 2 --n_local 1 --global_size 32 --local_size 16 --n_shapes 4 --dino_prototypes 32 "
+TINY = ("--steps 3 --batch 2 --n_local 1 --global_size 32 --local_size 16 --n_shapes 4 --dino_prototypes 32 "
         "--ibot_prototypes 32 --dino_hidden 32 --ibot_hidden 32 --depth 1 --workers 0").split()
 
 
@@ -241,16 +241,24 @@ def trainer(machine, report, config):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         train = partial(trained, folder, dry=config.dry)
-        base = train("cpu", *argv, "--device", "cpu", "--precision", "fp32", "--kernels", "off")
-        argv += ["--device", machine.kind]
-        for precision, most in [("fp32", 1e-3), ("bf16", 3e-2)] + [("fp8", 5e-2)] * fp8.there(machine.device):
-            for kernels in "off", "auto":
-                found = train(f"{precision}-{kernels}", *argv, "--precision", precision, "--kernels", kernels)
-                report.add("steps of tiny beside the CPU's in fp32", precision=precision, kernels=kernels,
-                           **beside(found, base, most))
-        train("again", *argv, "--precision", "fp32")
-        train("resumed", *argv, "--precision", "fp32", "--stop_after", 1 if config.dry else 10)
-        train("resumed", "--resume", "--device", machine.kind)
+        plain = "--device", "cpu", "--precision", "fp32", "--kernels", "off"
+        train("start", *argv, *plain, "--stop_after", 1)   # all go on from it: devices draw others
+
+        def follow(name, *argv):
+            shutil.copytree(folder / "start", folder / name)
+            return later(train(name, "--resume", *argv))
+        on = "--device", machine.kind
+        precisions = [("fp32", 1e-3), ("bf16", 3e-2)] + [("fp8", 5e-2)] * fp8.there(machine.device)
+        found = {(*each, kernels): follow(f"{each[0]}-{kernels}", *on, "--precision", each[0], "--kernels", kernels)
+                 for each in precisions for kernels in ("off", "auto")}
+        base = follow("cpu", *plain)
+        for (precision, most, kernels), run in found.items():
+            report.add("steps of tiny beside the CPU's in fp32", precision=precision, kernels=kernels,
+                       **beside(run, base, most))
+        exact = *on, "--precision", "fp32", "--kernels", "auto"
+        follow("again", *exact)
+        follow("resumed", *exact, "--stop_after", 1 if config.dry else 10)
+        train("resumed", "--resume", *exact)
         for name in "again", "resumed":
             report.add("same bits as the run before", what=name,
                        verdict=differences(folder / "fp32-auto", folder / name))
@@ -269,6 +277,11 @@ def trained(folder, name, *argv, dry):
     code, output = command("train.py", *argv, "--out", folder / name, "--log_every", 1, apart=not dry)
     return dict(code=code, rows=rows_of_log(folder / name), seconds=time.perf_counter() - start,
                 says=output.strip()[-200:])
+
+
+def later(found):
+    """Without the first row, in which all began alike."""
+    return found | dict(rows=found["rows"][1:])
 
 
 def rows_of_log(folder):
@@ -297,7 +310,11 @@ def differences(one, other):
     except OSError as error:
         return f"WRONG: {error}"
     unequal = [name for name in a if not same(a[name], b[name])]
-    return "right" if not unequal else f"WRONG: {len(unequal)} of {len(a)} tensors differ, {unequal[0]} first"
+    if not unequal:
+        return "right"
+    rows = zip(rows_of_log(one), rows_of_log(other), strict=False)
+    step = next((f"from step {x['step']}'s on" for x, y in rows if x["loss"] != y["loss"]), "never")
+    return f"WRONG: {len(unequal)} of {len(a)} tensors differ, {unequal[0]} first; logged losses {step}"
 
 
 def waits(machine, dry):

@@ -113,27 +113,20 @@ def cases_of_loss(device, dtype, emulated):
         yield f"S {S} T {T} B {B} K {K}", S * B * K, kernel, true, [2e-6, floor, floor]
 
 
-def resident(*arguments):
-    """By attention's second kernel; under kernels off by the definition."""
-    return by_kernels(ops.rope_attention, *arguments, way="sdpa" if ops.mode == "off" else "resident")
-
-
 def cases_of_attention(device, dtype, emulated):
     for n_images, grids in ATTENTION_CHECKS:
         for E in 64, 128:
             qkv, grad, *rest = attention_arguments(device, dtype, n_images, grids, 2, E)
-            off = torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view_as(grad)  # at no multiple of 16 bytes
+            off = torch.cat([qkv.new_zeros(1), qkv.flatten()])[1:].view_as(qkv)  # at no multiple of 16 bytes
             off = off.clone() if emulated else off                           # what aligns it is the binding
 
-            def kernel(qkv=qkv, grad=grad, off=off, rest=rest):
-                off = grad if ops.mode == "off" else off                     # cuDNN reads it by 16 bytes nevertheless
-                return [*both_ways(ops.rope_attention, qkv, grad, *rest),
-                        both_ways(ops.rope_attention, qkv, off, *rest)[1], *both_ways(resident, qkv, grad, *rest)]
+            def kernel(qkv=qkv, off=off, rest=rest):
+                off = qkv if ops.mode == "off" else off
+                return [ops.rope_attention(qkv, *rest), ops.rope_attention(off, *rest)]
 
-            def true(qkv=qkv, grad=grad, rest=rest):
-                found = both_ways(attention_written_out, qkv.double(), grad.double(), *rest)
-                return [*found, found[1], *found]
-            yield f"B {n_images} grids {grids} E {E}", qkv.numel(), kernel, true, [1e-6] * 5
+            def true(qkv=qkv, rest=rest):
+                return [attention_written_out(qkv.double(), *rest)] * 2
+            yield f"B {n_images} grids {grids} E {E}", qkv.numel(), kernel, true, [1e-6] * 2
 
 
 CASES = dict(sinkhorn=cases_of_sinkhorn, loss=cases_of_loss, attention=cases_of_attention)
@@ -321,7 +314,7 @@ def attention(machine, report, card, compiled=True):
         rest = attention_arguments(machine.device, *shape)[2:]
         ways = attention_ways(machine, len(n_images) > 1, compiled and (machine.backends or sides == [16]))
         flop = 4 * heads * E * sum(n * m * m for n, m in zip(n_images, N, strict=True))
-        asked = [name for name in ("written out", "ours", "ours, resident") if name in ways]
+        asked = "written out", "ours"
         errors = attention_errors({name: ways[name] for name in asked}, machine.device, *shape)
         forward = {n: lambda x, _, f=f, rest=rest: torch.no_grad()(f)(x, *rest) for n, f in ways.items()}
         both = {n: lambda x, g, f=f, rest=rest: both_ways(f, x, g, *rest) for n, f in ways.items()}
@@ -348,8 +341,6 @@ def attention_ways(machine, packed, compiled):
             return by_sdpa(turn, *arguments)
     ways = {"written out": attention_written_out, "ours": partial(by_kernels, ops.rope_attention),
             "definition": partial(with_kernels, "off", ops.rope_attention)}
-    if machine.shapes != "cpu":                                              # of which there is one for a CPU
-        ways |= {"ours, resident": resident}
     if compiled:
         spin, whole = machine.compile(turned), machine.compile(ops.rope_attention)
         ways |= {"definition, compiled": partial(with_kernels, "off", whole)}
@@ -366,21 +357,19 @@ def attention_rows(report, title, direction, times, failed, rates, floor, errors
     """Adds a row for each way; returns the fastest in words, with its lead."""
     for name, note in failed.items():
         report.add("attention", shape=title, direction=direction, way=name, note=note)
-    mine = min([name for name in ("ours", "ours, resident") if name in times], key=lambda name: times[name].seconds,
-               default=None)
-    base, ours = times.get("written out"), times.get(mine)
+    base, ours = times.get("written out"), times.get("ours")
     others = {name: t.seconds for name, t in times.items() if not name.startswith("ours")}
     best = min(others, key=others.get) if others else None
     goal = None if not card else GOAL_OF.get((N[0], direction)) if len(N) == 1 else "G9"
     for name, t in times.items():
         row = {}
-        if name == mine and goal:
-            pair = times.get("ours, calls"), times.get("ours")
-            calls = pair[0].seconds / pair[1].seconds if all(pair) else None
+        if name == "ours" and goal:
+            apart = times.get("ours, calls")
+            calls = apart and apart.seconds / t.seconds
             measured = dict(eager=base and base.seconds / t.seconds, best=best and others[best] / t.seconds,
                             ms=t.seconds * 1e3, calls=calls)
             row["goal"] = verdict(goal, measured, card["copy"])
-        if name == mine and base and t.seconds > base.seconds:
+        if name == "ours" and base and t.seconds > base.seconds:
             row["flag"] = "SLOWER than written out"
         report.add("attention", shape=title, direction=direction, way=name, ms=t.seconds * 1e3, spread=t.spread,
                    timed=t.how, base_over_this=base and base.seconds / t.seconds,
@@ -389,4 +378,4 @@ def attention_rows(report, title, direction, times, failed, rates, floor, errors
     if not (ours and best):
         return best
     ahead = others[best] / ours.seconds
-    return f"{mine}, {ahead:.2f}x {best}" if ahead >= 1 else f"{best}, {1 / ahead:.2f}x {mine}"
+    return f"ours, {ahead:.2f}x {best}" if ahead >= 1 else f"{best}, {1 / ahead:.2f}x ours"

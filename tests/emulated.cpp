@@ -41,20 +41,6 @@ int rope_attention(void* out, float* lse, const void* qkv, const RopeGroup* grou
     return rope_attention_cuda(out, lse, qkv, groups, n_groups, T, A, E, (Dtype)dtype, 0);
 }
 
-int rope_attention_resident(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups, int64_t T,
-                            int A, int E, int dtype) {
-    return rope_attention_resident_cuda(out, lse, qkv, groups, n_groups, T, A, E, (Dtype)dtype, 0);
-}
-
-int rope_attention_backward(void* dqkv, const void* dout, const void* qkv, const void* out, const float* lse,
-                            const RopeGroup* groups, int n_groups, int64_t T, int A, int E, int dtype) {
-    float* delta;
-    cudaMalloc(&delta, T * A * sizeof(float));
-    const cudaError_t status = rope_attention_backward_cuda(dqkv, delta, dout, qkv, out, lse, groups, n_groups, T, A, E,
-                                                            (Dtype)dtype, 0);
-    return worse(status, cudaFree(delta));
-}
-
 int colours(float* out, const uint8_t* crops, const float* table, int64_t n, int64_t H, int64_t width,
             const float* scale, const float* shift) {
     uint8_t* scratch;

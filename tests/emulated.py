@@ -25,8 +25,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = sys.platform == "linux" and shutil.which("g++") is not None
-SOURCES = ("sinkhorn.cu", "assignment_loss.cu", "rope_attention_forward.cu", "rope_attention_resident.cu",
-           "rope_attention_backward.cu", "colours.cu")
+SOURCES = "sinkhorn.cu", "assignment_loss.cu", "rope_attention.cu", "colours.cu"
 FLAGS = """-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE -DWITH_CUDA
            -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error""".split()
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -199,23 +198,13 @@ def rope_groups(device, tables, n_images):
     return groups
 
 
-def rope_attention(qkv, tables, n_images, heads, resident=False):
+def rope_attention(qkv, tables, n_images, heads):
     T, D = len(qkv), qkv.shape[1] // 3
     with Device() as device:
         out, lse = device.new(torch.empty(T, D, dtype=qkv.dtype)), device.new(torch.empty(heads, T))
-        device.call("rope_attention_resident" if resident else "rope_attention", out, lse, device.give(qkv),
-                    rope_groups(device, tables, n_images), len(n_images), T, heads, D // heads, DTYPES[qkv.dtype])
+        device.call("rope_attention", out, lse, device.give(qkv), rope_groups(device, tables, n_images),
+                    len(n_images), T, heads, D // heads, DTYPES[qkv.dtype])
         return device.take(out), device.take(lse)
-
-
-def rope_attention_backward(dout, qkv, out, lse, tables, n_images, heads):
-    T, D = out.shape
-    with Device() as device:
-        dqkv = device.new(torch.empty(qkv.shape, dtype=qkv.dtype))
-        given = [device.give(x) for x in (dout, qkv, out, lse)]
-        device.call("rope_attention_backward", dqkv, *given, rope_groups(device, tables, n_images), len(n_images), T,
-                    heads, D // heads, DTYPES[qkv.dtype])
-        return device.take(dqkv)
 
 
 def colours(crops, table, mean, std):

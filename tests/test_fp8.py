@@ -141,6 +141,10 @@ def test_torch_says_the_same(on_cpu):
     a, b = draw(24, 64), draw(48, 64, seed=1)
     ours = fp8.product(a, b)
     fp8.PRODUCTS["cpu"] = fp8.scaled
+    try:
+        fp8.product(a, b)
+    except RuntimeError as error:
+        pytest.skip(f"not in torch {torch.__version__}: {error}")
     assert torch.equal(fp8.product(a, b), ours)
     seen = []
     fp8.PRODUCTS["cpu"] = lambda *args: seen.append(args) or fp8.scaled(*args)

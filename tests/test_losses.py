@@ -228,6 +228,19 @@ def test_koleo_of_duplicates_is_finite(dtype):
     assert 5 < loss.item() < -math.log(1e-8) and x.grad.isfinite().all()
 
 
+def test_koleo_adds_gradients_in_one_order():
+    """Many samples may have the same neighbour: what gathers rows would add theirs in any order on a GPU."""
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(op._schema.name)
+            return op(*args, **kwargs or {})
+    x, seen = torch.tensor(arrays(12, 5), requires_grad=True), set()
+    loss = koleo_loss(x, group_size=4)
+    with Log():
+        loss.backward()
+    assert "aten::bmm" in seen and not [name for name in seen if "scatter" in name or "index" in name]
+
+
 @pytest.mark.parametrize("group_size, rows", [(0, 1), (1, 3)])
 def test_koleo_of_a_sample_alone_is_zero(group_size, rows):
     x = torch.tensor(arrays(rows, 6), requires_grad=True)

@@ -138,12 +138,12 @@ def test_not_a_number_stays_one_and_stays_in_its_image(choice):
 @built
 def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, capsys):
     """A kernel for 9 tokens, SDPA for 21, with cuDNN first for 41; without a GPU the rotation is eager."""
-    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), [(10, "kernel"), (30, "sdpa"), (math.inf, "cudnn")])
+    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), [(160, "kernel"), (480, "sdpa"), (math.inf, "cudnn")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     taken, by_parts, by_kernel = [], ops.attention_by_parts, ops.attention_kernel
     monkeypatch.setattr(ops, "attention_by_parts", lambda *a: taken.append((a[0].shape[1], a[3])) or by_parts(*a))
     monkeypatch.setattr(ops, "attention_kernel", lambda *a: taken.append((len(a[2][0][0]), "kernel")) or by_kernel(*a))
-    for cached in ops.ways, ops.compiled_rotate:
+    for cached in ops.ways, ops.compiled:
         cached.cache_clear()
     arguments = make([2, 1, 1], [(2, 2), (4, 4), (6, 6)], 2, 16)
     exact = value_and_grad(by_hand, *arguments)
@@ -152,26 +152,31 @@ def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, caps
     assert taken == [(9, "kernel"), (21, "sdpa"), (41, "cudnn")]
     if not CUDA or not torch.cuda.device_count():
         assert "ops: no torch.compile here" in capsys.readouterr().out
-    for cached in ops.ways, ops.compiled_rotate:
+    for cached in ops.ways, ops.compiled:
         cached.cache_clear()
 
 
 @built
-def test_the_second_kernel_is_asked_for_by_its_name(monkeypatch):
-    """All groups in one call where they have chosen alike. A CPU has one kernel, which answers to both names."""
-    asked, right = [], torch.ops.nanodino.rope_attention
-    monkeypatch.setattr(torch.ops.nanodino, "rope_attention", lambda *a: asked.append((len(a[0]), a[4])) or right(*a))
-    arguments = make([2, 1], [(2, 2), (4, 4)], 2, 16)
+def test_what_trains_takes_a_path_of_its_own(monkeypatch, capsys):
+    """One torch.compile of the whole; without a gradient, or within what is compiled already, nothing of it."""
+    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu", "trained"), [(math.inf, "compiled")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ops.ways.cache_clear(), ops.compiled.cache_clear()
+    taken, by_kernel = [], ops.attention_kernel
+    monkeypatch.setattr(ops, "attention_kernel", lambda *a: taken.append(len(a[0])) or by_kernel(*a))
+    monkeypatch.setattr(ops, "compiled", lambda function: taken.append(function.__name__) or function)
+    arguments = qkv, grad, *rest = make([2, 1], [(2, 2), (4, 4)], 2, 16)
     exact = value_and_grad(by_hand, *arguments)
-    for choice, calls in ([(math.inf, "resident")], [(39, True)]), ([(10, "resident"), (math.inf, "kernel")],
-                                                                    [(18, True), (21, False)]):
-        monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), choice)
-        ops.ways.cache_clear(), ops.obstacle.cache_clear()
-        for ours, true in zip(with_kernels("auto", *arguments), exact, strict=True):
-            assert error(ours, true) < 1e-6
-        assert asked == [(84, False), (84, True), *calls]                 # the proof of first use asks both
-        asked.clear()
-    ops.ways.cache_clear(), ops.obstacle.cache_clear()
+    for ours, true in zip(with_kernels("auto", *arguments), exact, strict=True):
+        assert error(ours, true) < 1e-6
+    assert taken == ["attention_by_parts"] * 2
+    assert error(rope_attention(qkv, *rest), exact[0]) < 1e-6 and taken.pop() == 39
+    whole = value_and_grad(torch.compile(rope_attention, fullgraph=True, backend="aot_eager"), *arguments)
+    assert all(error(a, b) < 1e-6 for a, b in zip(whole, exact, strict=True)) and len(taken) == 2
+    with torch.no_grad():
+        rope_attention(qkv.requires_grad_(), *rest)
+    assert taken.pop() == 39
+    ops.ways.cache_clear()
 
 # --------------------------------------------------------------------------------
 # What must not change the result
@@ -191,10 +196,12 @@ def test_same_bits_every_time(device):
 def test_operator_keeps_its_promises(device):
     qkv, grad, n_images, rope, A = make([2, 1], [(3, 3), (2, 2)], 2, 64, torch.bfloat16, device=device)
     tables = [x for pair in rope for x in pair]
-    qkv.requires_grad_()
-    torch.library.opcheck(torch.ops.nanodino.rope_attention, (qkv, tables, n_images, A, False))
-    out, lse = torch.ops.nanodino.rope_attention(qkv, tables, n_images, A, False)
-    assert out.requires_grad and not lse.requires_grad
+    qkv.requires_grad_(device == "cpu")                                 # where there is a backward pass
+    torch.library.opcheck(torch.ops.nanodino.rope_attention, (qkv, tables, n_images, A))
+    out, lse = torch.ops.nanodino.rope_attention(qkv, tables, n_images, A)
+    assert out.requires_grad == qkv.requires_grad and not lse.requires_grad
+    if device == "cuda":
+        return
     arguments = grad, qkv.detach(), out.detach(), lse, tables, n_images, A
     torch.library.opcheck(torch.ops.nanodino.rope_attention_backward, arguments)
 

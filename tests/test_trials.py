@@ -52,9 +52,13 @@ def test_losses_beside_the_cpus(found, base, word):
 def test_differences_are_found(tmp_path):
     for name, x in dict(a=1.0, b=1.0, c=2.0).items():
         (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 3.0}}\n{{"step": 2, "loss": {x}}}\n')
         save_file(dict(w=torch.full((3,), x)), tmp_path / name / "teacher.safetensors")
     assert trials.differences(tmp_path / "a", tmp_path / "b") == "right"
-    assert trials.differences(tmp_path / "a", tmp_path / "c") == "WRONG: 1 of 1 tensors differ, w first"
+    assert trials.differences(tmp_path / "a", tmp_path / "c") == (
+        "WRONG: 1 of 1 tensors differ, w first; logged losses from step 2's on")
+    (tmp_path / "c/metrics.jsonl").unlink()
+    assert trials.differences(tmp_path / "a", tmp_path / "c").endswith("logged losses never")
     assert trials.differences(tmp_path / "a", tmp_path / "d").startswith("WRONG")
 
 

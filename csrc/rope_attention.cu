@@ -1,6 +1,10 @@
 /*
-RoPE attention, forward, of up to some hundred tokens (mma.sync m16n8k16, cp.async: sm_80 and later). Compiled for
-sm_90a; not run on a GPU. Equation, shapes and results are those of rope_attention_forward.cu.
+RoPE attention, forward, of up to some hundred tokens, on tensor cores (mma.sync m16n8k16, cp.async: sm_80 and later).
+
+    q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]        T 3 A E, bf16 or f16, E = 64 or 128; one image after another
+    q, k    = (a cos - b sin, b cos + a sin)         a, b = first, second half of E; float32, rounded to T once
+    out     = softmax(q k^T / sqrt(E)) v             T A E
+    lse     = log2 sum exp2(log2(e) q k^T / sqrt(E)) A T
 
 As many blocks as the device runs stay on it; each takes one head of an image after another. Its queries are in
 registers, 128 / E tiles of 16 a warp, so that what is read of k or v serves all of them. Keys and values lie in shared
@@ -10,9 +14,31 @@ subtracted rises only when a score is 2^8 above it, so that o is hardly ever sca
 
 Rows in shared memory have no padding: their pieces of 16 bytes are swizzled. A quarter of a multiprocessor has 16,384
 registers, three warps of 168, so 9 or 10 warps take as many as 12 would. Of N = 261, E = 64 nine do 17 tiles: the
-products of the quarter that has 5 of them take longer than memory does.
+products of the quarter that has 5 of them take longer than memory does. A launch for each crop group.
+
+Alone:  nvcc -std=c++20 -O3 -arch=native -DALONE csrc/rope_attention.cu -o build/k && build/k
 */
-#include "rope_attention.cuh"
+#include "kernels.h"
+#include "mma.cuh"
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// blocks for the N rows of a head, and warps of each, of so many rows
+struct Split { int blocks, warps; };
+static inline Split split(int64_t N, int most_warps, int rows = 16) {
+    const int tiles = (int)((N + rows - 1) / rows), blocks = (tiles + most_warps - 1) / most_warps;
+    return {blocks, (tiles + blocks - 1) / blocks};
+}
+
+// whether rows may be read by 16 bytes
+static bool aligned(const RopeGroup& group, const void* out, const void* qkv) {
+    return ((uintptr_t)out | (uintptr_t)qkv | (uintptr_t)group.cos | (uintptr_t)group.sin) % 16 == 0;
+}
+
+template <typename T> __device__ inline uint32_t pack(float low, float high) {
+    const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+    return (uint32_t)*(const uint16_t*)&pair[0] | (uint32_t)*(const uint16_t*)&pair[1] << 16;
+}
 
 // ----------------------------------------------------------------------------
 // rows in shared memory
@@ -26,6 +52,21 @@ template <int E, typename F> __device__ inline void for_pairs(int rows, F f) {
     const int begin = threadIdx.x / (E / 16), step = blockDim.x / (E / 16);  // even
     const int one = threadIdx.x % (E / 16) + begin % 2 * (E / 16);
     for (int row = begin; row < rows; row += step) f(row, one, one ^ E / 16);
+}
+
+// turns the pairs (a, b) of 2 or 8 neighbours by their angles, in float32, rounded to T once; swapped: they are (b, a)
+template <typename T, typename Bits>
+__device__ inline void turn(Bits& a, Bits& b, const float* cos, const float* sin, bool swapped = false) {
+    constexpr int n = sizeof(Bits) / 2;
+    struct alignas(n == 8 ? 16 : 8) Each { float of[n]; };
+    const Each c = *(const Each*)cos, s = *(const Each*)sin;
+    union { Bits all; T of[n]; } x = {a}, y = {b};
+    #pragma unroll
+    for (int j = 0; j < n; j++) {
+        const float low = to_float(x.of[j]), high = to_float(y.of[j]), z = swapped ? -s.of[j] : s.of[j];
+        x.of[j] = from_float<T>(low * c.of[j] - high * z), y.of[j] = from_float<T>(high * c.of[j] + low * z);
+    }
+    a = x.all, b = y.all;
 }
 
 // begins to copy `rows` rows of a head from `first` on, `stride` apart, zeros beyond N
@@ -149,7 +190,7 @@ __device__ inline void attend(Tile<E>* tiles, const T* k, const T* v, int n) {
 
 template <typename T, int E>
 __global__ void __launch_bounds__(WARPS * 32)
-resident_kernel(T* out, float* lse, const T* qkv, RopeGroup group, int parts, int keys, int64_t n_tokens, int A) {
+attention_kernel(T* out, float* lse, const T* qkv, RopeGroup group, int parts, int keys, int64_t n_tokens, int A) {
     constexpr int M = TILES<E>;
     const int rows = blockDim.x / 2 * M, lane = threadIdx.x % 32, t = lane % 4, g = lane / 4;
     const int N = group.N, mine = threadIdx.x / 32 * 16 * M;         // row of the warp's first query
@@ -232,15 +273,15 @@ static cudaError_t launch(void* out, float* lse, const void* qkv, const RopeGrou
     const int row = E * sizeof(T), queries = 2 * s.warps * 16 * TILES<E> * row;  // bytes
     const Split k = split(group.N, (most - queries) / (4 * row) / 16);           // parts, and tiles of keys in each
     const int keys = k.warps * 16, shared = queries + 4 * keys * row, threads = s.warps * 32;
-    status = blocks_at_once(at_once, resident_kernel<T, E>, threads, shared);
+    status = blocks_at_once(at_once, attention_kernel<T, E>, threads, shared);
     if (status) return status;
     const int64_t heads = group.n * A, stay = at_once < s.blocks ? 1 : at_once / s.blocks;
-    return start(resident_kernel<T, E>, {heads < stay ? heads : stay, s.blocks}, threads, shared, stream, (T*)out, lse,
+    return start(attention_kernel<T, E>, {heads < stay ? heads : stay, s.blocks}, threads, shared, stream, (T*)out, lse,
                  (const T*)qkv, group, k.blocks, keys, n_tokens, A);
 }
 
-cudaError_t rope_attention_resident_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
-                                         int64_t T, int A, int E, Dtype dtype, cudaStream_t stream) {
+cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,
+                                int64_t T, int A, int E, Dtype dtype, cudaStream_t stream) {
     if (dtype == Dtype::f32 || (E != 64 && E != 128)) return cudaErrorInvalidValue;
     const auto f = dtype == Dtype::f16 ? (E == 64 ? launch<__half, 64> : launch<__half, 128>)
                                        : (E == 64 ? launch<__nv_bfloat16, 64> : launch<__nv_bfloat16, 128>);
@@ -252,3 +293,46 @@ cudaError_t rope_attention_resident_cuda(void* out, float* lse, const void* qkv,
     }
     return cudaSuccess;
 }
+
+// ----------------------------------------------------------------------------
+// check against loops in double
+
+#ifdef ALONE
+#include "rope_attention_check.h"
+
+template <typename T> static T* on_device(const Floats& x) {
+    std::vector<T> there(x.size());
+    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
+    T* p;
+    cudaMalloc(&p, x.size() * sizeof(T));
+    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
+    return p;
+}
+
+template <typename T> static void run(const Problem& p, Floats& out, Floats&) {
+    const Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+    T *qkv = on_device<T>(p.qkv), *out_ = on_device<T>(out);
+    std::vector<T> found(out.size());
+    std::vector<RopeGroup> groups;
+    int64_t first = 0;
+    for (size_t g = 0; g < p.groups.size(); first += p.groups[g].n * p.groups[g].N, g++)
+        groups.push_back({first, p.groups[g].n, p.groups[g].N, on_device<float>(p.cos[g]), on_device<float>(p.sin[g])});
+    cudaError_t status = rope_attention_cuda(out_, on_device<float>(Floats(p.T * p.A)), qkv, groups.data(),
+                                             groups.size(), p.T, p.A, p.E, dtype, 0);
+    if (status == cudaSuccess)
+        status = cudaMemcpy(found.data(), out_, out.size() * sizeof(T), cudaMemcpyDeviceToHost);
+    for (size_t i = 0; i < out.size(); i++) out[i] = status == cudaSuccess ? to_float(found[i]) : NAN;
+    if (status != cudaSuccess) printf("%s\n", cudaGetErrorString(status));
+}
+
+int main() {  // 3 and 4 digits of results of size 1; one group and two, one block of a head and several
+    bool good = true;
+    for (int E : {64, 128})
+        for (const auto& groups : {std::vector<Crops>{{2, 1}, {1, 21}}, {{1, 350}}}) {
+            const Problem problem(groups, groups.size(), E);
+            good &= check("bfloat16", problem, 3e-2, run<__nv_bfloat16>);
+            good &= check("float16 ", problem, 4e-3, run<__half>);
+        }
+    return !good;
+}
+#endif
