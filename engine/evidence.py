@@ -363,6 +363,9 @@ def commands_of(leg, runs):
             "```", "", "; ".join(where), ""]
 
 
+SAID = dict(alike="not told from", mixed="mixed beside")
+
+
 def page_text(folder):
     """The page, of the files alone"""
     found, out = read(folder), Path(folder)
@@ -371,8 +374,8 @@ def page_text(folder):
     left = {leg.name: [seed for seed in leg.seeds if seed not in found.get(leg.name, {})] for leg in LEGS}
     missing = [f"{name} {', '.join(map(str, seeds))}" for name, seeds in left.items() if seeds]
     strange = [(leg, *outcome(leg, found)) for leg in here]
-    strange = [f"- {leg.about} (`{leg.name}`): {here} than `{leg.beside}`, expected {leg.expected}: {what}"
-               .replace("alike than", "not told from") for leg, here, what in strange if what]
+    strange = [f"- {leg.about} (`{leg.name}`): {SAID.get(here, f'{here} than')} `{leg.beside}`, expected "
+               f"{leg.expected}: {what}" for leg, here, what in strange if what]
     seconds = sum(run["cpu_seconds"] for runs in found.values() for run in runs.values())
     parts = ["# Evidence", "", __doc__.strip().partition("\n")[0], "",
              f"Mean and deviation over seeds, in percent; {round(seconds / 3600)} core hours in all. ▲ ▼: more or less "

@@ -452,7 +452,7 @@ MUTANTS = [  # module, what tests it, old text, which stands there once, and new
     ("engine.export", "test_export -k all_sizes", "BATCHES = 1, 3 ", "BATCHES = 3, 3 "),
     ("engine.export", "test_export -k all_sizes", "(5, 9), ", "(6, 9), "),
     ("engine.export", "test_export -k all_sizes", 'b.shape else float("inf")', "b.shape else 0.0"),
-    ("engine.export", "test_export -k graph", "last else first + sizes[k]", "True else 0"),
+    ("engine.export", "test_export -k graph", "sum(sizes[:k]), k ==", "0, k =="),
     ("engine.export", "test_export -k graph", "return without_splits(torch", "return (torch"),
     ("engine.export", "test_export -k graph", "part.metadata_props.clear()", "pass"),
     ("engine.export", "test_export -k graph", '"batch", "patches", skeleton', '"batch", 6, skeleton'),
