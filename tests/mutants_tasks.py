@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import sklearn.linear_model  # noqa: F401  here, once for all that are forked
 import torch._dynamo  # noqa: F401  the same: AdamW's first step imports it
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds for the tests of a row
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 MUTANTS = [  # module, what tests it, old text, which stands there once, and new texts
@@ -490,17 +492,19 @@ MUTANTS = [  # module, what tests it, old text, which stands there once, and new
 
 
 def survivor(module, tests, old, new):
-    """None if the tests fail with this constant planted; else what was found."""
+    """None if the tests fail with this constant planted, or wait forever; else what was found."""
     path = ROOT / f"{module.replace('.', '/')}.py"
     source = path.read_text()
     if source.count(old) != 1:
         return f"{path.name} has {old!r} {source.count(old)} times"
     pid = os.fork()
     if not pid:
+        signal.alarm(PATIENCE)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             os._exit(tested(module, path, source.replace(old, new), tests))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {pytest.ExitCode.TESTS_FAILED: None, pytest.ExitCode.OK: "NOT CAUGHT"}.get(code, f"pytest ended with {code}")
+    known = {pytest.ExitCode.TESTS_FAILED: None, -signal.SIGALRM: None, pytest.ExitCode.OK: "NOT CAUGHT"}
+    return known.get(code, f"pytest ended with {code}")
 
 
 def tested(name, path, source, tests):
