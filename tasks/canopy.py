@@ -126,7 +126,7 @@ def train_live(frozen, source, ranks):
     mean = mean_of(source)
     head = untrained(partial(begun, width, mean), c)
     views = partial(turned, source=source, order=others(len(source), c), size=size)
-    said = fit(head, views, len(source), mean_error, dpt.recipe(width), c, frozen, ranks)
+    said = fit(head, views, len(source), mean_error, dpt.recipe(width, class_token=True), c, frozen, ranks)
     return head, dict(mean_height=mean, n_train=len(source), **said)
 
 
@@ -161,7 +161,7 @@ def planned(c):
     with torch.device("meta"):
         head = dpt.Head(config.width, class_token=True)
     shape = config.in_chans, c.resolution, c.resolution
-    return plan(head, dpt.recipe(config.width), c, config, layers_of(config, c), shape)
+    return plan(head, dpt.recipe(config.width, class_token=True), c, config, layers_of(config, c), shape)
 
 # --------------------------------------------------------------------------------
 # The task

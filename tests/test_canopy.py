@@ -81,6 +81,7 @@ def test_a_head_is_trained_kept_and_read(land):
     words = "--weights untrained:tiny --resolution 64 --data", land
     trained = run(*words, "--iterations 2 --out", land / "out")
     assert trained["n_blocks"] == 2 * 4 and trained["n_train"] == 2 and "mean_height" not in trained
+    assert trained["lr"] == 3e-4  # that of its form
     assert trained["chance_mae"] == pytest.approx(5.045, abs=0.01) and (land / "out/canopy.png").is_file()
     again = run(*words, "--head", land / "out/head.safetensors")
     assert (again["mae"], again["block_r2"]) == (trained["mae"], trained["block_r2"])

@@ -124,6 +124,7 @@ def test_a_small_backbone_has_a_small_decoder_and_small_steps():
     for relative, full in (False, dpt.RECIPE), (True, dpt.SYNTHMIX):
         assert dpt.recipe(384, relative) is full
         assert dpt.recipe(383, relative) == replace(full, lr=3e-3, batch=4)
+        assert dpt.recipe(383, relative, class_token=True) == replace(full, lr=3e-4, batch=4)
 
 
 def test_backbones_and_layers_that_do_not_do():
