@@ -235,8 +235,9 @@ def koleo_loss(cls, group=None, group_size=0):
     with torch.no_grad():
         dots = sets @ sets.mT                                                     # sets size size
         dots.diagonal(dim1=1, dim2=2).fill_(-2)                                   # below any cosine
-        nearest = F.one_hot(dots.argmax(-1), size).to(x)                          # a product's gradient has one order
-    distance = (sets - nearest @ sets).norm(dim=-1)                               # sets size; duplicates: gradient 0
+        nearest = dots.argmax(-1, keepdim=True) == torch.arange(size, device=x.device)
+    others = nearest.to(x) @ sets                                                 # a gather's gradient has no order
+    distance = (sets - others).norm(dim=-1)                                       # sets size; duplicates: gradient 0
     return -(distance + 1e-8).log().flatten()[first : first + B].mean()
 
 

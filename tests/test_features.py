@@ -19,7 +19,7 @@ from model import SIZES, ViT, initialise
 from tasks import TASKS
 
 CPU, TASK = torch.device("cpu"), TASKS["segmentation"]
-C = TASK.config(resolution=32, workers=0, batch=4)
+C = TASK.config(resolution=32, workers=0, batch=4, precision="fp32")
 VIT = initialise(ViT(replace(SIZES["tiny"], depth=2)), 0).eval()
 
 
@@ -84,7 +84,7 @@ def test_tokens_of_nothing():
 
 
 def test_tokens_are_the_networks_own():
-    c = TASKS["knn"].config(resolution=32, workers=0, batch=2)
+    c = TASKS["knn"].config(resolution=32, workers=0, batch=2, precision="fp32")
     frozen, source = Frozen(VIT, TASKS["knn"], c), Plain(3)
     found = frozen.tokens("val", source)
     for i in range(3):

@@ -271,7 +271,7 @@ def test_rates_are_the_papers():
 
 
 def run(*words):
-    words = " ".join(map(str, (*words, "--device cpu --workers 0 --weights untrained:tiny")))
+    words = " ".join(map(str, (*words, "--device cpu --precision fp32 --workers 0 --weights untrained:tiny")))
     return evaluate.evaluate(evaluate.configure(words.split()))
 
 

@@ -41,7 +41,7 @@ for dtype in torch.float32, torch.bfloat16:
     for N, A, E in (14, 2, 64), (54, 1, 128), (21, 3, 12), (201, 1, 64):
         angles = normal(N, 1, 1, E // 2)
         qkv = normal(2 * N, 3 * A * E).to(dtype).requires_grad_()
-        out, lse = torch.ops.nanodino.rope_attention(qkv, [angles.cos(), angles.sin()], [2], A, False)
+        out, lse = torch.ops.nanodino.rope_attention(qkv, [angles.cos(), angles.sin()], [2], A)
         out.backward(normal(2 * N, A * E, seed=2).to(dtype))
         add(out, lse, qkv.grad)
 from engine.proof import COLOURS

@@ -61,7 +61,7 @@ def test_equal_vectors_are_at_chance_and_orthonormal_pairs_known():
     loss, right = contrastive_loss(torch.ones(8, 16), torch.ones(8, 16), scale)
     assert loss.item() == pytest.approx(2.0794415, abs=1e-6)
     loss, right = contrastive_loss(3 * torch.eye(8), 0.2 * torch.eye(8), scale)
-    assert loss.item() == pytest.approx(4.3741e-6, rel=2e-2) and right.item() == 8  # float32: 4.41e-6
+    assert loss.item() == pytest.approx(4.3741e-6, rel=4e-2) and right.item() == 8  # float32: 4.26e-6 to 4.41e-6
 
 
 def test_the_loss_is_the_plain_loop():
