@@ -154,15 +154,6 @@ cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student,
 #include <cstdio>
 #include <vector>
 
-template <typename T> static T* on_device(const std::vector<float>& x) {
-    std::vector<T> there(x.size());
-    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
-    T* p;
-    cudaMalloc(&p, x.size() * sizeof(T));
-    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
-    return p;
-}
-
 template <typename X> static bool check(Dtype dtype, int S, int T, int B, int K, bool overwrite) {
     const double ts = 0.1, tt = 0.05, rounding = dtype == Dtype::f32 ? 0 : dtype == Dtype::f16 ? 0x1p-11 : 0x1p-8;
     std::vector<float> x(S * B * K), y(T * B * K), u(K), w(B), pairs(S * T), g(S * B * K), losses(S * B);

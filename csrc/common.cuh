@@ -133,3 +133,16 @@ __device__ inline void store_row(T* row, const float (&in)[8], int64_t k, int64_
 template <typename... T> static bool vectors(int64_t K, const T*... rows) {
     return K % 8 == 0 && (((uintptr_t)rows % 16 == 0) && ...);
 }
+
+#ifdef ALONE  // for the mains
+#include <vector>
+
+template <typename T> static T* on_device(const std::vector<float>& x) {
+    std::vector<T> there(x.size());
+    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
+    T* p;
+    cudaMalloc(&p, x.size() * sizeof(T));
+    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
+    return p;
+}
+#endif

@@ -300,15 +300,6 @@ cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const Ro
 #ifdef ALONE
 #include "rope_attention_check.h"
 
-template <typename T> static T* on_device(const Floats& x) {
-    std::vector<T> there(x.size());
-    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
-    T* p;
-    cudaMalloc(&p, x.size() * sizeof(T));
-    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
-    return p;
-}
-
 template <typename T> static void run(const Problem& p, Floats& out, Floats&) {
     const Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
     T *qkv = on_device<T>(p.qkv), *out_ = on_device<T>(out);

@@ -255,15 +255,6 @@ cudaError_t sinkhorn_targets_cuda(void* targets, Dtype target_dtype, const void*
 #include <cstdio>
 #include <vector>
 
-template <typename T> static T* on_device(const std::vector<float>& x) {
-    std::vector<T> there(x.size());
-    for (size_t i = 0; i < x.size(); i++) there[i] = from_float<T>(x[i]);
-    T* p;
-    cudaMalloc(&p, x.size() * sizeof(T));
-    cudaMemcpy(p, there.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice);
-    return p;
-}
-
 template <typename T> static bool check(Dtype dtype, int n, int K, double temperature, double spread) {
     std::vector<float> x(n * K), log_u(K), log_r(K), q(n * K);
     for (int i = 0; i < n * K; i++)

@@ -312,8 +312,8 @@ def differences(one, other):
     unequal = [name for name in a if not same(a[name], b[name])]
     if not unequal:
         return "right"
-    rows = zip(rows_of_log(one), rows_of_log(other), strict=False)
-    step = next((f"from step {x['step']}'s on" for x, y in rows if x["loss"] != y["loss"]), "never")
+    first, second = ({row["step"]: row["loss"] for row in rows_of_log(path)} for path in (one, other))
+    step = next((f"from step {x}'s on" for x in first if second.get(x) != first[x]), "never")
     return f"WRONG: {len(unequal)} of {len(a)} tensors differ, {unequal[0]} first; logged losses {step}"
 
 

@@ -157,6 +157,16 @@ def test_each_crop_group_takes_the_path_that_its_tokens_choose(monkeypatch, caps
 
 
 @built
+@pytest.mark.parametrize("N, E, way", [(264, 64, "kernel"), (265, 64, "cudnn"), (132, 128, "kernel"),
+                                       (133, 128, "cudnn")])
+def test_the_kernel_for_cuda_ends_where_it_was_measured(monkeypatch, N, E, way):
+    monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu"), ops.CHOICES["rope_attention", "cuda"])
+    ops.ways.cache_clear()
+    assert ops.path("rope_attention", torch.zeros(1), N * E, E) == way
+    ops.ways.cache_clear()
+
+
+@built
 def test_what_trains_takes_a_path_of_its_own(monkeypatch, capsys):
     """One torch.compile of the whole; without a gradient, or within what is compiled already, nothing of it."""
     monkeypatch.setitem(ops.CHOICES, ("rope_attention", "cpu", "trained"), [(math.inf, "compiled")])
