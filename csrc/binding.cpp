@@ -195,6 +195,14 @@ static Tensor large_pages(Tensor x) {
 // --------------------------------------------------------------------------------
 // Sinkhorn-Knopp and the cross-entropies of its assignments
 
+// whether rows of logits are shared by blocks, where a GPU and the rows allow it: not yet measured, so only who asks
+static bool by_clusters = false;
+
+static bool clusters(std::optional<bool> take) {
+    if (take) by_clusters = *take;
+    return by_clusters;
+}
+
 static int threads_for(const Tensor& x) { return x.numel() < 1 << 15 ? 1 : at::get_num_threads(); }
 
 static Tensor sinkhorn_pass(const Tensor& logits, const std::optional<Tensor>& log_u, double temperature) {
@@ -211,7 +219,7 @@ static Tensor sinkhorn_pass(const Tensor& logits, const std::optional<Tensor>& l
         const c10::cuda::CUDAGuard guard(logits.device());
         Tensor scratch = at::empty({sinkhorn_scratch_cuda(n, K, dtype)}, f32);
         C10_CUDA_CHECK(sinkhorn_pass_cuda(log_r.mutable_data_ptr<float>(), logits.const_data_ptr(), u,
-                                          scratch.mutable_data_ptr<float>(), n, K, temperature, dtype,
+                                          scratch.mutable_data_ptr<float>(), n, K, temperature, by_clusters, dtype,
                                           c10::cuda::getCurrentCUDAStream()));
         return log_r;
     }
@@ -285,7 +293,7 @@ static Tensor run_assignment_loss(const Tensor& student, const Tensor& teacher, 
             losses.mutable_data_ptr<float>(), grad.mutable_data_ptr(), student.const_data_ptr(),
             teacher.const_data_ptr(), log_u.const_data_ptr<float>(), weights.const_data_ptr<float>(),
             pairs.const_data_ptr<float>(), scratch.mutable_data_ptr<float>(), S, T, B, K, student_temp, teacher_temp,
-            dtype, c10::cuda::getCurrentCUDAStream()));
+            by_clusters, dtype, c10::cuda::getCurrentCUDAStream()));
         return at::sum(losses, 1);
     }
 #endif
@@ -365,6 +373,7 @@ static Tensor colours(const Tensor& crops, const Tensor& table, at::ArrayRef<dou
 TORCH_LIBRARY(nanodino, m) {
     m.def("cpu_levels() -> str[]", cpu_levels);
     m.def("built_from() -> int", [] { return BUILT_FROM; });
+    m.def("clusters(bool? take=None) -> bool", clusters);
     m.def("sinkhorn_pass(Tensor logits, Tensor? log_u, float temperature) -> Tensor");
     m.def("sinkhorn(Tensor logits, float temperature, int iterations) -> Tensor");
     m.def("sinkhorn_targets(Tensor logits, Tensor log_u, float temperature, ScalarType dtype) -> Tensor");

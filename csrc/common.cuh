@@ -8,11 +8,13 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
-struct Grid {  // of x blocks, or of x by y
+struct Grid {  // of x blocks, or of x by y; `cluster` neighbours in x run at the same time and see each other's memory
     int64_t x, y;
-    Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+    int cluster;
+    Grid(int64_t x, int64_t y = 1, int cluster = 1) : x(x), y(y), cluster(cluster) {}
 };
 
 // what a block shares, as many bytes as it was started with
@@ -28,12 +30,62 @@ __device__ inline float exp2_fast(float z) {
     return e;
 }
 
-// begins to copy 16 bytes to shared memory, zeros if they are not there; this thread has them after wait_for_copies
+// begins to copy 16 bytes to shared memory, zeros if they are not there; this thread has them after wait_for_copies()
 __device__ inline void copy_async(void* shared, const void* global, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// what was begun since the last one is a group; this thread has all but the last LEFT groups after wait_for_copies<LEFT>
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> __device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
+
+// Of clusters: this block's number among its own; a barrier of all their threads, after which each other's memory may be
+// written; writes to the same place of another block's shared memory, counted by a mailbox there. A mailbox is empty at
+// first; it is full when so many bytes have come as one thread has said it should expect, and then is empty again:
+// wait_for returns when that has happened an odd number of times (odd), or an even one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define ON_HOPPER(...)  // older ones compile what uses them, and never run it
+#else
+#define ON_HOPPER(...) asm volatile(__VA_ARGS__)
+#endif
+__device__ inline uint32_t in_shared(const void* place) { return __cvta_generic_to_shared(place); }
+__device__ inline int rank_in_cluster() {
+    int rank = 0;
+    ON_HOPPER("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ inline void meet_in_cluster() {
+    ON_HOPPER("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline void make_mailbox(uint64_t* box) {
+    ON_HOPPER("mbarrier.init.shared.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;"
+              :: "r"(in_shared(box)) : "memory");
+}
+__device__ inline void expect(uint64_t* box, int bytes) {
+    ON_HOPPER("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(in_shared(box)), "r"(bytes) : "memory");
+}
+__device__ inline void before_sending() {  // reads of this warp's shared memory come before what is sent to it then
+    ON_HOPPER("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+}
+__device__ inline void send(int rank, float2* place, float2 v, uint64_t* box) {
+    uint32_t at = in_shared(place), to = in_shared(box);
+    ON_HOPPER("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(rank));
+    ON_HOPPER("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(rank));
+    ON_HOPPER("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+              :: "r"(at), "f"(v.x), "f"(v.y), "r"(to) : "memory");
+}
+__device__ inline void wait_for(uint64_t* box, bool odd) {
+    uint32_t full = 1;
+    do {
+        ON_HOPPER("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n\t"
+                  "selp.u32 %0, 1, 0, p;\n\t}" : "=r"(full) : "r"(in_shared(box)), "r"((uint32_t)!odd) : "memory");
+    } while (!full);
+}
 
 // as many blocks as the device runs at a time
 template <typename Kernel>
@@ -47,6 +99,33 @@ static cudaError_t blocks_at_once(int& blocks, Kernel kernel, int threads, int s
     return status;
 }
 
+struct Launch {  // what cudaLaunchKernelEx wants
+    cudaLaunchAttribute cluster{};
+    cudaLaunchConfig_t config{};
+    Launch(Grid grid, int threads, int64_t shared, cudaStream_t stream) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = grid.cluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(grid.x, grid.y), config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared, config.stream = stream;
+        config.attrs = &cluster, config.numAttrs = grid.cluster > 1;
+    }
+    Launch(const Launch&) = delete;
+};
+
+// as many clusters of `size` as the device runs at a time; 0 where it knows none, or has no room for them
+template <typename Kernel>
+static cudaError_t clusters_at_once(int& clusters, Kernel kernel, int size, int threads, int shared) {
+    int device, major, room;
+    cudaError_t status = cudaGetDevice(&device);
+    if (!status) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!status) status = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    clusters = 0;
+    if (status || major < 9 || shared > room) return status;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const Launch launch({size, 1, size}, threads, shared, nullptr);
+    return status ? status : cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+}
+
 template <typename... Parameters, typename... Arguments>
 static cudaError_t start(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, cudaStream_t stream,
                          Arguments... arguments) {
@@ -54,8 +133,8 @@ static cudaError_t start(void (*kernel)(Parameters...), Grid grid, int threads, 
         const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
         if (status != cudaSuccess) return status;
     }
-    kernel<<<dim3(grid.x, grid.y), threads, shared, stream>>>((Parameters)arguments...);
-    return cudaGetLastError();
+    const Launch launch(grid, threads, shared, stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, (Parameters)arguments...);
 }
 #endif
 
@@ -78,7 +157,14 @@ template <typename T> __device__ inline void load8(float (&out)[8], const T* p) 
     for (int i = 0; i < 8; i += N) {
         pack.bits = *reinterpret_cast<const uint4*>(p + i);
 #pragma unroll
-        for (int j = 0; j < N; j++) out[i + j] = to_float(pack.values[j]);
+        for (int j = 0; j < N; j++) {
+            if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // as nvcc does not find it: one instruction each
+                const uint32_t two = (&pack.bits.x)[j / 2];
+                out[i + j] = __uint_as_float(j % 2 ? two & 0xffff0000u : two << 16);
+            } else {
+                out[i + j] = to_float(pack.values[j]);
+            }
+        }
     }
 }
 

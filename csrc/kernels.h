@@ -18,10 +18,11 @@ struct RopeGroup {  // n images of N tokens each, from row `first` of T on;  cos
 #if defined(WITH_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-// csrc/sinkhorn.cu    scratch: so many floats, of any content; targets have any of the three dtypes
+// csrc/sinkhorn.cu    scratch: so many floats, of any content; targets have any of the three dtypes. by_clusters: a row
+// is shared by several blocks, where the device and the rows allow it
 int64_t sinkhorn_scratch_cuda(int64_t n, int64_t K, Dtype dtype);
 cudaError_t sinkhorn_pass_cuda(float* log_r, const void* logits, const float* log_u, float* scratch, int64_t n,
-                               int64_t K, double temperature, Dtype dtype, cudaStream_t stream);
+                               int64_t K, double temperature, bool by_clusters, Dtype dtype, cudaStream_t stream);
 cudaError_t sinkhorn_targets_cuda(void* targets, Dtype target_dtype, const void* logits, const float* log_u, int64_t n,
                                   int64_t K, double temperature, Dtype dtype, cudaStream_t stream);
 
@@ -30,7 +31,7 @@ int64_t assignment_loss_scratch_cuda(int64_t T, int64_t B, int64_t K);
 cudaError_t assignment_loss_cuda(float* losses, void* grad, const void* student, const void* teacher,
                                  const float* log_u, const float* weights, const float* pairs, float* scratch,
                                  int64_t S, int64_t T, int64_t B, int64_t K, double student_temp, double teacher_temp,
-                                 Dtype dtype, cudaStream_t stream);
+                                 bool by_clusters, Dtype dtype, cudaStream_t stream);
 
 // csrc/rope_attention.cu    E = 64 or 128; f16 or bf16; tensors and tables must start on 16 bytes
 cudaError_t rope_attention_cuda(void* out, float* lse, const void* qkv, const RopeGroup* groups, int n_groups,

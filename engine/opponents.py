@@ -45,6 +45,17 @@ def by_kernels(function, *arguments):
         ops.path = before
 
 
+def by_clusters(function, *arguments):
+    """The same, in which several blocks share a row of logits on a GPU that can, which nothing chooses."""
+    if not ops.BUILT:
+        return function(*arguments)
+    torch.ops.nanodino.clusters(True)
+    try:
+        return by_kernels(function, *arguments)
+    finally:
+        torch.ops.nanodino.clusters(False)
+
+
 def relative(x, exact):
     """Relative error, of the norm; nan for what holds one."""
     return ((x.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
@@ -85,16 +96,21 @@ def textbook_dino(student, logits, sinkhorn=textbook_sinkhorn):
     return torch.autograd.grad(apart - (q.mean(0) * log_p[T:]).sum(-1).mean(), x)[0]
 
 
-def our_loss(student, logits):
-    """As the trainer asks for it: the gradient takes the logits' place, here of a copy."""
-    x, weights = student.detach().requires_grad_().clone(), torch.ones(len(logits), device=logits.device)
-    return torch.autograd.grad(ibot_loss(x, assignments(logits, TEMPERATURE), weights, len(logits), factor=1.0), x)[0]
+def our_loss(student, logits, own=None):
+    """As the trainer asks for it: the gradient takes the place of the logits, those of `own`, or of a copy."""
+    x, weights = leaf(student, own), torch.ones(len(logits), device=logits.device)
+    targets = assignments(logits, TEMPERATURE)
+    return torch.autograd.grad(ibot_loss(x.view_as(x), targets, weights, len(x), factor=1.0), x)[0]
 
 
-def our_dino(student, logits):
-    x, (T, B, _) = student.detach().requires_grad_().clone(), logits.shape
+def leaf(student, own):
+    return (student.clone() if own is None else own).detach().requires_grad_()
+
+
+def our_dino(student, logits, own=None):
+    x, (T, B, _) = leaf(student, own), logits.shape
     targets = assignments(logits.flatten(0, 1), TEMPERATURE).unflatten(0, (T, B))
-    return torch.autograd.grad(sum(dino_losses(x, targets, T, factors=(1.0, 1.0))), x)[0]
+    return torch.autograd.grad(sum(dino_losses(x.view_as(x), targets, T, factors=(1.0, 1.0))), x)[0]
 
 # --------------------------------------------------------------------------------
 # RoPE attention

@@ -2,11 +2,13 @@
 // and the calls of the runtime that launchers and checks make. Compiled before all else (-include).
 //
 //     threads    fibers. A warp runs until all of it waits for the block, as far ahead of the others as a GPU may let
-//                it; blocks run one by one. `order`: 0 all as they are numbered, 1 all backwards, else drawn anew
+//                it; blocks run one by one, those of a cluster side by side, each as far ahead as it can
+//                get. `order`: 0 all as they are numbered, 1 all backwards, else drawn anew
 //     memory     what a block shares, and all that cudaMalloc gives, is NaN at first and ends at a page that nobody may
 //                touch, to 16 bytes; what lies before and after it must stay as it was (cudaFree looks)
 //     copies     asynchronous ones come when their thread waits for them, and their place is NaN until then; a block
-//                that leaves one open has failed
+//                that leaves one open has failed, and one that sends to another that has not begun, or has ended;
+//                what is sent comes with the last of all that its mailbox expects
 //     numbers    float16 and bfloat16 as IEEE and CUDA round them; tensor cores add in float32, in order
 //
 // It finds wrong indices, sizes, barriers, shuffles and masks, and what is read before it is written. It knows neither
@@ -49,6 +51,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 template <typename A, typename B> std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
 
 // --------------------------------------------------------------------------------
@@ -63,6 +66,7 @@ template <typename To, typename From> To same_bits(From from) {
     memcpy(&to, &from, sizeof to);
     return to;
 }
+inline float __uint_as_float(uint32_t bits) { return same_bits<float>(bits); }
 inline float __bfloat162float(__nv_bfloat16 v) { return same_bits<float>((uint32_t)v.bits << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float v) {
     const uint32_t all = same_bits<uint32_t>(v);
@@ -130,16 +134,18 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value 
 // --------------------------------------------------------------------------------
 // threads
 
-enum class State { ready, at_warp, at_block, done };
-struct Copy { uint4* to; const uint4* from; bool there; };
+enum class State { ready, at_warp, at_block, at_cluster, done };
+struct Copy { uint4* to; const uint4* from; bool there; int group; };
+constexpr size_t STACK = 128 << 10;
 struct Fiber {
     ucontext_t first;
     jmp_buf place;
     State state;
     bool begun = false;
-    int turn = 0;
-    std::vector<Copy> copies;  // begun
-    std::vector<char> stack = std::vector<char>(128 << 10);
+    int turn = 0, group = 0;
+    std::function<bool()> until;  // what it waits for in other blocks
+    std::vector<Copy> copies;     // begun
+    std::unique_ptr<char[]> stack{new char[STACK]};
 };
 struct Index { unsigned x, y; };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
@@ -148,22 +154,31 @@ inline jmp_buf scheduler;
 inline sigjmp_buf failure;
 inline std::function<void()> body;
 inline unsigned char* shared_begin;
+struct Letter { float2* place; float2 v; };
+struct Mailbox { std::vector<Letter> letters; size_t expected = 0; int times = 0; };
+struct Member { unsigned char* shared; bool begun, done; std::map<size_t, Mailbox> mailboxes; };
+inline std::vector<Member> cluster{1};  // the blocks that run side by side
+inline int met;                         // how often threads came to their barrier
+inline int rank;                        // of the block that runs
 inline unsigned order, launches;  // launches: kernels started so far
 inline int64_t shared_bytes;      // of a block of the last
 inline std::mt19937 random_order;
 
 template <typename T> T* shared_memory() { return (T*)shared_begin; }
 
+inline Fiber& fiber_of(int thread) { return *fibers[rank * blockDim.x + thread]; }
+__attribute__((noinline)) inline Fiber& mine() { return fiber_of(threadIdx.x); }
+
 __attribute__((noinline)) inline void yield(State state) {
-    fibers[threadIdx.x]->state = state;
-    if (!_setjmp(fibers[threadIdx.x]->place)) _longjmp(scheduler, 1);
+    mine().state = state;
+    if (!_setjmp(mine().place)) _longjmp(scheduler, 1);
 }
 __attribute__((noinline)) inline void resume(int thread) {
-    threadIdx.x = thread, fibers[thread]->state = State::ready;
+    threadIdx.x = thread, mine().state = State::ready;
     if (_setjmp(scheduler)) return;
-    if (fibers[thread]->begun) _longjmp(fibers[thread]->place, 1);
-    fibers[thread]->begun = true;
-    setcontext(&fibers[thread]->first);
+    if (mine().begun) _longjmp(mine().place, 1);
+    mine().begun = true;
+    setcontext(&mine().first);
 }
 inline void live() {
     for (;;) body(), yield(State::done);
@@ -173,7 +188,7 @@ inline void make_fibers(int threads) {
     for (auto& fiber : fibers) {
         if (fiber->begun) continue;
         getcontext(&fiber->first);
-        fiber->first.uc_stack = {fiber->stack.data(), 0, fiber->stack.size()};
+        fiber->first.uc_stack = {fiber->stack.get(), 0, STACK};
         makecontext(&fiber->first, live, 0);
     }
 }
@@ -193,42 +208,136 @@ inline bool run_warp(int first) {
     for (auto lanes = in_order(32);;) {
         int met = 0;
         for (int lane : lanes)
-            if (fibers[first + lane]->state == State::ready) resume(first + lane);
-        for (int lane : lanes) met += fibers[first + lane]->state == State::at_warp;
+            if (fiber_of(first + lane).state == State::ready) resume(first + lane);
+        for (int lane : lanes) met += fiber_of(first + lane).state == State::at_warp;
         if (met && met < 32) return false;
         if (!met) return true;
-        for (int lane : lanes) fibers[first + lane]->state = State::ready;
+        for (int lane : lanes) fiber_of(first + lane).state = State::ready;
     }
 }
+inline bool all_are(State state) {
+    for (unsigned i = 0; i < blockDim.x; i++)
+        if (fiber_of(i).state != state) return false;
+    return true;
+}
+// until the block ends, or waits for its cluster
 inline bool run_block(int threads) {
-    for (int i = 0; i < threads; i++) fibers[i]->state = State::ready, fibers[i]->copies.clear();
     for (bool any = true; any;) {
         any = false;
         for (int64_t warp : in_order(threads / 32))
             if (!run_warp(warp * 32)) return false;
         for (int i = 0; i < threads; i++)
-            if (fibers[i]->state == State::at_block) any = true, fibers[i]->state = State::ready;
+            if (fiber_of(i).state == State::at_block) any = true, fiber_of(i).state = State::ready;
     }
-    return std::all_of(fibers.begin(), fibers.begin() + threads, [](auto& fiber) { return fiber->copies.empty(); });
+    return true;
+}
+// blocks x .. x + size - 1, side by side
+inline bool run_cluster(int64_t x, int64_t y, int threads, int size, int64_t shared) {
+    auto enter = [&](int which) {
+        rank = which, blockIdx = {(unsigned)(x + which), (unsigned)y};
+        shared_begin = cluster[which].shared;
+    };
+    met = 0;
+    for (int i = 0; i < size; i++) {
+        enter(i), cluster[i] = {shared_begin, false, false};
+        memset(shared_begin, 0xff, (shared + 15) / 16 * 16);  // NaN: what is not written must not be read
+        for (int t = 0; t < threads; t++) {
+            Fiber& fiber = fiber_of(t);
+            fiber.state = State::ready, fiber.copies.clear(), fiber.until = nullptr;
+        }
+    }
+    for (int left = size; left;) {
+        bool any = false;
+        for (int64_t i : in_order(size)) {
+            enter(i);
+            if (cluster[i].done) continue;
+            for (int t = 0; t < threads; t++) {
+                Fiber& fiber = fiber_of(t);
+                if (fiber.state == State::at_cluster && fiber.until()) fiber.state = State::ready;
+                any |= fiber.state == State::ready;
+            }
+            cluster[i].begun = true;
+            if (!run_block(threads)) return false;
+            if (!all_are(State::done)) continue;
+            cluster[i].done = true, left--;
+            for (int t = 0; t < threads; t++)
+                if (!fiber_of(t).copies.empty()) return false;
+            for (auto& [_, box] : cluster[i].mailboxes)
+                if (!box.letters.empty()) return false;
+        }
+        if (!any) return false;  // all wait for one that will not come
+    }
+    return true;
+}
+inline int rank_in_cluster() { return rank; }
+inline void wait_until(std::function<bool()> come) {
+    yield(State::at_warp);  // whole warps come
+    mine().until = come;
+    while (!come()) yield(State::at_cluster);
+    mine().until = nullptr;
+}
+inline void meet_in_cluster() {
+    const int all = blockDim.x * cluster.size(), time = met++ / all;
+    wait_until([=] { return met / all > time; });
+}
+inline Mailbox& mailbox(int which, const uint64_t* box) {
+    auto found = cluster[which].mailboxes.find((const unsigned char*)box - shared_begin);
+    if (!cluster[which].begun || cluster[which].done || found == cluster[which].mailboxes.end()) raise(SIGSEGV);
+    return found->second;
+}
+inline void make_mailbox(uint64_t* box) {
+    *box = 0, cluster[rank].mailboxes[(unsigned char*)box - shared_begin] = {};
+}
+inline void deliver(Mailbox& box) {  // all at once, when the last of them has come
+    size_t bytes = 0;
+    for (const Letter& letter : box.letters) bytes += sizeof letter.v;
+    if (!box.expected || bytes < box.expected) return;
+    if (bytes > box.expected) raise(SIGSEGV);
+    for (const Letter& letter : box.letters) *letter.place = letter.v;
+    box.letters.clear(), box.expected = 0, box.times++;
+}
+inline void expect(uint64_t* box, size_t bytes) {
+    Mailbox& found = mailbox(rank, box);
+    if (found.expected) raise(SIGSEGV);  // it has one arrival
+    found.expected = bytes, deliver(found);
+}
+inline void before_sending() { __syncwarp(); }
+inline void send(int to, float2* place, float2 v, uint64_t* box) {
+    if (to < 0 || to >= (int)cluster.size()) raise(SIGSEGV);
+    Mailbox& found = mailbox(to, box);
+    place = (float2*)(cluster[to].shared + ((unsigned char*)place - shared_begin));
+    *place = {NAN, NAN};
+    found.letters.push_back({place, v}), deliver(found);
+}
+inline void wait_for(uint64_t* box, bool odd) {
+    Mailbox& found = mailbox(rank, box);
+    wait_until([&found, odd] { return found.times % 2 == odd; });
 }
 inline void copy_async(void* shared, const void* global, bool there) {
-    fibers[threadIdx.x]->copies.push_back({(uint4*)shared, (const uint4*)global, there});
+    mine().copies.push_back({(uint4*)shared, (const uint4*)global, there, mine().group});
     memset(shared, 0xff, 16);
 }
-inline void wait_for_copies() {
-    for (const Copy& copy : fibers[threadIdx.x]->copies) *copy.to = copy.there ? *copy.from : uint4{};
-    fibers[threadIdx.x]->copies.clear();
+inline void end_group() { mine().group++; }
+inline void finish_copies(int before) {  // of the groups before this one
+    auto& all = mine().copies;
+    for (const Copy& copy : all)
+        if (copy.group < before) *copy.to = copy.there ? *copy.from : uint4{};
+    std::erase_if(all, [=](const Copy& copy) { return copy.group < before; });
 }
+inline void wait_for_copies() { finish_copies(INT32_MAX); }
+template <int LEFT> void wait_for_copies() { finish_copies(mine().group - LEFT); }
 inline void fail(int) { siglongjmp(failure, 1); }  // off the end of some memory, or a check of -fsanitize
 
-inline cudaError_t run_grid(int64_t x, int64_t y, int threads, int64_t shared) {
+inline cudaError_t run_grid(int64_t x, int64_t y, int size, int threads, int64_t shared) {
     constexpr size_t room = (MOST_SHARED + PAGE - 1) / PAGE * PAGE;
-    static unsigned char* const memory = (unsigned char*)allocate(room);
+    static std::vector<unsigned char*> ends;  // of the memory of each block of a cluster
     if (x < 1 || y < 1 || x > INT32_MAX || y > 65535 || threads < 32 || threads > 1024 || threads % 32 || shared < 0 ||
-        shared > (int64_t)MOST_SHARED) return cudaErrorInvalidValue;
-    unsigned char* const end = allocations.at(memory).end;
-    shared_begin = end - (shared + 15) / 16 * 16, shared_bytes = shared;
-    make_fibers(threads);
+        shared > (int64_t)MOST_SHARED || size < 1 || size > 8 || x % size) return cudaErrorInvalidValue;
+    while ((int)ends.size() < size) ends.push_back(allocations.at(allocate(room)).end);
+    cluster.resize(size);
+    for (int i = 0; i < size; i++) cluster[i].shared = ends[i] - (shared + 15) / 16 * 16;
+    shared_bytes = shared;
+    make_fibers(threads * size);
     blockDim = {(unsigned)threads, 1}, gridDim = {(unsigned)x, (unsigned)y}, launches++, random_order.seed(order);
     struct sigaction mine = {}, before[4];
     const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
@@ -237,11 +346,8 @@ inline cudaError_t run_grid(int64_t x, int64_t y, int threads, int64_t shared) {
     bool good = false;
     if (!sigsetjmp(failure, 1)) {
         good = true;
-        for (int64_t i : in_order(x * y)) {
-            memset(shared_begin, 0xff, end - shared_begin);  // NaN: what is not written must not be read
-            blockIdx = {(unsigned)(i % x), (unsigned)(i / x)};
-            if (!(good = run_block(threads))) break;
-        }
+        for (int64_t i : in_order(x / size * y))
+            if (!(good = run_cluster(i % (x / size) * size, i / (x / size), threads, size, shared))) break;
     } else {
         good = false;
     }
@@ -253,10 +359,10 @@ inline cudaError_t run_grid(int64_t x, int64_t y, int threads, int64_t shared) {
 // --------------------------------------------------------------------------------
 // what a warp does together: each lane shows what it brings, then all look
 
-template <typename T> const T* show(T mine) {
+template <typename T> const T* show(T brought) {
     static T shown[2][1024];  // in turns: who is ahead by one must not write where others still look
-    T* all = shown[fibers[threadIdx.x]->turn ^= 1];
-    all[threadIdx.x] = mine;
+    T* all = shown[mine().turn ^= 1];
+    all[threadIdx.x] = brought;
     yield(State::at_warp);
     return all + threadIdx.x / 32 * 32;
 }
@@ -299,14 +405,18 @@ inline float exp2_fast(float z) { return z < -126 ? 0.f : std::exp2(z); }
 
 // few, so that a block that stays takes several turns
 template <typename Kernel> cudaError_t blocks_at_once(int& blocks, Kernel, int, int) { return blocks = 3, cudaSuccess; }
+template <typename Kernel> cudaError_t clusters_at_once(int& clusters, Kernel, int, int, int) {
+    return clusters = 2, cudaSuccess;
+}
 
 struct Grid {
     int64_t x, y;
-    Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+    int cluster;
+    Grid(int64_t x, int64_t y = 1, int cluster = 1) : x(x), y(y), cluster(cluster) {}
 };
 template <typename... Parameters, typename... Arguments>
 cudaError_t start(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, cudaStream_t,
                   Arguments... arguments) {
     body = [=] { kernel((Parameters)arguments...); };
-    return run_grid(grid.x, grid.y, threads, shared);
+    return run_grid(grid.x, grid.y, grid.cluster, threads, shared);
 }

@@ -14,10 +14,11 @@ unsigned emulated_launches() { return launches; }
 int emulated_shared() { return shared_bytes; }
 
 int sinkhorn_pass(float* log_r, const void* logits, const float* log_u, int64_t n, int64_t K, double temperature,
-                  int dtype) {
+                  int64_t by_clusters, int dtype) {
     float* scratch;
     cudaMalloc(&scratch, sinkhorn_scratch_cuda(n, K, (Dtype)dtype) * sizeof(float));
-    const cudaError_t status = sinkhorn_pass_cuda(log_r, logits, log_u, scratch, n, K, temperature, (Dtype)dtype, 0);
+    const cudaError_t status = sinkhorn_pass_cuda(log_r, logits, log_u, scratch, n, K, temperature, by_clusters,
+                                                  (Dtype)dtype, 0);
     return worse(status, cudaFree(scratch));
 }
 
@@ -28,11 +29,11 @@ int sinkhorn_targets(void* targets, int target_dtype, const void* logits, const 
 
 int assignment_loss(float* losses, void* grad, const void* student, const void* teacher, const float* log_u,
                     const float* weights, const float* pairs, int64_t S, int64_t T, int64_t B, int64_t K,
-                    double student_temp, double teacher_temp, int dtype) {
+                    double student_temp, double teacher_temp, int64_t by_clusters, int dtype) {
     float* scratch;
     cudaMalloc(&scratch, assignment_loss_scratch_cuda(T, B, K) * sizeof(float));
     const cudaError_t status = assignment_loss_cuda(losses, grad, student, teacher, log_u, weights, pairs, scratch, S,
-                                                    T, B, K, student_temp, teacher_temp, (Dtype)dtype, 0);
+                                                    T, B, K, student_temp, teacher_temp, by_clusters, (Dtype)dtype, 0);
     return worse(status, cudaFree(scratch));
 }
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+import ops
+
 ROOT = Path(__file__).parents[1]
 AVAILABLE = sys.platform == "linux" and shutil.which("g++") is not None
 SOURCES = "sinkhorn.cu", "assignment_loss.cu", "rope_attention.cu", "colours.cu"
@@ -143,12 +145,17 @@ class Device:
             self.check("what lies beside a tensor was written", max(status, default=0))
 
 
-def sinkhorn_pass(logits, log_u, temperature):
+def taken(by_clusters):
+    """As asked, else as ops' extension has been told."""
+    return int(torch.ops.nanodino.clusters() if by_clusters is None and ops.BUILT else by_clusters or 0)
+
+
+def sinkhorn_pass(logits, log_u, temperature, by_clusters=None):
     with Device() as device:
         n, K = logits.shape
         log_r = device.give(torch.full((K,), -torch.inf)) if n == 0 else device.new(torch.empty(K))
         device.call("sinkhorn_pass", log_r, device.give(logits), device.give(log_u), n, K, float(temperature),
-                    DTYPES[logits.dtype])
+                    taken(by_clusters), DTYPES[logits.dtype])
         return device.take(log_r)
 
 
@@ -168,23 +175,23 @@ def sinkhorn_targets(logits, log_u, temperature, dtype):
         return device.take(q)
 
 
-def run_assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp, overwrite):
+def run_assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp, by_clusters, overwrite):
     (S, B, K), T = student.shape, len(teacher)
     with Device() as device:
         losses, x = device.new(torch.empty(S, B)), device.give(student)
         grad = x if overwrite else device.new(torch.empty(student.shape, dtype=student.dtype))
         rest = [device.give(each) for each in (teacher, log_u, weights, pairs)]
         device.call("assignment_loss", losses, grad, x, *rest, S, T, B, K, float(student_temp), float(teacher_temp),
-                    DTYPES[student.dtype])
+                    taken(by_clusters), DTYPES[student.dtype])
         return device.take(losses).sum(1), device.take(grad)
 
 
-def assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp):
-    return run_assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp, False)
+def assignment_loss(*arguments, by_clusters=None):
+    return run_assignment_loss(*arguments, by_clusters, False)
 
 
-def assignment_loss_(student, teacher, log_u, weights, pairs, student_temp, teacher_temp):
-    losses, grad = run_assignment_loss(student, teacher, log_u, weights, pairs, student_temp, teacher_temp, True)
+def assignment_loss_(student, *rest, by_clusters=None):
+    losses, grad = run_assignment_loss(student, *rest, by_clusters, True)
     student.copy_(grad)
     return losses
 

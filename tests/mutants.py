@@ -23,8 +23,10 @@ import test_ops_cuda  # noqa: E402
 
 SINKHORN, LOSS, ROWS, COMMON = "sinkhorn.cu", "assignment_loss.cu", "row_sums.cuh", "common.cuh"
 ATTENTION, MMA, COLOURS, PIXELS = "rope_attention.cu", "mma.cuh", "colours.cu", "colours.h"
+CLUSTERS = "clusters.cuh"
 USED = {SINKHORN: ([SINKHORN], ["sinkhorn", "targets"]), LOSS: ([LOSS], ["loss"]),  # by which sources, which checks
         ROWS: ([SINKHORN], ["sinkhorn"]), COMMON: ([SINKHORN], ["targets", "sinkhorn"]),
+        CLUSTERS: ([SINKHORN, LOSS], ["sinkhorn, clusters", "loss, clusters"]),
         ATTENTION: ([ATTENTION], ["attention"]), MMA: ([], ["assembly"]),
         COLOURS: ([COLOURS], ["colours"]), PIXELS: ([COLOURS], ["colours"])}
 WAIT, TURN = (f"            {line}\n" for line in (
@@ -49,8 +51,9 @@ MUTANTS = {  # name: file, old text, new text; every place of the old text
     "columns: earlier panels": (SINKHORN, "is_first ? 0 : sums[column]", "0"),
     "first columns: last strip": (SINKHORN, "s < strips; s++", "s < strips - 1; s++"),
     "rows: row within the part": (ROWS, "[blockIdx.y * n + first + warp]", "[blockIdx.y + first + warp]"),
-    "bf16: load8 backwards": (COMMON, "out[i + j] = to_float(pack.values[j])",
-                              "out[N == 8 ? 7 - j : i + j] = to_float(pack.values[j])"),
+    "bf16: load8 swaps": (COMMON, "j % 2 ? two", "j % 2 == 0 ? two"),
+    "f16: load8 backwards": (COMMON, "out[i + j] = to_float(pack.values[j])",
+                             "out[N == 8 ? 7 - j : i + j] = to_float(pack.values[j])"),
     "bf16: store8 backwards": (COMMON, "pack.values[j] = from_float<T>(in[i + j])",
                                "pack.values[j] = from_float<T>(in[N == 8 ? 7 - j : i + j])"),
     # sizes
@@ -70,6 +73,42 @@ MUTANTS = {  # name: file, old text, new text; every place of the old text
     "warp: half of it": (COMMON, "lane = 16; lane; lane /= 2) v += ", "lane = 8; lane; lane /= 2) v += "),
     "loss: gradient in log2 units": (LOSS, "weight * student_scale * LN2;", "weight * student_scale;"),
     "loss: mass of one crop": (LOSS, "mass += pair;", "mass = pair;"),
+    # clusters
+    "clusters: nobody waits": (CLUSTERS, "        wait_for(&boxes[i % 2], i / 2 % 2 == 0);\n", ""),
+    "clusters: waits for the row before the last": (CLUSTERS, "i / 2 % 2 == 0)", "i / 2 % 2 == 1)"),
+    "clusters: not met at first": (CLUSTERS, "        meet_in_cluster();\n", ""),
+    "clusters: half of what is told": (CLUSTERS, "sizeof of_warps / 2", "sizeof of_warps / 4"),
+    "clusters: expected once": (
+        CLUSTERS, "        if (threadIdx.x == 0) expect(&boxes[i % 2], sizeof of_warps / 2);\n", ""),
+    "clusters: one mailbox": (CLUSTERS, "sum, &boxes[i % 2]", "sum, &boxes[0]"),
+    "clusters: one place for all rows": (CLUSTERS, "of_warps[i % 2]", "of_warps[0]"),
+    "clusters: told in one's own place": (CLUSTERS, "rank_in_cluster() * WARPS + warp", "warp"),
+    "clusters: seven blocks are told": (CLUSTERS, "if (lane < SIZE)", "if (lane < SIZE - 1)"),
+    "clusters: parts as they are": (CLUSTERS, "parts[j].y * exp2_fast(parts[j].x - top)", "parts[j].y"),
+    "clusters: rows of all": (CLUSTERS, "stride(by * K)", "stride(K)"),
+    "clusters: rows from the first on": (CLUSTERS, "x(x + first * K + ", "x(x + "),
+    "clusters: a row too few": (CLUSTERS, "left((n - first + by - 1) / by)", "left((n - first) / by)"),
+    "clusters: rows without an end": (CLUSTERS, "if (left > 0) copy", "copy"),
+    "clusters: columns beyond the last": (CLUSTERS, "there[g] = column<G>(g) < K;", "there[g] = true;"),
+    "clusters: a ring of three": (CLUSTERS, "to = (to + 1) % STAGES", "to = (to + 1) % (STAGES - 1)"),
+    "clusters: read from three": (CLUSTERS, "from = (from + 1) % STAGES", "from = (from + 1) % (STAGES - 1)"),
+    "clusters: groups of others": (CLUSTERS, "rank_in_cluster() * G + g)", "rank_in_cluster() + g)"),
+    "clusters: u beyond the last column": (CLUSTERS, "* LOG2E : -1e9f", "* LOG2E : 0.f"),
+    "clusters: the top of half the columns": (CLUSTERS, "int i = 0; i < 8 * G", "int i = 0; i < 4 * G"),
+    "clusters: wherever rows start": (CLUSTERS, "&& vectors(K, rows...)", ""),
+    "clusters: sums read too early": (SINKHORN, "wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>"),
+    "clusters: the top of the first row": (SINKHORN, "        top = next;\n", ""),
+    "clusters: no powers of the last row": (SINKHORN, "p[c / 8][c % 8] = z[c / 8][c % 8];", "p[c / 8][c % 8] = 0;"),
+    "clusters: parts of one": (SINKHORN, "parts + first * K", "parts"),
+    "clusters: a part is left out": (SINKHORN, "c < count; c++", "c < count - 1; c++"),
+    "clusters: u stays in": (SINKHORN, "log_of(0, total, log_u[k]);\n}", "log_of(0, total, 0);\n}"),
+    "clusters: logits read too early": (LOSS, "wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>"),
+    "clusters: student beyond the last column": (LOSS, "* student_scale : -1e9f", "* student_scale : 0.f"),
+    "clusters: dots of another top": (LOSS, "warp_sum(dot * exp2_fast(own_q.top - of_q.top))", "warp_sum(dot)"),
+    "clusters: gradient of another top": (LOSS, "exp2_fast(own_q.top - of_q.top) * of_sum", "of_sum"),
+    "clusters: loss of no block": (LOSS, "rank_in_cluster() == 0 && threadIdx.x == 0", "rank_in_cluster() == SIZE"),
+    "clusters: weight of another row": (LOSS, "weights[b] * pairs[0]", "weights[0] * pairs[0]"),
+    "clusters: no pair": (LOSS, "weights[b] * pairs[0] * LN2", "weights[b] * LN2"),
     # colours
     "colours: before the warps' sums": (COLOURS, "= v;\n    __syncthreads();", "= v;"),
     "colours: before the blur": (COLOURS, BARRIER + "    float taps[5];", "    float taps[5];"),

@@ -50,10 +50,10 @@ def off_by_one(x):
 # The checks: each raises where the kernels are wrong
 
 
-def check_sinkhorn(n, K, dtype, size=0.5, shift=lambda x: x):
+def check_sinkhorn(n, K, dtype, size=0.5, shift=lambda x: x, by_clusters=False):
     x, log_u, exact_u = shift(normal(n, K).mul(size).to(dtype)), None, None
     for _ in range(3):
-        log_r, = same_in_both_orders(lambda u=log_u: [emulated.sinkhorn_pass(x, u, 0.06)])
+        log_r, = same_in_both_orders(lambda u=log_u: [emulated.sinkhorn_pass(x, u, 0.06, by_clusters)])
         exact_u, log_u = -exact_pass(x, 0.06, exact_u), -log_r
         assert (log_u - exact_u).abs().max() < 4e-6 * max(8, exact_u.abs().max())
     return x, log_u, exact_u
@@ -67,9 +67,9 @@ def check_targets(n, K, dtype, targets, size=0.5, shift=lambda x: x):
     assert torch.allclose(q.double(), exact, rtol=ROUNDING[targets] + 1e-5, atol=6e-8 if targets == F16 else 1e-30)
 
 
-def check_loss(S, T, B, K, dtype, overwrite=False, shift=lambda x: x):
+def check_loss(S, T, B, K, dtype, overwrite=False, shift=lambda x: x, by_clusters=False):
     student, *rest = loss_arguments(S, T, B, K, dtype, "cpu")
-    student = shift(student)
+    student, rest[3] = shift(student), rest[3] * 0.7                                # pairs
     x = student.double().requires_grad_()
     exact = exact_loss(x, *rest)
     exact.sum().backward()
@@ -77,8 +77,8 @@ def check_loss(S, T, B, K, dtype, overwrite=False, shift=lambda x: x):
     def run():
         if overwrite:
             grad = student.clone() if student.data_ptr() % 16 == 0 else off_by_one(student)
-            return emulated.assignment_loss_(grad, *rest), grad
-        return emulated.assignment_loss(student, *rest)
+            return emulated.assignment_loss_(grad, *rest, by_clusters=by_clusters), grad
+        return emulated.assignment_loss(student, *rest, by_clusters=by_clusters)
     losses, grad = same_in_both_orders(run)
     assert torch.allclose(losses.double(), exact.detach(), rtol=3e-6, atol=1e-6)
     largest = x.grad.abs().amax(-1, keepdim=True)
@@ -138,6 +138,26 @@ def check_attention_nobody(E):
     assert emulated.rope_attention(qkv[:0], [], [], 2)[0].shape == (0, 2 * E)
 
 
+def check_not_by_clusters():
+    """Other dtypes than bfloat16 go on by panels: the same bits."""
+    for dtype in F16, F32:
+        x, log_u = normal(3, 64).to(dtype), torch.zeros(64)
+        assert torch.equal(*(emulated.sinkhorn_pass(x, log_u, 0.1, asked) for asked in (False, True)))
+
+
+def check_clusters_nan():
+    """One in a row: of Sinkhorn's sums nothing is left, of the losses all other rows, to the bit."""
+    student, teacher, *rest = loss_arguments(1, 1, 6, 520, BF16, "cpu")
+    clean = emulated.assignment_loss(student, teacher, *rest, by_clusters=True)
+    student = student.clone()
+    student[0, 3, 77] = torch.nan
+    found = emulated.assignment_loss(student, teacher, *rest, by_clusters=True)
+    others = torch.tensor([0, 1, 2, 4, 5])
+    assert found[0].isnan().all() and found[1][0, 3].isnan().all()
+    assert torch.equal(found[1][0, others], clean[1][0, others])
+    assert emulated.sinkhorn_pass(student[0], rest[0], 0.1, True).isnan().all()
+
+
 def check_refusal(off):
     """Attention reads by 16 bytes: what starts elsewhere is refused, not read."""
     qkv, _, n_images, rope, A = make([1], [(2, 2)], 1, 64, BF16)
@@ -166,6 +186,12 @@ CHECKS = {  # name: check and its arguments; the smallest that reach each branch
     "sinkhorn, off by one, bf16": (check_sinkhorn, 9, 64, BF16, 0.5, off_by_one),
     "sinkhorn, one row": (check_sinkhorn, 1, 8, F16),
     "sinkhorn, extreme": (check_sinkhorn, 20, 257, F32, 20),
+    "sinkhorn, clusters, bf16": (check_sinkhorn, 11, 520, BF16, 0.5, lambda x: x, True),
+    "sinkhorn, clusters, extreme": (check_sinkhorn, 5, 4104, BF16, 20, lambda x: x, True),
+    "sinkhorn, clusters, one row": (check_sinkhorn, 1, 33_000, BF16, 0.5, lambda x: x, True),   # two groups of columns
+    "sinkhorn, clusters, three groups": (check_sinkhorn, 3, 70_000, BF16, 0.5, lambda x: x, True),
+    "sinkhorn, clusters, f16 and f32": (check_not_by_clusters,),
+    "sinkhorn, clusters, off by one": (check_sinkhorn, 4, 64, BF16, 0.5, off_by_one, True),
     "targets, f32 to bf16": (check_targets, 2, 1003, F32, BF16),
     "targets, bf16 to f16": (check_targets, 2, 4104, BF16, F16),
     "targets, f16 to f32": (check_targets, 2, 264, F16, F32),
@@ -175,6 +201,11 @@ CHECKS = {  # name: check and its arguments; the smallest that reach each branch
     "loss, crops, bf16": (check_loss, 5, 2, 3, 1000, BF16, True),
     "loss, crops, f16": (check_loss, 3, 2, 2, 5000, F16),
     "loss, too long to keep": (check_loss, 1, 1, 2, 60000, F32),
+    "loss, clusters, bf16": (check_loss, 1, 1, 11, 520, BF16, True, lambda x: x, True),
+    "loss, clusters, two groups": (check_loss, 1, 1, 3, 33_000, BF16, False, lambda x: x / 64, True),
+    "loss, clusters, three groups": (check_loss, 1, 1, 2, 70_000, BF16, True, lambda x: x, True),
+    "loss, clusters, off by one": (check_loss, 1, 1, 2, 64, BF16, True, off_by_one, True),
+    "loss, clusters, one NaN": (check_clusters_nan,),
     "loss, off by one": (check_loss, 2, 2, 2, 64, BF16, True, off_by_one),
     "attention, two groups, 64, f16": (check_attention, [2, 3], [(7, 7), (2, 3)], 2, 64, F16),
     "attention, two groups, 128, bf16": (check_attention, [1, 2], [(3, 5), (1, 1)], 2, 128, BF16),
@@ -210,6 +241,27 @@ def test_kernels_started_in_a_pass(n, K, first, next_):
         emulated.sinkhorn_pass(x, log_u, 0.1)
         found.append(emulated.launches() - before)
     assert found == [first, next_]
+
+
+@needs_compiler
+@pytest.mark.parametrize("K, groups", [(520, 1), (33_000, 2), (98_304, 3)])
+def test_clusters_read_a_row_once(K, groups):
+    """Two kernels however many rows there are, sums and what adds them up. Ten orders give the same bits."""
+    x, log_u = normal(5, K).bfloat16(), torch.zeros(K)
+    found = []
+    for which in range(10 if K == 520 else 1):
+        emulated.order(which)
+        before = emulated.launches()
+        found.append(emulated.sinkhorn_pass(x, log_u, 0.1, True))
+        assert emulated.launches() == before + 2
+    emulated.order(0)
+    assert all(torch.equal(x, found[0]) for x in found)
+    teacher, rest = x[None], (log_u, torch.ones(5), torch.ones(1, 1), 0.1, 0.1)
+    before = emulated.launches()
+    emulated.assignment_loss(teacher, teacher, *rest, by_clusters=True)
+    assert emulated.launches() == before + 1
+    # two mailboxes, three sums of 128 warps of two rows; two rings of four rows, 16 bytes for each thread and group
+    assert emulated.shared() == 2 * 8 + 2 * 3 * 128 * 8 + 2 * 4 * groups * 512 * 16 <= 232448
 
 
 @needs_compiler
@@ -279,6 +331,20 @@ __global__ void copy(float* x) {
     wait_for_copies();
 }
 __global__ void power(float* x) { *x = exp2_fast(*x); }
+__global__ void neighbours(float2* x) {
+    uint64_t* box = shared_memory<uint64_t>();
+    float2* place = (float2*)box + 1;
+    if (threadIdx.x == 0) make_mailbox(box), expect(box, 8 * 32);
+    meet_in_cluster();
+    send(rank_in_cluster() ^ 1, place + threadIdx.x, x[0], box);
+    wait_for(box, true);
+    x[1] = place[0];
+}
+__global__ void groups(float* x) {
+    copy_async(shared_memory<float>() + threadIdx.x * 4, x, true);
+    end_group();
+    wait_for_copies<2>();
+}
 template __global__ void product<__half>(float*, const uint32_t*);
 template __global__ void product<__nv_bfloat16>(float*, const uint32_t*);
 template __global__ void matrices<false>(uint32_t*);
@@ -297,7 +363,8 @@ def check_assembly(csrc, arch, folder):
     (folder / "probe.cu").write_text(PROBE)
     subprocess.run([NVCC, "-std=c++20", f"-arch={arch}", "-cubin", f"-I{csrc}", "probe.cu"], cwd=folder, check=True)
     code = subprocess.run([disassembler(), "-c", folder / "probe.cubin"], capture_output=True, text=True).stdout
-    kernels = {name: re.findall(r"(HMMA|LDSM|MUFU|LDGSTS|LDGDEPBAR)(\S*)", body)
+    known = r"\b(HMMA|LDSM|MUFU|LDGSTS|LDGDEPBAR|DEPBAR|STAS|SYNCS|UCGABAR)(\.LE SB0, \w+|\S*)"
+    kernels = {name: re.findall(known, body)
                for name, body in re.findall(r"\n\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", code, flags=re.S)}
     assert kernels == {
         "_Z7productI6__halfEvPfPKj": [("HMMA", ".16816.F32")],
@@ -305,7 +372,11 @@ def check_assembly(csrc, arch, folder):
         "_Z8matricesILb0EEvPj": [("LDSM", ".16.M88.4")],
         "_Z8matricesILb1EEvPj": [("LDSM", ".16.MT88.4")],
         "_Z5powerPf": [("MUFU", ".EX2")],
-        "_Z4copyPf": [("LDGSTS", ".E.BYPASS.128"), ("LDGDEPBAR", "")],
+        "_Z4copyPf": [("LDGSTS", ".E.BYPASS.128"), ("LDGDEPBAR", ""), ("DEPBAR", ".LE SB0, 0x0")],
+        "_Z6groupsPf": [("LDGSTS", ".E.BYPASS.128"), ("LDGDEPBAR", ""), ("DEPBAR", ".LE SB0, 0x2")],
+        "_Z10neighboursP6float2": arch == "sm_90a" and [
+            ("SYNCS", ".EXCH.64"), ("SYNCS", ".ARRIVE.TRANS64"), ("UCGABAR", "_ARV"), ("UCGABAR", "_WAIT"),
+            ("STAS", ".64"), *[("SYNCS", ".PHASECHK.TRANS64.TRYWAIT")] * 2] or [],
     }
 
 
@@ -313,6 +384,17 @@ def check_assembly(csrc, arch, folder):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_assembly_becomes_the_instructions_it_names(arch, tmp_path):
     check_assembly(ROOT / "csrc", arch, tmp_path)
+
+
+@pytest.mark.skipif(not NVCC.exists(), reason="needs nvcc")
+@pytest.mark.parametrize("name", ["sinkhorn", "assignment_loss"])
+def test_clusters_fit_their_registers(name, tmp_path):
+    """One block of 512 threads to a multiprocessor, which has 65,536 of them; nothing spilled."""
+    flags = "-std=c++20", "-O3", "-arch=sm_90a", "-cubin", "--ptxas-options=-v", "-o", tmp_path / "cubin"
+    done = subprocess.run([NVCC, *flags, ROOT / f"csrc/{name}.cu"], capture_output=True, text=True)
+    said = re.findall(r"Compiling entry function '\w+by_clusters\w+'(.*?)Used (\d+) registers", done.stderr, re.S)
+    assert len(said) == 3 and max(int(n) for _, n in said) * 512 <= 65_536
+    assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in each for each, _ in said)
 
 
 @pytest.mark.skipif(not NVCC.exists(), reason="needs nvcc")
