@@ -73,7 +73,8 @@ template <typename T, int G> struct Ring {
     unsigned to = 0, from = 0;
 
     __device__ Ring(void* shared, const T* x, int64_t first, int64_t by, int64_t n, int64_t K)
-        : stages((T*)shared + threadIdx.x * 8), x(x + first * K + column<G>(0)), stride(by * K), left((n - first + by - 1) / by) {
+        : stages((T*)shared + threadIdx.x * 8), x(x + first * K + column<G>(0)), stride(by * K),
+          left((n - first + by - 1) / by) {
 #pragma unroll
         for (int g = 0; g < G; g++) there[g] = column<G>(g) < K;
     }

@@ -9,8 +9,8 @@ One pass of Sinkhorn-Knopp, and the assignments that the last one leads to, on a
 Bound by memory: every pass reads x once, 2 bytes an element in bf16, as a panel of up to 256 rows and 24 MB stays in L2
 between its row sums and its column sums; there it is read twice, beside 4/4 bytes of u and, by every block of columns,
 the parts of the panel's row sums: .4 bytes. Up to 2.25 exp2 an element. A pass is two launches a panel; the first one
-or two in all. Of a copy's speed on an H200: .59 at 1274 x 98304. By clusters, clusters.cuh, a pass reads x once, also
-from L2, with 1.4 exp2 an element, in two launches in all; that form has not run on a GPU, and nothing chooses it yet.
+or two in all. Of a copy's speed on an H200: .59 at 1274 x 98304. By clusters, clusters.cuh, a pass reads x once and no
+more, with 1.4 exp2 an element, in two launches in all; that form has not run on a GPU, and nothing chooses it yet.
 
 No atomics and a fixed order of all sums: the same bits every time. With u from a pass, the column sums of the next one
 lie in [1/(n K), n] if u scales them, so that only row sums, and the first pass, carry their largest exponent along.
