@@ -173,7 +173,7 @@ LEGS += [
     Leg("photos_pixels", "raw pixels", "worse", nothing, weights="pixels", lasts=False, **OF_PHOTOS),
     Leg("photos_untrained", "before training", "worse", nothing, weights="untrained:SIZE", lasts=False, **OF_PHOTOS),
 ]
-PICTURED = "base", "demo", "no_centring", "no_ibot", "longer", "gram_100", "photos"  # of seed 0; each 90 kB
+PICTURED = "base", "demo", "no_centring", "no_ibot", "longer", "gram_100"  # of seed 0; photos are not ours to show
 IN_README = ("pixels", "untrained", "supervised", "base", "demo", "no_centring", "no_local", "no_average", "no_koleo",
              "no_ibot", "scratch_half", "distilled_half", "longer", "gram_100")
 
@@ -238,6 +238,8 @@ def run(leg, seed, c, end):
         found = call(c, [*lines[-1], "--cache", str(folder / "features")], end)
         scores[task] = round(json.loads(found.splitlines()[-1])[metric], 4)
     result = dict(leg=leg.name, seed=seed, scores=scores)
+    if leg.tasks is ON_PHOTOS:
+        result |= dict(photos=counted(c.photos), camvid=counted(Path(c.camvid, "images")))
     if leg.lasts:
         lines.append(["health.py", weights])
         result |= dict(health=json.loads(call(c, lines[-1], end).splitlines()[-1])["verdict"], rows=course(weights))
@@ -247,6 +249,11 @@ def run(leg, seed, c, end):
         call(c, lines[-1], end)
     return result | dict(commands=[typed(line) for line in lines], commit=commit(), hardware=processor(),
                          cpu_seconds=round(sum(os_times()) - start))
+
+
+def counted(folder):
+    """[files below each folder in this one, by name]"""
+    return [sum(path.is_file() for path in each.rglob("*")) for each in sorted(Path(folder).iterdir()) if each.is_dir()]
 
 
 def os_times():
@@ -382,7 +389,7 @@ def page_text(folder):
              "than the leg beside it, with every seed and by more than the differences deviate.", "", "## On `shapes`",
              "", table(found, [leg for leg in here if leg not in on_photos]), ""]
     if on_photos:
-        parts += ["## On photos", "", table(found, on_photos, ON_PHOTOS), ""]
+        parts += ["## On photos", "", which_photos(found), "", table(found, on_photos, ON_PHOTOS), ""]
     parts += ["## Not as expected, or not shown", "", *(strange or ["Nothing."]), ""]
     drawn = courses(found)
     if drawn:
@@ -394,6 +401,14 @@ def page_text(folder):
     parts += ["## Commands", "", *(line for leg in here for line in commands_of(leg, found[leg.name]))]
     parts += [f"Not run yet, by seed: {'; '.join(missing)}.", ""] if missing else []
     return "\n".join(parts)
+
+
+def which_photos(found):
+    """How many there were, in words"""
+    runs = [run for leg in LEGS if leg.tasks is ON_PHOTOS for run in found.get(leg.name, {}).values()]
+    (train, val), (street, other) = (next(run[kind] for run in runs) for kind in ("photos", "camvid"))
+    return (f"Trained on {train:,} photos, k-NN and linear asked with {val:,} others; CamVid has {street:,} photos of "
+            f"streets to learn from, and {other:,} others.")
 
 
 def courses(found):
@@ -411,6 +426,11 @@ failures, in [LOG.md](LOG.md); [by hand](docs/measured.md) what has no leg there
 {}
 
 """
+PHOTOS_TOO = """{}
+
+On photos, with `--photos` and `--camvid`. {}
+
+{}"""
 
 
 def into_readme(path, folder):
@@ -419,6 +439,8 @@ def into_readme(path, folder):
     start, end = text.index("## Results"), text.index("\n## ", text.index("## Results")) + 1
     legs = [leg for leg in LEGS if leg.name in IN_README and leg.name in found]
     rows = table(found, legs) if legs else "No leg of it has run yet. By hand:\n\n" + by_hand()
+    if photos := [leg for leg in LEGS if leg.tasks is ON_PHOTOS and leg.name in found]:
+        rows = PHOTOS_TOO.format(rows, which_photos(found), table(found, photos, ON_PHOTOS))
     return text[:start] + RESULTS.format(rows) + text[end:]
 
 

@@ -132,6 +132,26 @@ def test_a_leg_is_its_commands(tmp_path, monkeypatch):
     assert (tmp_path / "out/README.md").read_text() == before
 
 
+def test_photos_are_counted_and_their_scores_stand_in_both_pages(tmp_path, monkeypatch):
+    """What evaluations print is made up"""
+    for path in ("photos/train/a/1", "photos/train/b/2", "photos/val/a/3", "camvid/images/training/4",
+                 "camvid/images/validation/5", "camvid/annotations/training/6"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    monkeypatch.setattr(evidence, "call", lambda *_: '{"top1_k20": 12.34567, "top1": 20, "miou": 30}')
+    words = [f"--{name}={tmp_path / name}" for name in ("photos", "camvid", "work", "out")]
+    evidence.main([*words, "--only", "photos_pixels"])
+    found = json.loads((tmp_path / "out/photos_pixels-0.json").read_text())
+    assert found["scores"] == dict(knn=12.3457, linear=20, camvid=30)
+    assert (found["photos"], found["camvid"]) == ([2, 1], [1, 1])
+    said = "Trained on 2 photos, k-NN and linear asked with 1 others; CamVid has 1 photos of streets"
+    row = "| raw pixels (`photos_pixels`) | 1 | 12.3 | 20.0 | 30.0 |"
+    readme = tmp_path / "README.md"
+    readme.write_text("## Results\n\n## Files\n")
+    for text in (tmp_path / "out/README.md").read_text(), evidence.into_readme(readme, tmp_path / "out"):
+        assert said in text and row in text and "CamVid, mIoU" in text
+
+
 def test_minutes_end_a_leg_and_mistakes_end_in_one_line(tmp_path, monkeypatch):
     words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     evidence.main([*words, "--minutes", "0"])
