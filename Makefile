@@ -10,7 +10,7 @@ demo: .venv/ready .venv/built
 
 test: .venv/ready-test .venv/built
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-long: .venv/ready-test .venv/built
 	.venv/bin/python -m pytest -q -m long

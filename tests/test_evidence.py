@@ -64,6 +64,18 @@ def test_what_is_told_apart_is_so_in_every_seed(folder):
         no_local=("alike", "not shown"), no_average=("worse", ""), no_registers=("alike", ""))
 
 
+def test_one_score_of_several_is_no_outcome(tmp_path):
+    """Where three seeds agree by chance in a fifth of all scores"""
+    tasks = {name: evidence.TASKS[name] for name in ("knn", "linear", "discovery")}
+    leg = next(leg for leg in evidence.LEGS if leg.name == "no_ibot")._replace(tasks=tasks)
+    base = [run_of("base", seed, knn=20, linear=30, discovery=10) for seed in range(3)]
+    for changes, here in (dict(knn=-5), "alike"), (dict(knn=-5, linear=-5), "worse"), (dict(knn=5, discovery=5),
+                          "better"), (dict(knn=-5, linear=5), "mixed"), (dict(knn=5, linear=5, discovery=-5), "mixed"):
+        runs = [run_of("no_ibot", seed, **{task: base[0]["scores"][task] + changes.get(task, seed - 1)
+                                           for task in tasks}) for seed in range(3)]
+        assert evidence.outcome(leg, evidence.read(write(tmp_path, *base, *runs)))[0] == here
+
+
 def test_one_seed_tells_nothing(tmp_path):
     found = evidence.read(write(tmp_path, *three("base", 20), *three("no_koleo", 10)))
     assert evidence.change(found["no_koleo"], found["base"], "knn") is None
@@ -80,11 +92,11 @@ def test_the_page_has_means_commands_and_what_is_missing(folder):
 
 def test_readme_gets_its_section_and_keeps_the_rest(tmp_path, folder):
     readme = tmp_path / "README.md"
-    readme.write_text("# x\n\n## Results\n\nold\n\n## Files\n\n| a | b |\n")
+    readme.write_text("# x\n\n## Results\n\nstale\n\n## Files\n\n| a | b |\n")
     readme.write_text(evidence.into_readme(readme, folder))
     text = readme.read_text()
     assert text.startswith("# x\n\n## Results\n\nFrozen") and text.endswith("\n\n## Files\n\n| a | b |\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert "20.0 ± 5.0 ▼" in text and text == evidence.into_readme(readme, folder)
 
 
