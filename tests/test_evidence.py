@@ -196,7 +196,7 @@ def test_killed_in_the_middle_and_continued_it_is_the_same_page(tmp_path):
                 until = time.monotonic() + 300
                 while not any(folder.glob(path + "*")) and process.poll() is None and time.monotonic() < until:
                     time.sleep(0.05)
-                subprocess.run(["kill", "-9", f"-{process.pid}"])
+                os.killpg(process.pid, signal.SIGKILL)
                 assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
         process = start(folder)
         assert process.wait() == 0, process.stderr.read()[-3000:]
