@@ -12,7 +12,7 @@ Two kernels. The first adds up the teacher's rows, once for all crops of the stu
 the student: it adds up, then goes over the row again, kept in shared memory where that is large enough, and over the
 teacher's. Bound by memory: in bf16 an element of the student moves 4 + 4 T / S bytes from and to it, and, through L2,
 8 + 2 T and (2 + 4/4) T / S. 2 + T + T / S exp2. A third, for one crop each, shares a row among the blocks of a cluster,
-clusters.cuh, and reads each logit once: 6 bytes of a pair, 2.8 exp2; it has not run on a GPU, and nothing chooses it yet.
+clusters.cuh, and reads each logit once: 6 bytes of a pair, 2.8 exp2; it has not run on a GPU, and nothing chooses it.
 
 No atomics and a fixed order of all sums: the same bits every time. grad may be student: a thread writes what it read.
 
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(THREADS, 2) assignment_loss(
     }
 }
 
-// The same of one crop each, a row in a cluster at a time, of which the powers stay in registers: each logit is read once.
+// The same of one crop each, a row in a cluster at a time, whose powers stay in registers: each logit is read once.
 // grid: clusters SIZE
 template <typename X, int G>
 __global__ void __launch_bounds__(clusters::THREADS) assignment_loss_by_clusters(

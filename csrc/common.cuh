@@ -37,14 +37,14 @@ __device__ inline void copy_async(void* shared, const void* global, bool there) 
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// what was begun since the last one is a group; this thread has all but the last LEFT groups after wait_for_copies<LEFT>
+// what was begun since the last one is a group; after wait_for_copies<LEFT> this thread has all but the last LEFT
 __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
 }
 
-// Of clusters: this block's number among its own; a barrier of all their threads, after which each other's memory may be
-// written; writes to the same place of another block's shared memory, counted by a mailbox there. A mailbox is empty at
+// Of clusters: this block's number among its own; a barrier of all their threads, after which they may write to each
+// other; writes to the same place of another block's shared memory, counted by a mailbox there. A mailbox is empty at
 // first; it is full when so many bytes have come as one thread has said it should expect, and then is empty again:
 // wait_for returns when that has happened an odd number of times (odd), or an even one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
